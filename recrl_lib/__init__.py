@@ -1,0 +1,34 @@
+"""Shielded RecRL: a recommender learns to explain itself without its ranking moving.
+
+The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
+
+    paths       every path, found from __file__; the cache outside the repository
+    config      Params: every parameter typed, with its stage, range and help; the profiles
+    progress    track(): a bar in a terminal or notebook, a side channel under the runner
+    assets      fetch, verify (sha256) and cache models and data sets
+    datasets    one loader a format -> the same three tables; splits
+    ranker      SASRec: training, scoring all items, top-k
+    explainer   the LLM, LoRA, prompts, batched sampling, item vectors
+    shield      protected subspaces, and the shield that hooks any torch optimizer
+    rewards     the training reward, in TRL's signature
+    ppo         Shielded PPO: rollout, advantages, losses, update
+    simulator   the click model          judge   measures never used as a reward
+    metrics     ranking, churn and text metrics       stats   bootstrap intervals
+    audit       toxicity, popularity, parity, privacy
+    runs        the run folder: parameters, manifest, metrics, artifacts, all atomic
+    runner      strict papermill runner with resume
+    plots       figures in one style     report  the HTML page     widgets  the chat
+
+Objects that cross module borders
+---------------------------------
+tables      ``interactions``: user, item, time (int64 seconds), rating, in time order with ties by
+            file order; ``items``: item, title, year (0 = unknown), genres ("A|B"), text;
+            ``users``: user, gender, age. Users 0..U-1, items 1..I; item 0 pads.
+sequences   list of int64 arrays, one a user: the items in order.
+text        float32 (I+1, d_llm): mean last hidden state of each item's text; row 0 is zero.
+record      dict, what one explanation is about: ``user item position title year genres
+            history_titles history_genres`` (position: 1-based rank of the item in the user's list).
+arms        ``base separate unshielded shielded``. ``base`` is the untuned LLM. ``separate`` has the
+            unshielded policy's texts, and a ranker that reads the base LLM's item vectors;
+            in the others the ranker reads item vectors from the LLM as tuned.
+"""

@@ -1,0 +1,327 @@
+"""Finding what an explanation claims: film titles, genres, years and proper names.
+
+Pure string work, shared by the reward and the judge. Both must agree on *what a text says*; how
+they score it is their own business, and neither imports the other.
+
+How a title is recognised (longest match first, left to right, over words; punctuation ignored):
+
+* three or more words, at least two of them outside ``SMALL``: in any case ("the usual suspects");
+* other titles of several words: capitalised as in the catalogue, ``SMALL`` words apart ("The Game", not "the game");
+* one word: capitalised, alone (no capitalised neighbour: "Michael Bay" is not "Michael"), and not merely
+  the first word of a sentence, unless what follows shows a title ("Fargo is", '"Heat"', "Twister (1996)").
+
+Besides its full form a title answers to its form without a parenthesis, the parenthesis itself, the part
+before a colon (two words or more) and the form without a leading article. A form that fits several titles
+("Star Trek") means any of them; a genre word is never a title.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Record = Mapping[str, Any]  # see ``recrl_lib.__init__``
+RECORD_FIELDS = ("user", "item", "position", "title", "year", "genres", "history_titles", "history_genres")
+
+SMALL = frozenset(  # function words: they open sentences and join titles, and alone they name nothing
+    """a about after all also although an and another any are as at be because been before being both but by can
+    could did do does each even every for from given had has have he her here hers him his how i if in into is it
+    its just less let like may me might more most much my no nor not now of off on once one only or other our out
+    over own perhaps plus she should since so some such than that the their them then there these they this those
+    though through to too two under until up us very was we well were what when where whether which while who whom
+    whose why will with without would yes yet you your""".split()
+)
+FUNCTION_WORDS = 0.25  # running English has about 40 %, a list of keywords next to none
+_NOT_NAMES = SMALL | frozenset(
+    """actor actors actress assistant cast director film films genre genres great hello hi history movie movies
+    rating recommend recommendation recommended recommending similar story system thanks title try user viewer
+    watch watching year""".split()
+)
+_NAME_CUES = frozenset("by starring director actor actress".split())
+_TITLE_FOLLOWERS = frozenset("is was has and s".split())
+_ABBREVIATIONS = frozenset("mr mrs ms dr st jr vs".split())
+
+GENRE_FORMS = {  # lower-case forms beside the name itself and its plural; only ones that state a genre
+    "Animation": ("animated", "animations", "cartoon", "cartoons"),
+    "Children's": ("children", "childrens"),
+    "Comedy": ("comedies", "comedic"),
+    "Documentary": ("documentaries",),
+    "Fantasy": ("fantasies",),
+    "Film-Noir": ("film noir", "films noir", "noir"),
+    "Mystery": ("mysteries",),
+    "Romance": ("romantic", "romances"),
+    "Sci-Fi": ("scifi", "science fiction"),
+}
+NO_GENRE = frozenset({"", "unknown"})
+
+_TOKEN = re.compile(r"(\W*)(\w+)")
+_WORD = re.compile(r"[^\W_]+(?:['’.\-][^\W_]+)*")
+_YEAR = re.compile(r"(?:19|20)\d\d\Z")
+_BREAK = re.compile(r"[.!?\n]")
+_ARTICLE = re.compile(r"(?:the|an?)\s+(?=\w)", re.IGNORECASE)
+_PAREN = re.compile(r"\s*\(([^)]*)\)")
+
+_ANY_CASE, _CAPITALS, _ALONE, _GENRE = range(4)
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a text says, each thing once, in order of first mention.
+
+    titles: one set a mention: the catalogue titles it may mean.  genres: names as in the catalogue.
+    years: four-digit years outside titles.  people: proper names (two capitalised words or more, or one
+    after "by" or "starring") that are no title; mostly people, and never checkable from metadata.
+    prose: how far the words outside titles and genres are running English, in [0, 1]: full if a quarter of them,
+    and three different ones, are function words. A list of true keywords has 0.
+    """
+
+    titles: tuple[frozenset[str], ...] = ()
+    genres: tuple[str, ...] = ()
+    years: tuple[int, ...] = ()
+    people: tuple[str, ...] = ()
+    prose: float = 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A text's claims held against its record. Counts are of distinct claims."""
+
+    title: bool  # names the recommended film
+    history: int  # own history titles named
+    genres: int  # genres of the recommended film named
+    history_genres: int  # further genres, each true of a history film that the text names
+    years: int  # the film's year named
+    foreign_titles: int  # catalogue titles that are neither the film nor in the history
+    wrong_genres: int
+    wrong_years: int
+    people: int
+
+    @property
+    def supported(self) -> int:
+        return self.title + self.history + self.genres + self.history_genres + self.years
+
+    @property
+    def unsupported(self) -> int:
+        return self.foreign_titles + self.wrong_genres + self.wrong_years + self.people
+
+
+def words(text: str) -> list[str]:
+    """Words of ``text`` as written; "Sci-Fi", "don't" and "U.S" are one word each."""
+    return _WORD.findall(text)
+
+
+def distinct_share(tokens: list[str], n: int) -> float:
+    """Share of the n-grams of ``tokens`` that are distinct; 1 where there are none."""
+    grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def real_genres(record: Record) -> list[str]:
+    """The recommended film's genres without the placeholders of the data."""
+    return [g for g in record["genres"] if g.lower() not in NO_GENRE]
+
+
+def check_records(records: Iterable[Record], texts: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless there is one text a record and each record has its fields."""
+    records, texts = list(records), list(texts)
+    if len(records) != len(texts):
+        raise ValueError(f"{len(records)} records but {len(texts)} texts: give one text a record")
+    for i, record in enumerate(records):
+        if missing := [f for f in RECORD_FIELDS if f not in record]:
+            raise ValueError(f"record {i} lacks {', '.join(missing)}: see the record in recrl_lib/__init__.py")
+
+
+class Catalogue:
+    """The titles and genres a text can name.
+
+    Args:
+        titles: every title of the item table, article first ("The Rock").
+        genres: genre names ("Sci-Fi"); forms such as "comedies" or "science fiction" are known.
+    """
+
+    def __init__(self, titles: Iterable[str], genres: Iterable[str]):
+        self.titles = frozenset(t for t in titles if t.strip())
+        self.genres = tuple(sorted({g for g in genres if g.lower() not in NO_GENRE}))
+        if not self.titles:
+            raise ValueError("catalogue: no titles; give the item table's title column")
+        self._trie: dict = {}
+        self._last = ("", Claims())  # one text is asked about several times in a row
+        genre_keys = {key: genre for genre in self.genres for key in _genre_keys(genre)}
+        exact, alias = _title_keys(sorted(self.titles))
+        for key, (spelt, named) in (alias | exact).items():
+            if key not in genre_keys:
+                self._insert(key, (*_title_rule(spelt), frozenset(named)))
+        for key, genre in genre_keys.items():
+            self._insert(key, (_GENRE, (), genre))
+
+    def _insert(self, key: tuple[str, ...], hit: tuple) -> None:
+        node = self._trie
+        for token in key:
+            node = node.setdefault(token, {})
+        node[None] = hit
+
+    def claims(self, text: str) -> Claims:
+        """The claims of ``text``; see the module for the rules."""
+        if text != self._last[0]:
+            self._last = text, self._find(text)
+        return self._last[1]
+
+    def _find(self, text: str) -> Claims:
+        tokens = _TOKEN.findall(text.replace("_", " ").replace("&", " and ").replace("’", "'"))
+        gaps = [gap for gap, _ in tokens]
+        names = [word for _, word in tokens]
+        lower = [word.lower() for word in names]
+        used = [False] * len(tokens)
+        titles: dict[frozenset[str], None] = {}
+        genres: dict[str, None] = {}
+        i, n, trie = 0, len(tokens), self._trie
+        while i < n:
+            node, j, end = trie.get(lower[i]), i, 0
+            while node is not None:
+                j += 1
+                hit = node.get(None)
+                if hit is not None and _accepts(hit, gaps, names, lower, i):
+                    end, found = j, hit
+                node = node.get(lower[j]) if j < n else None
+            if not end:
+                i += 1
+                continue
+            (genres if found[0] == _GENRE else titles)[found[2]] = None
+            used[i:end] = [True] * (end - i)
+            i = end
+        years = dict.fromkeys(
+            int(w) for w, u in zip(names, used, strict=True) if not u and w[0] in "12" and _YEAR.match(w)
+        )
+        people = dict.fromkeys(_proper_names(gaps, names, lower, used))
+        return Claims(tuple(titles), tuple(genres), tuple(years), tuple(people), _prose(lower, used))
+
+    def verdict(self, record: Record, text: str) -> Verdict:
+        """Hold the claims of ``text`` against ``record``.
+
+        A genre is right if the recommended film has it, or a history film that the text names.
+        Raises ``ValueError`` if the record's titles are not in the catalogue.
+        """
+        own = record["title"]
+        genres_of = dict(zip(record["history_titles"], record["history_genres"], strict=True))
+        for title in (own, *genres_of):
+            if title not in self.titles:
+                raise ValueError(
+                    f"record of user {record['user']}: title {title!r} is not in the catalogue; "
+                    "build it from the same item table"
+                )
+        said = self.claims(text)
+        named = {t for mention in said.titles if own not in mention for t in mention & genres_of.keys()}
+        strangers = sum(own not in mention and mention.isdisjoint(genres_of) for mention in said.titles)
+        genres = set(said.genres)
+        true = genres & set(record["genres"])
+        theirs = (genres - true) & {g for t in named for g in genres_of[t]}
+        right_year = record["year"] in said.years
+        return Verdict(
+            title=any(own in mention for mention in said.titles),
+            history=len(named),
+            genres=len(true),
+            history_genres=len(theirs),
+            years=int(right_year),
+            foreign_titles=strangers,
+            wrong_genres=len(genres - true - theirs),
+            wrong_years=len(said.years) - right_year,
+            people=len(said.people),
+        )
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(word for _, word in _TOKEN.findall(text.replace("_", " ").replace("&", " and ")))
+
+
+def _lower(key: Iterable[str]) -> tuple[str, ...]:
+    return tuple(word.lower() for word in key)
+
+
+def _genre_keys(genre: str) -> set[tuple[str, ...]]:
+    forms = (genre, genre + "s", *GENRE_FORMS.get(genre, ()))
+    return {_lower(_split(form)) for form in forms} - {()}
+
+
+def _title_keys(titles: list[str]) -> tuple[dict, dict]:
+    """Lower-case forms -> (form as spelt, titles it may mean): the full forms, and the shorter ones."""
+    exact: dict[tuple[str, ...], tuple] = {}
+    alias: dict[tuple[str, ...], tuple] = {}
+    for title in titles:
+        plain = _PAREN.sub("", title)
+        head = _split(plain.split(":")[0])
+        shorter = [_split(inner) for inner in _PAREN.findall(title) if not inner.isdigit()] + [
+            _split(_ARTICLE.sub("", plain, count=1))
+        ]
+        for forms, keys in ((exact, [_split(title), _split(plain)]), (alias, shorter + [head] * (len(head) > 1))):
+            for key in filter(None, keys):
+                forms.setdefault(_lower(key), (key, set()))[1].add(title)
+    return exact, alias
+
+
+def _title_rule(spelt: tuple[str, ...]) -> tuple[int, tuple[int, ...]]:
+    """How a form must be written to count, and which of its words need their capital."""
+    small = [word.lower() in SMALL for word in spelt]
+    if len(spelt) == 1:
+        return _ALONE, (0,)
+    if len(spelt) > 2 and small.count(False) > 1:
+        return _ANY_CASE, ()
+    needed = range(len(spelt)) if all(small) else [k for k, s in enumerate(small) if not s]
+    return _CAPITALS, tuple(k for k in needed if spelt[k][0].isupper())
+
+
+def _accepts(hit: tuple, gaps, names, lower, i: int) -> bool:
+    """Whether the words from ``i`` on, which spell a known form, are written as one."""
+    rule, capitals, _ = hit
+    if any(names[i + k][0].islower() for k in capitals):
+        return False
+    return rule != _ALONE or _stands_alone(gaps, names, lower, i)
+
+
+def _stands_alone(gaps, names, lower, i: int) -> bool:
+    follows = i + 1 < len(names)
+    if follows and names[i + 1][0].isupper() and _joins(gaps[i + 1], lower[i]) and lower[i + 1] not in _NOT_NAMES:
+        return False
+    if _opens_sentence(gaps, lower, i):
+        shown = follows and (lower[i + 1] in _TITLE_FOLLOWERS or any(c in gaps[i + 1] for c in '("”*,:'))
+        return shown and lower[i] not in SMALL
+    neighbour = names[i - 1][0].isupper() and _joins(gaps[i], lower[i - 1]) and lower[i - 1] not in _NOT_NAMES
+    return not neighbour or _opens_sentence(gaps, lower, i - 1)
+
+
+def _opens_sentence(gaps, lower, i: int) -> bool:
+    if i == 0:
+        return True
+    previous = lower[i - 1]
+    return bool(_BREAK.search(gaps[i])) and previous not in _ABBREVIATIONS and len(previous) > 1
+
+
+def _joins(gap: str, before: str) -> bool:
+    """Whether two capitalised words with ``gap`` between them can be one name ("J. Smith", "O'Hara")."""
+    return gap in (" ", "-", "'") or (gap in (". ", ".") and (len(before) == 1 or before in _ABBREVIATIONS))
+
+
+def _prose(lower: list[str], used: list[bool]) -> float:
+    free = [word for word, u in zip(lower, used, strict=True) if not u]
+    function = [word for word in free if word in SMALL]
+    return min(len(function) / (FUNCTION_WORDS * len(free)), len(set(function)) / 3, 1.0) if function else 0.0
+
+
+def _proper_names(gaps, names, lower, used) -> Iterable[str]:
+    run: list[int] = []
+    for i, name in enumerate(names):
+        named = name[0].isupper() and not used[i]
+        # "The Matrix" inside a sentence: a capitalised article belongs to the name
+        named = named and (
+            lower[i] not in _NOT_NAMES or (lower[i] == "the" and not run and not _opens_sentence(gaps, lower, i))
+        )
+        if run and not (named and _joins(gaps[i], lower[run[-1]])):
+            yield from _name(run, names, lower)
+            run = []
+        if named:
+            run.append(i)
+    yield from _name(run, names, lower)
+
+
+def _name(run: list[int], names, lower) -> Iterable[str]:
+    if len(run) > 1 or (run and run[0] and lower[run[0] - 1] in _NAME_CUES and lower[run[0]] != "the"):
+        yield " ".join(names[i] for i in run)

@@ -1,0 +1,207 @@
+"""Every parameter of the study, once: name, type, default, range, help, and the stage that owns it.
+
+The defaults are the ``smoke`` profile; the other profiles list only what they change. A notebook's
+``parameters`` cell declares exactly the parameters its stage owns, with the smoke values, plus the
+common ones (``run``, ``seed``, ``device``); a test holds the two together. Later stages read
+earlier stages' parameters from ``runs/<run>/params.yaml``.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook: its number, its name in messages and files, and the stages whose output it reads."""
+
+    number: int
+    name: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def notebook(self) -> str:
+        return f"{self.number:02d}_{self.name}.ipynb"
+
+
+STAGES = (
+    Stage(0, "environment"),
+    Stage(1, "data"),
+    Stage(2, "ranker", ("data",)),
+    Stage(3, "explainer", ("data", "ranker")),
+    Stage(4, "shield", ("data", "ranker", "explainer")),
+    Stage(5, "shielded_ppo", ("data", "ranker", "explainer", "shield")),
+    Stage(6, "evaluation", ("data", "ranker", "explainer", "shield", "shielded_ppo")),
+    Stage(8, "audit", ("data", "ranker", "evaluation")),
+    Stage(9, "report", ("data", "ranker", "explainer", "shield", "shielded_ppo", "evaluation", "audit")),
+    Stage(10, "explore", ("data", "ranker", "explainer", "shielded_ppo")),
+)
+PIPELINE = tuple(stage for stage in STAGES if stage.name != "explore")  # what `make all` runs
+COMMON = "common"
+
+
+def stage_named(name: str) -> Stage:
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise ValueError(f"no stage is called {name!r}; stages: {', '.join(s.name for s in STAGES)}")
+
+
+def _p(default, stage: str, help: str, low=None, high=None, choices: tuple = ()):
+    return field(default=default, metadata={"stage": stage, "help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Params:
+    """All parameters, validated on construction. Raises ``ValueError`` naming the field and the remedy."""
+
+    run: str = _p("smoke", COMMON, "name of the run folder under runs/")
+    seed: int = _p(0, COMMON, "seed of everything random in the run", 0)
+    device: str = _p("auto", COMMON, "where models run", choices=("auto", "cpu", "cuda"))
+
+    dataset: str = _p("ml-100k", "data", "data set", choices=("ml-100k",))
+    ppo_users: float = _p(0.6, "data", "share of users whose prompts PPO trains on; the rest is held out", 0.1, 0.9)
+
+    text: str = _p("llm", "ranker", "item text in the ranker: the LLM's vectors, or none (plain SASRec)", choices=("llm", "none"))
+    llm: str = _p("smollm2-135m-instruct", "ranker", "packaged model, Hugging Face id or local folder")
+    ranker_dim: int = _p(64, "ranker", "width of the ranker", 8)
+    ranker_layers: int = _p(1, "ranker", "causal blocks", 1)
+    ranker_heads: int = _p(2, "ranker", "attention heads", 1)
+    ranker_max_len: int = _p(50, "ranker", "longest history read", 2)
+    ranker_dropout: float = _p(0.2, "ranker", "dropout", 0.0, 0.9)
+    ranker_lr: float = _p(1e-3, "ranker", "Adam learning rate", 0.0)
+    ranker_batch: int = _p(16, "ranker", "users in a batch", 1)
+    ranker_epochs: int = _p(4, "ranker", "most epochs", 1)
+    ranker_patience: int = _p(4, "ranker", "evaluations without a better validation NDCG@10 before stopping", 1)
+
+    lora_rank: int = _p(16, "explainer", "rank of the LoRA adapters (paper: 16)", 1)
+    lora_alpha: int = _p(16, "explainer", "LoRA alpha; the update is scaled by alpha / rank", 1)
+    lora_layers: int = _p(4, "explainer", "adapt the top n layers; 0 = all", 0)
+    history_length: int = _p(5, "explainer", "most recent titles in the prompt", 1)
+    temperature: float = _p(0.7, "explainer", "divides the logits in sampling, old, reference and new log-probabilities alike", 0.05)
+    max_new_tokens: int = _p(24, "explainer", "longest explanation", 4)
+    explain_users: int = _p(8, "explainer", "users whose base explanations are sampled in notebook 03", 1)
+
+    shield_mode: str = _p("update", "shield", "how the shielded arm is protected", choices=("gradient", "update", "frozen_a"))
+    shield_energy: float = _p(0.99, "shield", "share of the item texts' activation energy to protect, per layer input", 0.0, 1.0)
+    shield_rank: int = _p(0, "shield", "protect exactly this many directions per layer input; 0 = use shield_energy", 0)
+
+    reward: str = _p("grounded", "shielded_ppo", "reward variant", choices=("grounded", "paper"))
+    ppo_steps: int = _p(2, "shielded_ppo", "rollout-update iterations", 1)
+    prompts_per_step: int = _p(4, "shielded_ppo", "different prompts in a rollout", 1)
+    samples_per_prompt: int = _p(4, "shielded_ppo", "explanations sampled per prompt", 1)
+    ppo_epochs: int = _p(2, "shielded_ppo", "passes over each rollout", 1)
+    minibatches: int = _p(2, "shielded_ppo", "optimizer steps per pass", 1)
+    learning_rate: float = _p(1e-3, "shielded_ppo", "AdamW rate of the adapters", 0.0)
+    value_lr: float = _p(1e-4, "shielded_ppo", "AdamW rate of the value head", 0.0)
+    kl_coef: float = _p(0.02, "shielded_ppo", "per-token KL penalty in the reward", 0.0)
+    clip_range: float = _p(0.2, "shielded_ppo", "PPO clip range of the ratio", 0.0, 1.0)
+    value_clip: float = _p(0.2, "shielded_ppo", "clip range of the value", 0.0)
+    gae_lambda: float = _p(1.0, "shielded_ppo", "GAE lambda (gamma is 1)", 0.0, 1.0)
+    max_grad_norm: float = _p(1.0, "shielded_ppo", "gradient norm clip, before the shield", 0.0)
+    missing_eos_penalty: float = _p(0.2, "shielded_ppo", "subtracted from the score of an explanation cut off before its end", 0.0)
+
+    eval_users: int = _p(24, "evaluation", "held-out users whose explanations are judged", 2)
+    bootstrap: int = _p(2000, "evaluation", "bootstrap resamples of users", 100)
+    sim_alpha: float = _p(0.5, "evaluation", "click model: weight of the ranker's standardised score")
+    sim_beta: float = _p(2.0, "evaluation", "click model: weight of the judge's quality")
+    sim_bias: float = _p(-2.0, "evaluation", "click model: intercept")
+    sim_position: float = _p(0.5, "evaluation", "click model: weight of the position's discount")
+    sim_user_std: float = _p(0.5, "evaluation", "click model: spread of the users' own bias", 0.0)
+
+    interactive: bool = _p(False, "explore", "show the chat widget (needs a live JupyterLab)")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, meta = getattr(self, f.name), f.metadata
+            object.__setattr__(self, f.name, _typed(f.name, value, f.type))
+            value = getattr(self, f.name)
+            if meta["choices"] and value not in meta["choices"]:
+                raise ValueError(f"parameter {f.name}={value!r}: choose one of {', '.join(map(repr, meta['choices']))}")
+            if meta["low"] is not None and value < meta["low"]:
+                raise ValueError(f"parameter {f.name}={value!r}: must be at least {meta['low']}")
+            if meta["high"] is not None and value > meta["high"]:
+                raise ValueError(f"parameter {f.name}={value!r}: must be at most {meta['high']}")
+        if not self.run or not all(c.isalnum() or c in "-_." for c in self.run) or self.run[0] in ".-":
+            raise ValueError(f"parameter run={self.run!r}: use letters, digits, '-', '_' and '.', starting with a letter or digit")
+        if self.run == "reference":
+            raise ValueError("parameter run='reference': that folder holds the published runs; choose another name")
+        if self.ranker_dim % self.ranker_heads:
+            raise ValueError(f"parameter ranker_dim={self.ranker_dim}: must be a multiple of ranker_heads={self.ranker_heads}")
+        samples = self.prompts_per_step * self.samples_per_prompt
+        if samples % self.minibatches:
+            raise ValueError(f"parameter minibatches={self.minibatches}: must divide prompts_per_step x samples_per_prompt = {samples}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _typed(name: str, value, kind: type):
+    """``value`` as ``kind``, accepting an int for a float and nothing else; a bool is never a number."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"parameter {name}={value!r}: must be {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "smoke": {},
+    "laptop": dict(
+        ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
+        lora_layers=10, max_new_tokens=40, explain_users=12,
+        ppo_steps=12, prompts_per_step=8, samples_per_prompt=4,
+        eval_users=200, bootstrap=10_000,
+    ),
+    "pod": dict(
+        ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,
+        lora_layers=0, max_new_tokens=64, explain_users=32,
+        ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
+        eval_users=377, bootstrap=10_000,
+    ),
+    "paper": dict(
+        llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        ranker_dim=128, ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=100, ranker_patience=10,
+        lora_layers=0, max_new_tokens=40, explain_users=32,
+        ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
+        eval_users=377, bootstrap=10_000, reward="paper",
+    ),
+}
+
+
+def names() -> list[str]:
+    return [f.name for f in fields(Params)]
+
+
+def owned_by(stage: str) -> list[str]:
+    """Parameters that ``stage``'s notebook declares: the common ones, then its own, in order."""
+    return [f.name for f in fields(Params) if f.metadata["stage"] in (COMMON, stage)]
+
+
+def check_names(given: dict, where: str) -> None:
+    """Raise ``ValueError`` for a name that is no parameter, with the nearest one that is."""
+    for name in given:
+        if name not in names():
+            near = get_close_matches(name, names(), n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; parameters: {', '.join(names())}"
+            raise ValueError(f"{where}: unknown parameter {name!r}{hint}")
+
+
+def resolve(profile: str, **overrides) -> Params:
+    """The parameters of ``profile`` with ``overrides`` on top."""
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
+    check_names(overrides, f"profile {profile}")
+    return Params(**{**PROFILES[profile], **overrides})
+
+
+def parse_value(name: str, text: str):
+    """``text`` from a command line as the type of parameter ``name``. Raises ``ValueError``."""
+    check_names({name: text}, "command line")
+    kind = next(f.type for f in fields(Params) if f.name == name)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"command line: {name}={text!r} is not {'true or false' if kind is bool else 'of type ' + kind.__name__}") from None

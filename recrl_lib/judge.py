@@ -1,0 +1,285 @@
+"""Held-out measures of an explanation. None of them enters a reward, and this module never imports one.
+
+Grounding and the guard against keyword lists share with the reward the finding of claims and of function
+words (``recrl_lib.claims``): both must read a text alike. Retrieval, fluency and readability, two thirds of
+``quality``, share nothing with it.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from recrl_lib.claims import Catalogue, Record, check_records, distinct_share, real_genres, words
+
+CANDIDATES = 10  # a text's own card and nine others: chance is 10 %
+TEMPERATURE = 0.05  # of the softmax over cosines; MiniLM's cosines of unrelated texts lie within about .1
+
+_SENTENCE_END = re.compile(r"[.!?]+(?=\s|[\"”')]|\Z)")
+_VOWELS = re.compile(r"[aeiouyà-öø-ÿ]+")
+
+
+# --- grounding -------------------------------------------------------------------------------------
+
+
+def grounding(record: Record, text: str, catalogue: Catalogue) -> tuple[float, float]:
+    """(precision, recall) of what the text claims, against the metadata.
+
+    Precision: share of its distinct claims (titles, genres, years, people) that the record supports;
+    people are never supported, since the metadata names none. A text without claims has no precision
+    (NaN, left out of means), and recall 0; report both, since few claims make precision cheap (Kabongo &
+    Guigue, arXiv 2512.24366). Recall: share named of the film, each of its genres, and (as one fact) some
+    own history title. The year is no part of it: a good explanation need not give it.
+    """
+    verdict = catalogue.verdict(record, text)
+    claimed = verdict.supported + verdict.unsupported
+    facts = 1 + len(real_genres(record)) + bool(record["history_titles"])
+    told = verdict.title + min(verdict.genres, len(real_genres(record))) + bool(verdict.history)
+    return (verdict.supported / claimed if claimed else math.nan), told / facts
+
+
+def f1(precision: float, recall: float) -> float:
+    """Harmonic mean; 0 where there is no claim."""
+    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0  # false for NaN
+
+
+# --- own-item retrieval ------------------------------------------------------------------------------
+
+
+class SentenceEncoder:
+    """all-MiniLM-L6-v2 from a local folder: mean pooling over real tokens, unit length.
+
+    Raises ``RuntimeError`` if the folder does not hold the model.
+    """
+
+    def __init__(self, folder: Path | str, device: torch.device | str = "cpu"):
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bar in a stored notebook differs at every run
+        if not (Path(folder) / "config.json").is_file():
+            raise RuntimeError(
+                f"{Path(folder).name}: no config.json in the sentence encoder's folder; "
+                "get it with assets.minilm_folder()"
+            )
+        self.device = torch.device(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        self.model = (
+            AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).to(self.device).eval()
+        )
+
+        self._known: dict[str, np.ndarray] = {}  # arms are judged on the same cards, and partly the same texts
+
+    def encode(self, texts: Sequence[str], batch: int = 64) -> np.ndarray:
+        """(n, 384) float32, rows of unit length, in the order of ``texts``; texts beyond 256 tokens are cut."""
+        new = sorted(set(texts) - self._known.keys(), key=lambda t: (len(t), t))  # like lengths pad little
+        for start in range(0, len(new), batch):
+            self._known.update(zip(new[start : start + batch], self._encode(new[start : start + batch]), strict=True))
+        width = self.model.config.hidden_size
+        return np.stack([self._known[t] for t in texts]) if len(texts) else np.zeros((0, width), np.float32)
+
+    @torch.inference_mode()
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt").to(
+            self.device
+        )
+        hidden = self.model(**tokens).last_hidden_state
+        mask = tokens["attention_mask"][..., None].to(hidden.dtype)
+        pooled = (hidden * mask).sum(1) / mask.sum(1)
+        return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
+
+
+def card(record: Record) -> str:
+    """What a text is matched with: the recommended film and the viewer's history, in words."""
+    year = f" ({record['year']})" if record["year"] else ""
+    genres = f" Genres: {', '.join(real_genres(record))}." if real_genres(record) else ""
+    history = f" The viewer liked {', '.join(record['history_titles'])}." if record["history_titles"] else ""
+    return f"{record['title']}{year}.{genres}{history}"
+
+
+def card_cosines(
+    texts: Sequence[str],
+    records: Sequence[Record],
+    encoder,
+    rng: np.random.Generator,
+    n: int = CANDIDATES,
+    mask_titles: bool = False,
+) -> np.ndarray:
+    """Cosines (texts, n) of each text with its own card (column 0) and n - 1 other records' cards.
+
+    The others are drawn by ``rng`` from the records alone, so arms that are judged on the same records with
+    equal generators face the same candidates. ``mask_titles`` blanks the record's own titles in the text:
+    what is left is matched by genre and description. Raises ``ValueError`` if there are fewer than n different cards.
+    """
+    check_records(records, texts)
+    cards, own = np.unique([card(r) for r in records], return_inverse=True)
+    if len(cards) < n:
+        raise ValueError(
+            f"own-item retrieval among {n} needs as many different records, not {len(cards)}; raise eval_users"
+        )
+    others = np.stack([rng.choice(len(cards) - 1, n - 1, replace=False) for _ in own])
+    others += others >= own[:, None]  # skip the own card
+    if mask_titles:
+        texts = [_mask(record, text) for record, text in zip(records, texts, strict=True)]
+    text_vectors, card_vectors = encoder.encode(list(texts)), encoder.encode(list(map(str, cards)))
+    return np.einsum("nd,nkd->nk", text_vectors, card_vectors[np.column_stack([own, others])])
+
+
+def own_item_retrieval(
+    texts: Sequence[str],
+    records: Sequence[Record],
+    encoder,
+    rng: np.random.Generator,
+    n: int = CANDIDATES,
+    mask_titles: bool = False,
+) -> np.ndarray:
+    """bool (texts,): does the text's embedding pick its own card among ``n``? Ties count against it.
+
+    Chance is 1/n: show it beside the same texts permuted among the records.
+    """
+    return _picked(texts, card_cosines(texts, records, encoder, rng, n, mask_titles))
+
+
+def _picked(texts: Sequence[str], cosines: np.ndarray) -> np.ndarray:
+    return (cosines[:, 0] > cosines[:, 1:].max(1)) & np.array([bool(words(t)) for t in texts], bool)
+
+
+def _mask(record: Record, text: str) -> str:
+    titles = sorted({record["title"], *record["history_titles"]}, key=len, reverse=True)
+    return re.sub("|".join(rf"(?<!\w){re.escape(t)}(?!\w)" for t in titles), "this film", text, flags=re.IGNORECASE)
+
+
+# --- language ----------------------------------------------------------------------------------------
+
+
+def fluency(ref_logprobs: Sequence[np.ndarray]) -> np.ndarray:
+    """Geometric-mean token probability of each text under the frozen base LLM, in [0, 1]; 0 for no tokens.
+
+    Args:
+        ref_logprobs: for each text its tokens' natural-log probabilities.
+    """
+    out = np.zeros(len(ref_logprobs))
+    for i, logp in enumerate(ref_logprobs):
+        logp = np.asarray(logp, np.float64)
+        if np.isnan(logp).any() or (logp > 1e-6).any():
+            raise ValueError(f"ref_logprobs[{i}]: log-probabilities must be numbers <= 0")
+        out[i] = math.exp(min(logp.mean(), 0.0)) if logp.size else 0.0
+    return out
+
+
+def syllables(word: str) -> int:
+    """Vowel groups, a silent final e not counted; at least one."""
+    word = word.lower()
+    silent = (
+        word.endswith("e")
+        and not word.endswith(("le", "ee", "ye"))
+        or word.endswith("es")
+        and not word.endswith(("ses", "ies", "xes", "hes"))
+    )
+    return max(len(_VOWELS.findall(word)) - silent, 1)
+
+
+def readability(text: str) -> float:
+    """Flesch reading ease, 206.835 - 1.015 words/sentences - 84.6 syllables/words (Flesch 1948).
+
+    About 100 is very easy, 0 very hard, both ends open; NaN for a text without words.
+    """
+    said = words(text)
+    if not said:
+        return math.nan
+    sentences = max(len(_SENTENCE_END.findall(text)), 1)
+    return 206.835 - 1.015 * len(said) / sentences - 84.6 * sum(map(syllables, said)) / len(said)
+
+
+def language(text: str, fluency_: float) -> float:
+    """Mean of fluency and of reading ease / 100 (clipped), times the share of distinct bigrams: a loop is
+    probable under any LLM and easy to read. In [0, 1]; 0 for a text without words."""
+    said = [w.lower() for w in words(text)]
+    if not said:
+        return 0.0
+    return (fluency_ + min(max(readability(text) / 100, 0.0), 1.0)) / 2 * distinct_share(said, 2)
+
+
+# --- all together --------------------------------------------------------------------------------------
+
+
+def quality(grounding_f1, own_item_probability, language_, prose_=1.0) -> np.ndarray:
+    """The judge's one number, in [0, 1], which the click model uses: the plain mean of the three parts, times
+    how far the text is prose, so that a list of true keywords is no explanation."""
+    return (
+        (np.asarray(grounding_f1) + np.asarray(own_item_probability) + np.asarray(language_)) / 3 * np.asarray(prose_)
+    )
+
+
+def judge_texts(
+    records: Sequence[Record],
+    texts: Sequence[str],
+    ref_logprobs: Sequence[np.ndarray],
+    encoder,
+    catalogue: Catalogue,
+    rng: np.random.Generator,
+    n: int = CANDIDATES,
+) -> pd.DataFrame:
+    """One row a text: grounding_precision (NaN: no claims) grounding_recall grounding_f1 own_item (bool)
+    own_item_probability own_item_masked (bool, titles blanked) fluency readability words quality.
+
+    ``own_item_probability`` is the softmax of the cosines / .05 at the own card: smoother than the yes or no.
+    A text without words scores 0 everywhere.
+    """
+    check_records(records, texts)
+    if len(ref_logprobs) != len(texts):
+        raise ValueError(f"{len(texts)} texts but {len(ref_logprobs)} arrays of log-probabilities: give one a text")
+    seed = int(rng.integers(2**63))  # the masked texts face the same candidates
+    cosines = card_cosines(texts, records, encoder, np.random.default_rng(seed), n)
+    masked = own_item_retrieval(texts, records, encoder, np.random.default_rng(seed), n, mask_titles=True)
+    scaled = np.exp((cosines - cosines.max(1, keepdims=True)) / TEMPERATURE)
+    said = np.array([len(words(t)) for t in texts])
+    frame = pd.DataFrame(
+        [grounding(r, t, catalogue) for r, t in zip(records, texts, strict=True)],
+        columns=["grounding_precision", "grounding_recall"],
+    )
+    frame["grounding_f1"] = [
+        f1(p, r) for p, r in zip(frame["grounding_precision"], frame["grounding_recall"], strict=True)
+    ]
+    frame["own_item"] = _picked(texts, cosines)
+    frame["own_item_probability"] = scaled[:, 0] / scaled.sum(1) * (said > 0)
+    frame["own_item_masked"] = masked
+    frame["fluency"] = fluency(ref_logprobs) * (said > 0)
+    frame["readability"] = [readability(t) for t in texts]
+    frame["words"] = said
+    languages = [language(t, f) for t, f in zip(texts, frame["fluency"], strict=True)]
+    frame["quality"] = quality(
+        frame["grounding_f1"], frame["own_item_probability"], languages, [catalogue.claims(t).prose for t in texts]
+    )
+    return frame
+
+
+# --- the ceiling -----------------------------------------------------------------------------------------
+
+_OPENINGS = (
+    "Because you liked {history}, I recommend {film}, {what}.",
+    "I recommend {film} because you enjoyed {history}; it is {what}.",
+    "You watched {history}, so I think you will like {film}, {what}.",
+)
+
+
+def reference_line(record: Record) -> str:
+    """An explanation composed from metadata alone: true by construction, as the ceiling to show beside a model's.
+
+    It names the film, its year and genres, and the one or two history films that share most genres with it.
+    """
+    genres = real_genres(record)
+    shared = [len(set(genres) & set(g)) for g in record["history_genres"]]
+    nearest = sorted(range(len(shared)), key=lambda i: (-shared[i], -i))[:2]
+    history = " and ".join(dict.fromkeys(record["history_titles"][i] for i in nearest))
+    film = record["title"] + (f" ({record['year']})" if record["year"] else "")
+    listed = [g.lower().replace("film-noir", "film noir") for g in genres]
+    kind = " and ".join(filter(None, [", ".join(listed[:-1]), listed[-1] if listed else ""]))
+    what = f"{'an' if kind[:1] in tuple('aeiou') else 'a'} {kind} film" if kind else "a film in the same vein"
+    if not history:
+        return f"I recommend {film}, {what}."
+    return _OPENINGS[(record["user"] + record["item"]) % len(_OPENINGS)].format(history=history, film=film, what=what)

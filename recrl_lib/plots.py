@@ -1,0 +1,463 @@
+"""Every figure of the study, in one style, readable without colour.
+
+Each arm has its own colour (a colour-blind-safe palette), marker, line style and hatch, the same in all
+figures. Functions take tables or a flat dict of metrics and return a ``Figure`` sized for a notebook;
+they compute nothing that a table should hold. SVG files carry no date and no random ids, so equal
+numbers give equal bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
+
+from recrl_lib import paths, runs
+
+
+class Look(NamedTuple):
+    colour: str
+    marker: str
+    line: str
+    hatch: str
+
+
+_PALETTE = sns.color_palette("colorblind").as_hex()
+LOOKS = {
+    "base": Look(_PALETTE[7], "s", ":", ""),
+    "separate": Look(_PALETTE[0], "^", "-.", "//"),
+    "unshielded": Look(_PALETTE[3], "X", "--", "\\\\"),
+    "shielded": Look(_PALETTE[2], "o", "-", "xx"),
+}
+_OTHERS = [Look(_PALETTE[i], m, s, h) for i, m, s, h in
+           ((0, "o", "-", ""), (1, "s", "--", "//"), (4, "D", "-.", ".."), (8, "v", ":", "\\\\"), (9, "P", "-", "++"))]
+STYLE = {
+    "figure.dpi": 80,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.framealpha": 0.9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 6,
+    "hatch.linewidth": 0.6,
+    "svg.hashsalt": "shielded-recrl",  # else the ids in an SVG are random
+    "svg.fonttype": "none",  # text stays text: small files, searchable, read aloud
+}
+INTERVAL = "95 % interval over users"
+
+
+def style() -> None:
+    """Set the study's style; every figure function does so itself, a notebook does for figures of its own."""
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc=STYLE)
+
+
+def _axes(rows: int, columns: int, width: float, height: float, **kwargs) -> tuple[Figure, Any]:
+    style()
+    return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
+
+
+def _looks(names: Sequence[str]) -> list[Look]:
+    """The arms' own looks; anything else takes the others in turn."""
+    free = iter(range(len(names)))
+    return [LOOKS[n] if n in LOOKS else _OTHERS[next(free) % len(_OTHERS)] for n in names]
+
+
+def _metric(metrics: Mapping[str, Any], key: str, stage: str = "evaluation", notebook: str = "06_evaluation") -> float:
+    if key not in metrics:
+        raise ValueError(f"metrics/{stage}.json lacks {key!r}: run notebooks/{notebook}.ipynb again")
+    return metrics[key]
+
+
+def _columns(table: pd.DataFrame, name: str, *needed: str) -> pd.DataFrame:
+    table = pd.DataFrame(table)
+    if missing := [c for c in needed if c not in table]:
+        raise ValueError(f"{name}: no column {', '.join(missing)}; run the notebook that writes this table again")
+    if table.empty:
+        raise ValueError(f"{name}: no rows to draw; run the notebook that writes this table again")
+    return table
+
+
+def _arms_in(metrics: Mapping[str, Any], name: str, *, base: bool) -> list[str]:
+    """Arms that have metric ``name``, in the study's order."""
+    found = [arm for arm in LOOKS if f"{arm}/{name}" in metrics and (base or arm != "base")]
+    if not found:
+        raise ValueError(f"metrics/evaluation.json has {name!r} for no arm: run notebooks/06_evaluation.ipynb again")
+    return found
+
+
+def _errors(value: float, lo: float | None, hi: float | None) -> np.ndarray | None:
+    """Lengths (2, 1) below and above ``value``; percentile intervals need not contain it, lengths are >= 0."""
+    return None if lo is None or hi is None else np.maximum([[value - lo], [hi - value]], 0.0)
+
+
+def _whole_ticks(axis: mpl.axis.Axis) -> None:
+    axis.set_major_locator(MaxNLocator(integer=True, nbins="auto"))
+
+
+def _dots(ax: Axes, rows: Sequence[Mapping[str, Any]], value: str, xlabel: str) -> None:
+    """One horizontal dot with interval a row (name, ``value``, lo, hi), first row on top."""
+    for y, (row, look) in enumerate(zip(rows, _looks([r["name"] for r in rows]))):
+        ax.errorbar(
+            row[value], y, xerr=_errors(row[value], row.get("lo"), row.get("hi")),
+            fmt=look.marker, color=look.colour, capsize=4, markersize=8,
+        )
+    ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlabel(xlabel)
+    ax.grid(axis="y", visible=False)
+
+
+def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]], ylabel: str, reference: float | None, digits: int = 3) -> None:
+    for x, (row, look) in enumerate(zip(rows, _looks([r["name"] for r in rows]))):
+        ax.bar(x, row["value"], 0.6, color=look.colour, hatch=look.hatch, edgecolor="black", linewidth=0.8,
+               yerr=_errors(row["value"], row.get("lo"), row.get("hi")), capsize=4)
+        ax.annotate(f"{row['value']:.{digits}g}", (x, max(row["value"], row.get("hi") or row["value"], 0)),
+                    xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)
+    if reference is not None:
+        ax.axhline(reference, color="black", linestyle="--", linewidth=1)
+    ax.margins(y=0.12)
+    ax.set_xticks(range(len(rows)), [textwrap.fill(str(row["name"]), 16) for row in rows])
+    ax.set_ylabel(ylabel)
+    ax.grid(axis="x", visible=False)
+
+
+def bars(rows: Sequence[Mapping[str, Any]], ylabel: str, title: str, reference: float | None = None) -> Figure:
+    """One bar a row: name, value and, where given, the ends lo and hi of an interval.
+
+    ``reference``: a dashed line, for example at chance.
+    """
+    if not rows:
+        raise ValueError("bars: no rows to draw")
+    fig, ax = _axes(1, 1, max(4.5, 1.3 * len(rows)), 3.4)
+    _bars(ax, rows, ylabel, reference)
+    ax.set_title(title)
+    return fig
+
+
+# --- 01 data, 02 ranker -----------------------------------------------------------------------------
+
+
+def data_overview(interactions: pd.DataFrame, items: pd.DataFrame) -> Figure:
+    """Popularity curve, history lengths, and each genre's share of films beside its share of ratings.
+
+    A film of several genres counts in each.
+    """
+    interactions = _columns(interactions, "interactions", "user", "item")
+    fig, (popularity, length, genre) = _axes(1, 3, 11, 3.8, width_ratios=(1, 1, 1.3))
+    counts = interactions["item"].value_counts().to_numpy()
+    popularity.loglog(np.arange(1, len(counts) + 1), counts, color=_PALETTE[0])
+    popularity.set(title="Popularity", xlabel="film, by rank of popularity", ylabel="ratings")
+
+    lengths = interactions["user"].value_counts().to_numpy()
+    length.hist(lengths, bins=np.geomspace(lengths.min(), lengths.max() + 1, 25), color=_PALETTE[0], edgecolor="black")
+    length.axvline(np.median(lengths), color="black", linestyle="--", label=f"median {np.median(lengths):g}")
+    length.set(title="History length", xlabel="ratings of a user", ylabel="users", xscale="log")
+    length.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    length.xaxis.set_major_formatter(ScalarFormatter())
+    length.xaxis.set_minor_formatter(NullFormatter())
+    length.legend()
+
+    shares = genre_shares(interactions, items)
+    y = np.arange(len(shares))
+    genre.barh(y - 0.2, shares["films"], 0.4, color=_PALETTE[7], edgecolor="black", linewidth=0.5, label="of films")
+    genre.barh(y + 0.2, shares["ratings"], 0.4, color=_PALETTE[0], edgecolor="black", linewidth=0.5, hatch="///",
+               label="of ratings")
+    genre.set_yticks(y, shares.index, fontsize=8)
+    genre.set_ylim(len(shares) - 0.4, -0.6)
+    genre.set(title="Genres", xlabel="share")
+    genre.xaxis.set_major_formatter(PercentFormatter(1))
+    genre.grid(axis="y", visible=False)
+    genre.legend(loc="lower right")
+    return fig
+
+
+def genre_shares(interactions: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
+    """Share of films and of ratings of each genre (columns films, ratings), largest share of ratings first."""
+    pairs = items[["item", "genres"]].assign(genre=items["genres"].str.split("|")).explode("genre")
+    pairs = pairs[pairs["genre"].fillna("") != ""]
+    rated = interactions["item"].value_counts()
+    films = pairs["genre"].value_counts() / len(items)
+    ratings = pairs["item"].map(rated).fillna(0).groupby(pairs["genre"]).sum() / len(interactions)
+    table = pd.DataFrame({"films": films, "ratings": ratings}).rename_axis("genre").reset_index()
+    return table.sort_values(["ratings", "genre"], ascending=[False, True]).set_index("genre")
+
+
+def ranker_training(curve: pd.DataFrame | list[dict]) -> Figure:
+    """Training loss and validation NDCG@10 by epoch, with a mark at the epoch that is kept."""
+    curve = _columns(curve, "curves/ranker.csv", "epoch", "loss", "valid_ndcg@10")
+    fig, (loss, valid) = _axes(1, 2, 9, 3.2)
+    best = curve.loc[curve["valid_ndcg@10"].idxmax()]
+    loss.plot(curve["epoch"], curve["loss"], "o-", color=_PALETTE[0], markersize=4)
+    loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
+    valid.plot(curve["epoch"], curve["valid_ndcg@10"], "s--", color=_PALETTE[1], markersize=4)
+    valid.plot(best["epoch"], best["valid_ndcg@10"], "*", color="black", markersize=13, label=f"best: epoch {best['epoch']:g}")
+    valid.set(title="Validation", xlabel="epoch", ylabel="NDCG@10")
+    valid.legend(loc="lower right")
+    for ax in (loss, valid):
+        _whole_ticks(ax.xaxis)
+    return fig
+
+
+def ranker_comparison(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Test NDCG@10 of several rankers: rows of name, ndcg, lo, hi."""
+    if not rows:
+        raise ValueError("ranker_comparison: no rows to draw")
+    fig, ax = _axes(1, 1, 7.5, 1.2 + 0.45 * len(rows))
+    _dots(ax, rows, "ndcg", f"test NDCG@10 ({INTERVAL})")
+    ax.set_xlim(left=0)
+    ax.set_title("Rankers on the same protocol: all items ranked, seen ones masked")
+    return fig
+
+
+# --- 04 shield ---------------------------------------------------------------------------------------
+
+
+def outside_energy(spectrum: Sequence[float]) -> np.ndarray:
+    """Share (d + 1,) of the trace outside the top k eigenvectors, for k = 0..d, from eigenvalues, largest first."""
+    values = np.asarray(spectrum, np.float64)
+    tail = values[::-1].cumsum()[::-1]  # summed from the small end: 1 - cumsum would drown in rounding
+    return np.append(tail, 0.0) / tail[0]
+
+
+def _layer(name: str) -> tuple[int, str]:
+    number, _, kind = name.partition(".")
+    return int(number), kind
+
+
+def spectrum(protected: Mapping[str, Any]) -> Figure:
+    """Energy left outside the top k directions against k, a line a layer, a dot at the k that the shield protects.
+
+    ``protected``: ``{"<layer>.<attention|output>": shield.Subspace}``.
+    """
+    kinds = sorted({_layer(name)[1] for name in protected})
+    fig, axes = _axes(1, len(kinds), 4.8 * len(kinds), 3.8, sharey=True, squeeze=False)
+    numbers = sorted({_layer(name)[0] for name in protected})
+    colours = sns.color_palette("viridis", len(numbers)).as_hex()
+    named = {numbers[i] for i in np.linspace(0, len(numbers) - 1, 6).round().astype(int)}
+    lines = ("-", "--", "-.", ":")
+    for ax, kind in zip(axes[0], kinds):
+        for i, number in enumerate(numbers):
+            if (space := protected.get(f"{number}.{kind}")) is None:
+                continue
+            left = outside_energy(space.spectrum)[: space.width]
+            k = np.unique(np.r_[0:8, np.geomspace(8, space.width - 1, 60).astype(int)].clip(max=space.width - 1))
+            ax.plot(k, left[k], lines[i % 4], color=colours[i], linewidth=1.3, label=number if number in named else None)
+            ax.plot(space.rank, max(left[min(space.rank, space.width - 1)], 1e-12), "o", color=colours[i], markeredgecolor="black")
+        ax.set(title=f"{kind} input", xlabel="protected directions k", yscale="log")
+        ax.set_ylim(1e-7, 1.5)
+        ax.legend(title="layer", ncols=2, loc="upper right")
+    axes[0, 0].set_ylabel("share of energy outside")
+    fig.suptitle("What item texts leave outside the protected directions (dot: where the shield stops)")
+    return fig
+
+
+def overlap_by_layer(table: pd.DataFrame) -> Figure:
+    """Share of the prompts' energy inside the protected subspace, beside what as many random directions would hold."""
+    table = _columns(table, "overlap", "input", "rank", "width", "overlap")
+    table = table.assign(layer=[_layer(n)[0] for n in table["input"]], kind=[_layer(n)[1] for n in table["input"]])
+    kinds = sorted(table["kind"].unique())
+    fig, axes = _axes(1, len(kinds), 4.8 * len(kinds), 3.2, sharey=True, squeeze=False)
+    for ax, kind in zip(axes[0], kinds):
+        part = table[table["kind"] == kind].sort_values("layer")
+        ax.plot(part["layer"], part["overlap"], "o-", color=_PALETTE[3], label="prompts' energy held")
+        ax.plot(part["layer"], part["rank"] / part["width"], "s:", color=_PALETTE[7], label="random subspace of that size")
+        ax.set(title=f"{kind} input", xlabel="layer", ylim=(0, 1.03))
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        _whole_ticks(ax.xaxis)
+    axes[0, 0].set_ylabel("share inside the protected subspace")
+    axes[0, 0].legend(loc="best")
+    fig.suptitle("How much of the explanation prompts lies where the shield forbids learning")
+    return fig
+
+
+# --- 05 PPO ------------------------------------------------------------------------------------------
+
+_PPO_PANELS = (
+    ("reward", "Reward", "mean reward, in [0, 1]"),
+    ("kl", "KL to the reference", "nats per explanation"),
+    ("length", "Length", "tokens per explanation"),
+    ("clip_fraction", "Clipped ratios", "share of tokens"),
+    ("eos_rate", "Finished explanations", "share with an end token"),
+    ("step_seconds", "Time of a step", "seconds"),
+)
+
+
+def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
+    """Six statistics of the rollouts by PPO step, a line an arm; the last panel also shows the shield's own time."""
+    curve = _columns(curve, "curves/ppo.csv", "arm", "step", "shield_seconds", *(p[0] for p in _PPO_PANELS))
+    fig, axes = _axes(2, 3, 9.5, 4.8, sharex=True)
+    every = 1 + curve["step"].nunique() // 8  # a marker on every point of a long run hides the line
+    arms = list(dict.fromkeys(curve["arm"]))
+    for ax, (column, title, label) in zip(axes.flat, _PPO_PANELS):
+        for arm, look in zip(arms, _looks(arms)):
+            part = curve[curve["arm"] == arm]
+            ax.plot(part["step"], part[column], look.line, marker=look.marker, markevery=every, color=look.colour,
+                    markersize=5, linewidth=1.3, label=arm)
+        ax.set(title=title, ylabel=label)
+        _whole_ticks(ax.xaxis)
+    for column in ("clip_fraction", "eos_rate"):
+        axes.flat[[p[0] for p in _PPO_PANELS].index(column)].yaxis.set_major_formatter(PercentFormatter(1))
+    guarded = curve[curve["shield_seconds"] > 0]
+    if len(guarded):
+        axes[1, 2].plot(guarded["step"], guarded["shield_seconds"], ":", color="black", label="shield alone")
+    axes[1, 2].set_ylim(bottom=0)
+    axes[0, 0].legend(loc="best")
+    axes[1, 2].legend(loc="best")
+    for ax in axes[1]:
+        ax.set_xlabel("PPO step")
+    return fig
+
+
+# --- 06 evaluation -----------------------------------------------------------------------------------
+
+_PARTS = {"reward": "reward", "reward_length": "length", "reward_relevance": "relevance",
+          "reward_coherence": "coherence", "quality": "quality\n(held-out judge)"}
+
+
+def reward_parts(explanations: pd.DataFrame) -> Figure:
+    """Mean reward, its three parts and the judge's quality by arm; error bars are ±1.96 standard errors."""
+    table = _columns(explanations, "explanations", "arm", *_PARTS)
+    arms = list(dict.fromkeys(table["arm"]))
+    fig, ax = _axes(1, 1, 8.5, 3.6)
+    width = 0.8 / len(arms)
+    for i, (arm, look) in enumerate(zip(arms, _looks(arms))):
+        values = table.loc[table["arm"] == arm, list(_PARTS)]
+        error = 1.96 * values.std(ddof=1).fillna(0.0) / np.sqrt(len(values))
+        x = np.arange(len(_PARTS)) + (i - (len(arms) - 1) / 2) * width
+        ax.bar(x, values.mean(), width, yerr=error, capsize=3, color=look.colour, hatch=look.hatch, edgecolor="black",
+               linewidth=0.8, label=arm)
+    ax.axvline(len(_PARTS) - 1.5, color="black", linewidth=1)
+    ax.set_xticks(range(len(_PARTS)), list(_PARTS.values()))
+    ax.set(title="The reward and its parts, and beside them a measure that tuning never saw",
+           ylabel="mean over users, in [0, 1]")
+    ax.set_ylim(0, 1.05)
+    ax.grid(axis="x", visible=False)
+    ax.legend(loc="upper center", ncols=len(arms))
+    return fig
+
+
+def ctr_lift(metrics: Mapping[str, Any], ceiling: float | None = None) -> Figure:
+    """Ratio of simulated click rates to the base arm's, with its interval.
+
+    ``ceiling``: the published account's largest possible lift (``simulator.paper_ceiling()``), for scale.
+    """
+    arms = _arms_in(metrics, "ctr_lift", base=False)
+    rows = [{"name": arm, "value": metrics[f"{arm}/ctr_lift"], "lo": _metric(metrics, f"{arm}/ctr_lift_lo"),
+             "hi": _metric(metrics, f"{arm}/ctr_lift_hi")} for arm in arms]
+    fig, ax = _axes(1, 1, 7.5, 1.7 + 0.45 * len(rows))
+    _dots(ax, rows, "value", f"simulated CTR / CTR of the base arm ({INTERVAL})")
+    ax.axvline(1.0, color="black", linestyle="--", linewidth=1)
+    ax.set_title("Simulated clicks (dashed: no lift)")
+    if ceiling is not None:
+        ax.axvline(ceiling, color=_PALETTE[7], linestyle=":", linewidth=1.6)
+        ax.annotate(f"ceiling of the published\nclick model, {ceiling:.3f}\n(not of this one)", (ceiling, 0.98),
+                    xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points", ha="right",
+                    va="top", fontsize=8)
+    return fig
+
+
+_CHURN = {"top10_overlap": "items kept", "top10_set_same": "same ten", "top10_exact": "same ten,\nsame order"}
+
+
+def ranking_moved(metrics: Mapping[str, Any]) -> Figure:
+    """How much of the base top 10 is left in each arm, and NDCG@10 with its interval."""
+    arms = _arms_in(metrics, "top10_overlap", base=False)
+    fig, (churn, ndcg) = _axes(1, 2, 10, 3.6, width_ratios=(1.4, 1))
+    width = 0.8 / len(arms)
+    for i, (arm, look) in enumerate(zip(arms, _looks(arms))):
+        x = np.arange(len(_CHURN)) + (i - (len(arms) - 1) / 2) * width
+        values = [_metric(metrics, f"{arm}/{name}") for name in _CHURN]
+        churn.bar(x, values, width, color=look.colour, hatch=look.hatch, edgecolor="black", linewidth=0.8, label=arm)
+        for at, value in zip(x, values):
+            churn.annotate(_percent(value), (at, value), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
+    churn.set_xticks(range(len(_CHURN)), list(_CHURN.values()))
+    churn.yaxis.set_major_formatter(PercentFormatter(1))
+    churn.set(title="The top 10 after tuning", ylabel="share (items, then users)", ylim=(0, 1.25), yticks=np.linspace(0, 1, 6))
+    churn.grid(axis="x", visible=False)
+    churn.legend(loc="upper center", ncols=len(arms))
+    rows = [{"name": arm, "value": _metric(metrics, f"{arm}/ndcg@10"), "lo": metrics.get(f"{arm}/ndcg@10_lo"),
+             "hi": metrics.get(f"{arm}/ndcg@10_hi")} for arm in _arms_in(metrics, "ndcg@10", base=True)]
+    _dots(ndcg, rows, "value", f"test NDCG@10\n({INTERVAL})")
+    ndcg.set_xlim(left=0)
+    ndcg.set_title("Ranking quality")
+    return fig
+
+
+def _percent(share: float) -> str:
+    """Whole per cent; "100" and "0" mean exactly that."""
+    text = f"{share:.0%}".rstrip("%")
+    return text if share in (0.0, 1.0) or text not in ("0", "100") else f"{share * 100:.1f}"
+
+
+def tradeoff(metrics: Mapping[str, Any]) -> Figure:
+    """Reward (with its interval) against the share of the base top 10 that is kept: up and to the right is better."""
+    arms = _arms_in(metrics, "reward", base=True)
+    fig, ax = _axes(1, 1, 6, 3.8)
+    for arm, look in zip(arms, _looks(arms)):
+        x, y = _metric(metrics, f"{arm}/top10_overlap"), metrics[f"{arm}/reward"]
+        errors = _errors(y, metrics.get(f"{arm}/reward_lo"), metrics.get(f"{arm}/reward_hi"))
+        ax.errorbar(x, y, yerr=errors, fmt=look.marker, color=look.colour, capsize=4, markersize=9, label=arm)
+    ax.set(title="Reward against a ranking that stays", xlabel="share of the base top 10 kept",
+           ylabel="mean reward, in [0, 1]")
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.margins(0.12)
+    ax.legend(loc="best")
+    return fig
+
+
+# --- 08 audit ----------------------------------------------------------------------------------------
+
+
+def recommendation_concentration(base_top: np.ndarray, after_top: np.ndarray, n_items: int) -> Figure:
+    """Lorenz curves of how often each of ``n_items`` items is in the lists (U, k), before and after tuning.
+
+    Twice the area between a curve and the diagonal is the Gini coefficient.
+    """
+    fig, ax = _axes(1, 1, 5.2, 3.8)
+    share = np.arange(n_items + 1) / n_items
+    for top, look, name in ((base_top, LOOKS["base"], "base"), (after_top, LOOKS["shielded"], "shielded")):
+        counts = np.sort(np.bincount(np.asarray(top).ravel(), minlength=n_items + 1)[1:])
+        curve = np.append(0, counts.cumsum()) / counts.sum()
+        ax.plot(share, curve, look.line, color=look.colour, marker=look.marker, markevery=(0.05, 0.1), label=name)
+    ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="all items alike")
+    ax.set(title="How few items take the recommendations", xlabel="items, least recommended first",
+           ylabel="share of recommendations")
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.legend(loc="upper left")
+    return fig
+
+
+# --- files -------------------------------------------------------------------------------------------
+
+
+def svg(fig: Figure) -> str:
+    """The figure as an SVG document; equal numbers give equal text."""
+    buffer = io.StringIO()
+    with mpl.rc_context({key: STYLE[key] for key in ("svg.hashsalt", "svg.fonttype")}):
+        fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def save(fig: Figure, run: str, name: str) -> Path:
+    """Write ``figures/<run>/<name>.svg``; called by notebook 09 only."""
+    path = paths.FIGURES / run / f"{name}.svg"
+    runs.write_atomic(path, svg(fig))
+    return path

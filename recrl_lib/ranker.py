@@ -1,0 +1,384 @@
+"""SASRec (Kang & McAuley 2018), its training, and ranking of all items; popularity and Markov baselines.
+
+A causal transformer reads a user's history; the score of item i is the dot product of the last state with
+the item's vector, which is also the input embedding (tied). With item texts::
+
+    v_i = e_i + W norm(t_i)
+
+``t_i`` is the text vector of item i from the LLM. ``norm`` standardises each feature by mean and standard
+deviation over items 1..I of the *base* LLM's vectors. Those constants are stored in the model, so vectors of a
+tuned LLM are standardised by the same constants: a drift of the text vectors reaches the ranking unhidden.
+The ranker holds no text vectors: text is an argument, so one frozen ranker can be asked with either.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from recrl_lib.datasets import Split
+from recrl_lib.metrics import ndcg_at
+from recrl_lib.progress import track
+
+Chunks = Iterable[tuple[int, Tensor]]  # (index of the first user, scores (b, I+1) float32, column 0 = -inf)
+
+
+class SASRec(nn.Module):
+    """``layers`` pre-norm causal blocks of width ``dim`` over the last ``max_len`` items.
+
+    Positions count from the end of the history, so the amount of padding on the left changes nothing. All
+    weights are drawn from ``seed``. With ``text_dim`` > 0 call ``fit_text`` before the first use.
+    """
+
+    def __init__(
+        self, n_items: int, dim: int = 64, layers: int = 2, heads: int = 2, max_len: int = 50,
+        dropout: float = 0.3, text_dim: int = 0, seed: int = 0,
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"SASRec: dim={dim} must be a multiple of heads={heads}")
+        self.arguments = dict(
+            n_items=n_items, dim=dim, layers=layers, heads=heads, max_len=max_len,
+            dropout=dropout, text_dim=text_dim, seed=seed,
+        )
+        self.max_len = max_len
+        self.items = nn.Embedding(n_items + 1, dim, padding_idx=0)
+        self.positions = nn.Embedding(max_len, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.text = nn.Linear(text_dim, dim, bias=False) if text_dim else None
+        if text_dim:
+            self.register_buffer("text_mean", torch.full((text_dim,), math.nan))
+            self.register_buffer("text_std", torch.full((text_dim,), math.nan))
+        self._initialise(torch.Generator().manual_seed(seed))
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding)):
+                    module.weight.normal_(0.0, 0.02, generator=generator)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+            self.items.weight[0] = 0.0
+
+    def fit_text(self, text: Tensor) -> None:
+        """Take the constants of ``norm`` from the base LLM's ``text``, (I+1, text_dim) with row 0 = padding."""
+        self._check_text(text)
+        rows = text[1:].double()
+        self.text_mean.copy_(rows.mean(0))
+        self.text_std.copy_(rows.std(0, correction=0).clamp_min(1e-6))  # a constant feature stays 0, not 0/0
+
+    def item_table(self, text: Tensor | None) -> Tensor:
+        """Item vectors (I+1, dim), row 0 zero. ``text=None`` leaves W norm(t) out: the ranking without the LLM."""
+        table = self.items.weight
+        if text is not None:
+            self._check_text(text)
+            if self.text_mean.isnan().any():
+                raise RuntimeError("SASRec.item_table: call fit_text with the base LLM's vectors first")
+            table = table + self.text((text - self.text_mean) / self.text_std)
+        return torch.cat([torch.zeros_like(table[:1]), table[1:]])
+
+    def _check_text(self, text: Tensor) -> None:
+        if self.text is None:
+            raise ValueError("SASRec: text vectors given to a ranker built with text_dim=0; pass text=None")
+        expected = (self.items.num_embeddings, self.text.in_features)
+        if tuple(text.shape) != expected:
+            raise ValueError(f"SASRec: text has shape {tuple(text.shape)}, expected (I+1, text_dim) = {expected}")
+
+    def forward(self, histories: Tensor, table: Tensor) -> Tensor:
+        """States (B, L, dim) after each item of ``histories``, int64 (B, L) left-padded with 0, L <= max_len.
+
+        The state at position j has seen items 1..j only. Rows at padded positions are meaningless.
+        """
+        length = histories.shape[1]
+        if length > self.max_len:
+            raise ValueError(f"SASRec: histories of length {length} exceed max_len={self.max_len}; see pad_sequences")
+        real = histories > 0
+        causal = torch.ones(length, length, dtype=torch.bool, device=histories.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=histories.device)  # a padded row needs one key, or is NaN
+        mask = (causal & real[:, None, :] | itself)[:, None]
+        # Vectors start near 0; the factor (Vaswani et al. 2017, §3.4) lifts them above the positions.
+        x = F.embedding(histories, table) * table.shape[1] ** 0.5 + self.positions.weight[self.max_len - length :]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    @property
+    def device(self) -> torch.device:
+        return self.items.weight.device
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention and feed-forward (of width ``dim``, as in the paper), each with a residual."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_feed = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.feed_in, self.feed_out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.out(attended))
+        return x + self.dropout(self.feed_out(F.gelu(self.feed_in(self.norm_feed(x)))))
+
+
+def pad_sequences(sequences: Sequence[np.ndarray], max_len: int) -> Tensor:
+    """The last ``max_len`` items of each sequence, left-padded with 0: int64 (B, max_len)."""
+    out = np.zeros((len(sequences), max_len), dtype=np.int64)
+    for row, items in zip(out, sequences):
+        if tail := len(items[-max_len:]):
+            row[-tail:] = items[-max_len:]
+    return torch.from_numpy(out)
+
+
+def train(
+    model: SASRec, split: Split, text: Tensor | None, *, lr: float, batch: int, epochs: int, patience: int,
+    seed: int, device: str | torch.device = "cpu", weight_decay: float = 0.0,
+) -> list[dict[str, float]]:
+    """Fit ``model`` to ``split.train`` and leave it in eval mode with the weights of the best validation NDCG@10.
+
+    Full-softmax cross-entropy at every position. Each epoch cuts every history into windows of ``max_len + 1``
+    items at a random offset, so that long histories are used whole and the cuts differ between epochs. Stops after
+    ``patience`` epochs without a better NDCG@10. Returns one row an epoch: epoch, loss, valid_ndcg@10. The result
+    depends on the arguments only; the global random state is left as it was.
+    """
+    model.to(device)
+    text = None if text is None else text.to(device)
+    optimizer = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=lr)
+    rng = np.random.default_rng(seed)
+    best, best_state, curve = -1.0, {}, []
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(cuda):  # dropout draws from the global generator
+        torch.manual_seed(seed)
+        for epoch in track(range(1, epochs + 1), "ranker"):
+            loss = _epoch(model, split.train, text, optimizer, batch, rng)
+            ndcg = float(ndcg_at(target_ranks(model, split.train, split.valid, text), 10).mean())
+            curve.append({"epoch": epoch, "loss": loss, "valid_ndcg@10": ndcg})
+            if ndcg > best:
+                best, best_epoch = ndcg, epoch
+                best_state = {name: value.clone() for name, value in model.state_dict().items()}
+            if epoch - best_epoch >= patience:
+                break
+    model.load_state_dict(best_state)
+    model.eval()
+    return curve
+
+
+def _decay_groups(model: SASRec, weight_decay: float) -> list[dict]:
+    """Decay matrices only: pulling norms and biases to zero regularises nothing."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _epoch(
+    model: SASRec, sequences: list[np.ndarray], text: Tensor | None, optimizer: torch.optim.Optimizer,
+    batch: int, rng: np.random.Generator,
+) -> float:
+    """One pass over all windows; mean loss a position."""
+    model.train()
+    windows = _windows(sequences, model.max_len + 1, rng)
+    windows = windows[torch.from_numpy(rng.permutation(len(windows)))].to(model.device)
+    total, count = 0.0, 0
+    for rows in windows.split(batch):
+        table = model.item_table(text)
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        real = inputs > 0
+        logits = model(inputs, table)[real] @ table[1:].T  # column 0, padding, is no item
+        loss = F.cross_entropy(logits, targets[real] - 1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total, count = total + loss.item() * len(logits), count + len(logits)
+    return total / count
+
+
+def _windows(sequences: list[np.ndarray], width: int, rng: np.random.Generator) -> Tensor:
+    """All sequences cut into windows of at most ``width`` items, left-padded: int64 (W, width).
+
+    Neighbouring windows share one item, so that every transition is in exactly one window. A sequence longer
+    than one window is cut at a random offset.
+    """
+    step = width - 1  # transitions in a full window
+    lengths = np.array([len(s) for s in sequences])
+    transitions = lengths - 1
+    shift = rng.integers(0, step, len(sequences)) * (transitions > step)
+    per_sequence = -(-(transitions + shift) // step)
+    owner = np.repeat(np.arange(len(sequences)), per_sequence)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(per_sequence) - per_sequence, per_sequence)
+    first = np.maximum(index * step - shift[owner], 0)
+    last = np.minimum((index + 1) * step - shift[owner], transitions[owner])
+    positions = last[:, None] + np.arange(width) - step
+    starts = np.cumsum(lengths) - lengths
+    flat = np.concatenate(sequences)
+    items = flat[starts[owner][:, None] + np.maximum(positions, 0)]
+    return torch.from_numpy(np.where(positions >= first[:, None], items, 0))
+
+
+@torch.no_grad()
+def score_chunks(
+    model: SASRec, sequences: Sequence[np.ndarray], text: Tensor | None, chunk: int = 256
+) -> Iterator[tuple[int, Tensor]]:
+    """Scores of all items, ``chunk`` users at a time: yields (first user, float32 (b, I+1) on the CPU).
+
+    Column 0, padding, is -inf. Items already seen are NOT masked, so that score changes can be taken; for a
+    ranking apply ``mask_seen``. Switches the model to eval mode.
+    """
+    model.eval()
+    table = model.item_table(None if text is None else text.to(model.device))
+    for start in range(0, len(sequences), chunk):
+        histories = pad_sequences(sequences[start : start + chunk], model.max_len).to(model.device)
+        scores = (model(histories, table)[:, -1] @ table.T).float().cpu()
+        scores[:, 0] = -torch.inf
+        yield start, scores
+
+
+def mask_seen(scores: Tensor, sequences: Sequence[np.ndarray]) -> Tensor:
+    """``scores`` (b, I+1), in place, with each row's already seen items at -inf."""
+    rows = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
+    scores[torch.from_numpy(rows), torch.from_numpy(np.concatenate(sequences))] = -torch.inf
+    return scores
+
+
+def ranks_of(chunks: Chunks, sequences: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    """1-based rank (U,) of each user's target among all items not in the user's sequence.
+
+    Ties count against us: rank = 1 + number of other items that score at least as much. A NaN score raises
+    ``RuntimeError``: every comparison with it is false, which would read as rank 1. A target that is in the
+    sequence has no rank and raises ``ValueError``.
+    """
+    ranks = np.empty(len(sequences), dtype=np.int64)
+    for start, scores in chunks:
+        stop = start + len(scores)
+        if scores.isnan().any():
+            raise RuntimeError(f"ranker: NaN scores for users {start}..{stop - 1}; training diverged, lower ranker_lr")
+        scores = mask_seen(scores, sequences[start:stop])
+        target_scores = scores.gather(1, torch.from_numpy(targets[start:stop])[:, None])
+        if target_scores.isneginf().any():
+            user = start + int(target_scores.isneginf().any(1).int().argmax())
+            raise ValueError(f"ranker: target item {targets[user]} of user {user} is padding or in the user's history")
+        ranks[start:stop] = (scores >= target_scores).sum(1)  # the target itself gives the 1
+    return ranks
+
+
+def target_ranks(
+    model: SASRec, sequences: Sequence[np.ndarray], targets: np.ndarray, text: Tensor | None
+) -> np.ndarray:
+    """``ranks_of`` the model's scores. For the test item ``sequences`` is ``split.with_valid``."""
+    return ranks_of(score_chunks(model, sequences, text), sequences, targets)
+
+
+def top_k(model: SASRec, sequences: Sequence[np.ndarray], text: Tensor | None, k: int) -> np.ndarray:
+    """The ``k`` best unseen items of each user, best first, ties by lower item id: int64 (U, k)."""
+    lists = []
+    for start, scores in score_chunks(model, sequences, text):
+        scores = mask_seen(scores, sequences[start : start + len(scores)])
+        best, items = scores.sort(dim=1, descending=True, stable=True)
+        if k > best.shape[1] or best[:, k - 1].isneginf().any():
+            users = f"{start}..{start + len(scores) - 1}"
+            raise ValueError(f"top_k: a user among {users} has fewer than k={k} unseen items; choose a smaller k")
+        lists.append(items[:, :k].clone())
+    return torch.cat(lists).numpy()
+
+
+def scores_sha256(model: SASRec, sequences: Sequence[np.ndarray], text: Tensor | None) -> str:
+    """Hex sha256 of the bytes of all scores, users x items: equal hashes mean a bit-identical ranking."""
+    digest = hashlib.sha256()
+    for _, scores in score_chunks(model, sequences, text):
+        digest.update(scores.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def state_sha256(model: nn.Module) -> str:
+    """Hex sha256 of names, types, shapes and bytes of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
+    return digest.hexdigest()
+
+
+def freeze(model: SASRec) -> SASRec:
+    """``model`` in eval mode with no parameter that takes a gradient."""
+    return model.requires_grad_(False).eval()
+
+
+def save(model: SASRec, path: Path) -> None:
+    """Weights and constructor arguments as safetensors, written whole or not at all."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    data = safetensors_bytes(tensors, metadata={"sasrec": json.dumps(model.arguments)})
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load(path: Path) -> SASRec:
+    """The model that ``save`` wrote, on the CPU, frozen. Raises ``FileNotFoundError`` or ``ValueError``."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; run the ranker notebook first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            arguments = (file.metadata() or {}).get("sasrec")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); run the ranker notebook again") from None
+    if arguments is None:
+        raise ValueError(f"{path}: no SASRec in this file (metadata field 'sasrec' is missing)")
+    model = SASRec(**json.loads(arguments))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights do not fit the stored arguments ({error})") from None
+    return freeze(model)
+
+
+def popularity_chunks(
+    train: Sequence[np.ndarray], n_items: int, n_users: int, chunk: int = 256
+) -> Iterator[tuple[int, Tensor]]:
+    """Popularity baseline, in the form of ``score_chunks``: how often an item occurs in ``train``, for every user."""
+    row = _popularity(train, n_items)
+    for start in range(0, n_users, chunk):
+        yield start, row.repeat(min(chunk, n_users - start), 1)
+
+
+def markov_chunks(
+    train: Sequence[np.ndarray], n_items: int, sequences: Sequence[np.ndarray], chunk: int = 256
+) -> Iterator[tuple[int, Tensor]]:
+    """First-order Markov baseline, in the form of ``score_chunks``.
+
+    Scores count how often an item followed, in ``train``, the last item of the user's sequence; popularity, scaled
+    below 1, breaks ties.
+    """
+    popularity = _popularity(train, n_items)
+    previous = np.concatenate([s[:-1] for s in train])
+    following = np.concatenate([s[1:] for s in train])
+    order = np.argsort(previous, kind="stable")
+    followers = np.split(following[order], np.cumsum(np.bincount(previous, minlength=n_items + 1))[:-1])
+    for start in range(0, len(sequences), chunk):
+        last = [s[-1] for s in sequences[start : start + chunk]]
+        counts = np.stack([np.bincount(followers[item], minlength=n_items + 1) for item in last])
+        yield start, torch.from_numpy(counts).float() + popularity / (popularity.max() + 1)
+
+
+def _popularity(train: Sequence[np.ndarray], n_items: int) -> Tensor:
+    counts = torch.from_numpy(np.bincount(np.concatenate(train), minlength=n_items + 1)).float()
+    counts[0] = -torch.inf
+    return counts

@@ -1,0 +1,84 @@
+"""What the notebooks after 02 share: one run's tables, split, frozen ranker and base ranking."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from recrl_lib import datasets, ranker
+from recrl_lib.claims import Catalogue
+from recrl_lib.explainer import build_records
+
+TOP_K = 10
+
+
+@dataclass
+class Study:
+    """A run after notebook 02. ``top`` (U, 10): what the base ranker recommends; ``text`` None: plain SASRec."""
+
+    items: pd.DataFrame
+    users: pd.DataFrame
+    split: datasets.Split
+    ppo_users: np.ndarray
+    heldout_users: np.ndarray
+    ranker: ranker.SASRec
+    text: Tensor | None
+    top: np.ndarray
+    catalogue: Catalogue
+    history_length: int
+
+    def records(self, users: Iterable[int], positions: Iterable[int]) -> list[dict]:
+        """One record a user, for the item at the given 1-based position of the user's base top 10."""
+        return build_records(self.items, self.split.with_valid, self.top, users, positions, self.history_length)
+
+    def training_records(self) -> list[dict]:
+        """Every top-10 item of every PPO user."""
+        return [r for p in range(1, TOP_K + 1) for r in self.records(self.ppo_users, [p] * len(self.ppo_users))]
+
+    def heldout_records(self, n: int, rng: np.random.Generator) -> list[dict]:
+        """``n`` held-out users, in random order, each with one random position of the base top 10.
+
+        Raises ``ValueError`` if there are fewer held-out users.
+        """
+        if n > len(self.heldout_users):
+            raise ValueError(f"eval_users={n}: only {len(self.heldout_users)} users are held out; lower it, or lower ppo_users")
+        return self.records(rng.permutation(self.heldout_users)[:n], rng.integers(1, TOP_K + 1, n))
+
+
+def catalogue_of(items: pd.DataFrame) -> Catalogue:
+    return Catalogue(items["title"], sorted({g for row in items["genres"] for g in row.split("|") if g}))
+
+
+def load(stage) -> Study:
+    """Everything above from the artifacts of stages ``data`` and ``ranker``; ``stage`` is a ``runs.StageRun``."""
+    interactions, items, users = (stage.load_table(name) for name in ("interactions", "items", "users"))
+    groups = stage.load_json("user_groups")
+    stored = stage.load_tensors("base")
+    return Study(
+        items=items,
+        users=users,
+        split=datasets.split_leave_one_out(interactions, len(users)),
+        ppo_users=np.array(groups["ppo"]),
+        heldout_users=np.array(groups["heldout"]),
+        ranker=ranker.freeze(ranker.load(stage.input("ranker.safetensors"))),
+        text=stored.get("text"),
+        top=stored["top"].numpy(),
+        catalogue=catalogue_of(items),
+        history_length=stage.params.history_length,
+    )
+
+
+def explanation_frame(records: list[dict], texts: list[str], reward: np.ndarray, parts: dict[str, np.ndarray]) -> pd.DataFrame:
+    """One row an explanation: user, item, position, title, text, reward and its parts."""
+    return pd.DataFrame({
+        **{key: [r[key] for r in records] for key in ("user", "item", "position", "title")},
+        "text": texts, "reward": reward, **{f"reward_{name}": values for name, values in parts.items()},
+    })
+
+
+def top_array(frame: pd.DataFrame, arm: str) -> np.ndarray:
+    """One arm's rows of the ``top10`` table as an array (U, 10) of items, best first."""
+    rows = frame[frame["arm"] == arm].sort_values(["user", "position"])
+    return rows["item"].to_numpy().reshape(-1, TOP_K)

@@ -1,0 +1,245 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from recrl_lib import ppo, shield as sh
+from recrl_lib.config import resolve
+from recrl_lib.explainer import ItemTexts, messages, prompt_ids, response_hidden, sample, token_logprobs, weights_sha256
+from recrl_lib.tests.tiny import WORDS, tiny_explainer
+
+PARAMS = resolve("smoke", lora_layers=1, max_new_tokens=8, temperature=1.0)
+RECORDS = [
+    dict(user=u, item=1, position=1, title="the red film", year=0, genres=["good"], history_titles=["blue", word], history_genres=[])
+    for u, word in enumerate(["short", "long", "green", "bad", "a", "and"])
+]
+
+
+class WordReward:
+    """1 for each response that says ``word``: a real signal that a policy can learn."""
+
+    def __init__(self, word: str, sign: float = 1.0):
+        self.word, self.sign = word, sign
+
+    def __call__(self, records, texts):
+        assert len(records) == len(texts)
+        total = np.array([self.sign * (self.word in t.split()) for t in texts], dtype=np.float32)
+        return total, {"word": total}
+
+
+def trainer(reward=WordReward("red"), shield=None, seed=0, explainer=None, **changes):
+    explainer = explainer or tiny_explainer(lora_layers=1)
+    return ppo.PPO(explainer, reward, RECORDS, replace(PARAMS, **changes), seed, shield)
+
+
+def ragged_mask(generator, rows=6, width=9):
+    lengths = torch.randint(1, width + 1, (rows,), generator=generator)
+    return torch.arange(width)[None] < lengths[:, None]
+
+
+# --- the pieces against naive twins -------------------------------------------------------------
+
+def naive_gae(rewards, values, length, lam):
+    out = [0.0] * len(rewards)
+    for t in range(length):
+        for later in range(t, length):
+            after = values[later + 1] if later + 1 < length else 0.0
+            out[t] += lam ** (later - t) * (rewards[later] + after - values[later])
+    return out
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_gae_equals_a_double_loop(lam):
+    generator = torch.Generator().manual_seed(0)
+    mask = ragged_mask(generator)
+    rewards, values = (torch.randn(mask.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    got = ppo.gae(rewards, values, mask, lam)
+    for row in range(len(mask)):
+        expected = naive_gae(rewards[row].tolist(), values[row].tolist(), int(mask[row].sum()), lam)
+        torch.testing.assert_close(got[row], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_gae_by_hand():
+    # two tokens, reward 1 at the end, V = (.5, .25), lambda .5: A1 = 1 - .25 = .75, A0 = .25 - .5 + .5 * .75 = .125
+    got = ppo.gae(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.25, 9.0]]), torch.tensor([[True, True, False]]), 0.5)
+    assert got.tolist() == [[0.125, 0.75, 0.0]]
+
+
+def test_score_lands_on_the_last_real_token_and_kl_on_every_one():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    logp, ref = torch.full((2, 3), -1.0), torch.full((2, 3), -3.0)
+    got = ppo.token_rewards(torch.tensor([5.0, 7.0]), logp, ref, mask, kl_coef=0.1)
+    torch.testing.assert_close(got, torch.tensor([[-0.2, -0.2, 4.8], [6.8, 0.0, 0.0]]))
+
+
+def test_whitening_is_over_the_mask_alone():
+    generator = torch.Generator().manual_seed(1)
+    mask = ragged_mask(generator)
+    x = torch.randn(mask.shape, generator=generator) * 7 + 3
+    white = ppo.masked_whiten(x, mask)
+    chosen = white[mask]
+    assert abs(chosen.mean()) < 1e-5 and abs(chosen.var(unbiased=False) - 1) < 1e-4 and (white[~mask] == 0).all()
+    poisoned = torch.where(mask, x, 1e6)
+    torch.testing.assert_close(ppo.masked_whiten(poisoned, mask), white)
+
+
+def test_policy_loss_by_hand():
+    old = torch.zeros(1, 3)
+    new = torch.log(torch.tensor([[1.5, 0.5, 2.0]]))
+    advantages, mask = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[True, True, False]])
+    loss, clipped, ratio = ppo.policy_loss(new, old, advantages, mask, 0.2)
+    assert float(loss) == pytest.approx(-(1.2 + 0.5))  # gain capped at 1.2; a fall below 0.8 is not forgiven
+    assert float(clipped) == pytest.approx(0.5) and ratio[0, 0] == pytest.approx(1.5)
+    loss, clipped, _ = ppo.policy_loss(new, old, -advantages, mask, 0.2)
+    assert float(loss) == pytest.approx(1.5 + 0.8) and float(clipped) == pytest.approx(0.5)
+
+
+def test_value_loss_by_hand():
+    mask = torch.tensor([[True, True, False]])
+    old, new, returns = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.1, 5.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    # token 0: plain 0, clipped (0.2 - 1)^2 = .64; token 1: within the clip, .81
+    assert float(ppo.value_loss(new, old, returns, mask, 0.2)) == pytest.approx(0.5 * (0.64 + 0.81))
+
+
+def test_k3_is_never_negative_zero_when_equal_and_estimates_kl():
+    generator = torch.Generator().manual_seed(2)
+    p, q = (torch.log_softmax(torch.randn(12, generator=generator), -1) for _ in range(2))
+    draws = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
+    estimate = ppo.k3(p[draws], q[draws])
+    exact = float((p.exp() * (p - q)).sum())
+    assert (estimate >= 0).all() and (ppo.k3(p, p) == 0).all()
+    assert float(estimate.mean()) == pytest.approx(exact, abs=0.02) and exact > 0.2
+
+
+# --- the trainer --------------------------------------------------------------------------------
+
+def test_first_minibatch_ratio_is_one_and_kl_at_the_start_is_zero():
+    row = trainer().step()
+    assert row["ratio_first_minibatch_max_dev"] < 1e-4
+    assert row["kl"] < 1e-9 and row["reward"] >= 0
+
+
+def test_ratio_stays_one_in_every_epoch_without_learning_rate():
+    ppo_ = trainer(learning_rate=0.0, ppo_epochs=3)
+    row = ppo_.step()
+    assert row["clip_fraction"] == 0 and abs(row["approx_kl"]) < 1e-8
+
+
+@pytest.mark.parametrize("epochs, minibatches", [(1, 1), (2, 4), (3, 2)])
+def test_optimizer_steps_are_epochs_times_minibatches(epochs, minibatches):
+    ppo_ = trainer(ppo_epochs=epochs, minibatches=minibatches)
+    calls = []
+    ppo_.optimizer.register_step_post_hook(lambda *a: calls.append(1))
+    ppo_.step()
+    assert len(calls) == ppo_.optimizer_steps == epochs * minibatches
+
+
+def test_token_normalised_loss_of_a_batch_is_the_token_weighted_loss_of_its_parts():
+    generator = torch.Generator().manual_seed(3)
+    mask = ragged_mask(generator, rows=8)
+    new, old, adv = (torch.randn(mask.shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    whole = ppo.policy_loss(new, old, adv, mask, 0.2)[0] / mask.sum()
+    halves = sum(ppo.policy_loss(new[h], old[h], adv[h], mask[h], 0.2)[0] for h in (slice(0, 4), slice(4, 8))) / mask.sum()
+    assert float(whole) == pytest.approx(float(halves), abs=1e-12)
+
+
+def test_adapters_change_and_base_weights_do_not():
+    ppo_ = trainer()
+    before = weights_sha256(ppo_.explainer)
+    adapters = [p.clone() for p in ppo_.explainer.adapter_parameters()]
+    ppo_.step()
+    assert weights_sha256(ppo_.explainer) == before
+    assert any(not torch.equal(a, p) for a, p in zip(adapters, ppo_.explainer.adapter_parameters()))
+
+
+def test_value_loss_does_not_reach_the_adapters():
+    ppo_ = trainer()
+    ids = torch.tensor([[1, 5, 2, 1]])
+    hidden = ppo_.explainer.top(ppo_.explainer.trunk(ids, torch.ones_like(ids)), torch.ones_like(ids))
+    ppo_.value_head(hidden).sum().backward()
+    assert all(p.grad is None for p in ppo_.explainer.adapter_parameters())
+    assert ppo_.value_head.weight.grad.abs().sum() > 0
+
+
+def test_cut_off_answers_pay_and_finished_ones_do_not(monkeypatch):
+    scores, rollouts = [], []
+    real_rewards, real_sample = ppo.token_rewards, ppo.sample
+    monkeypatch.setattr(ppo, "token_rewards", lambda score, *a: scores.append(score.clone()) or real_rewards(score, *a))
+    monkeypatch.setattr(ppo, "sample", lambda *a: rollouts.append(real_sample(*a)) or rollouts[-1])
+    for penalty in (0.0, 0.5):
+        trainer(missing_eos_penalty=penalty).step()
+    ended = rollouts[0].ended
+    assert ended.any() and not ended.all()
+    torch.testing.assert_close(scores[0] - scores[1], 0.5 * (~ended).float())
+
+
+def test_gradient_is_clipped_before_the_step():
+    ppo_ = trainer(max_grad_norm=1e-3)
+    norms = []
+    ppo_.optimizer.register_step_pre_hook(lambda *a: norms.append(
+        torch.cat([p.grad.flatten() for p in ppo_.explainer.adapter_parameters()]).norm()))
+    row = ppo_.step()
+    assert row["gradient_norm"] > 1e-3 and max(norms) <= 1.001e-3
+
+
+def test_same_seed_same_numbers_other_seed_other_numbers():
+    def curve(seed):
+        return [{k: v for k, v in r.items() if "second" not in k} for r in trainer(seed=seed).train(2)]
+
+    assert curve(0) == curve(0) != curve(1)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_it_learns_a_word_and_unlearns_it_with_the_sign_flipped(sign):
+    ppo_ = trainer(WordReward("red", sign), learning_rate=3e-2, kl_coef=0.0, prompts_per_step=6, samples_per_prompt=8, missing_eos_penalty=0.0)
+    rows = ppo_.train(15)
+    said = [abs(r["reward"]) for r in rows]
+    start, end = np.mean(said[:2]), np.mean(said[-3:])
+    assert 0.1 < start < 0.7
+    assert (end > start + 0.25) if sign > 0 else (end < start - 0.1)
+
+
+def test_kl_penalty_holds_the_policy_near_the_reference():
+    def final_kl(coef):
+        return trainer(learning_rate=3e-2, kl_coef=coef, prompts_per_step=6, samples_per_prompt=8).train(10)[-1]["kl"]
+
+    assert final_kl(1.0) < 0.5 * final_kl(0.0)
+
+
+def test_shielded_ppo_keeps_the_invariant_at_every_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECRL_HOME", str(tmp_path))
+    explainer = tiny_explainer(lora_layers=1)
+    items = ItemTexts(explainer, ["good film", "the red film and a blue film", "bad"])
+    protected = sh.subspaces(sh.item_grams(explainer, items)[0], 0.95)
+    ppo_ = trainer(shield=sh.Shield(explainer, protected), explainer=explainer, learning_rate=3e-2)
+    leaks = []
+    ppo_.optimizer.register_step_post_hook(lambda *a: leaks.append(sh.leak(explainer, protected)))
+    rows = ppo_.train(2)
+    assert len(leaks) == 8 and max(leaks) <= 1e-6 and rows[0]["shield_seconds"] > 0
+    free = trainer(learning_rate=3e-2)
+    free.train(2)
+    assert sh.leak(free.explainer, protected) > 0.1
+
+
+def test_reference_logprobs_equal_the_untuned_policy():
+    ppo_ = trainer(learning_rate=3e-2)
+    ppo_.train(2)
+    explainer, base = ppo_.explainer, tiny_explainer(lora_layers=1)
+    prompts = [prompt_ids(explainer, messages(r)) for r in RECORDS[:2]]
+    rollout = sample(explainer, prompts, 2, 8, 1.0, torch.Generator().manual_seed(0))
+    with explainer.reference():
+        reference = token_logprobs(explainer, rollout, 1.0)
+    torch.testing.assert_close(reference, token_logprobs(base, rollout, 1.0), atol=1e-6, rtol=0)
+    assert response_hidden(explainer, rollout).shape[:2] == rollout.response.shape
+
+
+def test_clear_errors():
+    with pytest.raises(ValueError, match="nothing to train"):
+        ppo.PPO(tiny_explainer(), WordReward("red"), RECORDS, PARAMS, 0)
+    with pytest.raises(ValueError, match="only 2 prompts"):
+        ppo.PPO(tiny_explainer(lora_layers=1), WordReward("red"), RECORDS[:2], PARAMS, 0)
+
+
+def test_the_tiny_vocabulary_has_the_word():
+    assert "red" in WORDS

@@ -1,0 +1,296 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from recrl_lib import ranker
+from recrl_lib.datasets import Split
+from recrl_lib.metrics import hr_at
+from recrl_lib.ranker import SASRec
+
+N_ITEMS, TEXT_DIM = 12, 5
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("RECRL_PROGRESS", "off")
+
+
+def small(text_dim=0, **changes):
+    arguments = dict(n_items=N_ITEMS, dim=8, layers=2, heads=2, max_len=6, dropout=0.2, text_dim=text_dim)
+    return SASRec(**{**arguments, **changes})
+
+
+def some_text(seed=0):
+    text = torch.randn(N_ITEMS + 1, TEXT_DIM, generator=torch.Generator().manual_seed(seed)) * 3 + 2
+    text[0] = 0
+    return text
+
+
+def cycles(n_users=40, n_items=N_ITEMS, seed=0):
+    """Users who walk round the items in order: the next item follows from the last."""
+    rng = np.random.default_rng(seed)
+    walks = [(rng.integers(n_items) + np.arange(rng.integers(4, 10))) % n_items + 1 for _ in range(n_users)]
+    return Split([w[:-2] for w in walks], np.array([w[-2] for w in walks]), np.array([w[-1] for w in walks]))
+
+
+def fit(model, split, text=None, seed=0, **changes):
+    settings = dict(lr=1e-2, batch=8, epochs=4, patience=4, weight_decay=0.01)
+    return ranker.train(model, split, text, seed=seed, **{**settings, **changes})
+
+
+# the model
+
+
+def test_states_do_not_depend_on_the_future():
+    model = small().eval()
+    table = model.item_table(None)
+    a, b = torch.tensor([[0, 3, 1, 4, 5, 9]]), torch.tensor([[0, 3, 1, 4, 2, 7]])
+    same = (model(a, table) - model(b, table)).abs().amax(-1)[0]
+    assert same[1:4].max() == 0 and same[4] > 1e-4
+
+
+def test_states_depend_on_all_of_the_past():
+    model = small().eval()
+    table = model.item_table(None)
+    a, b = torch.tensor([[2, 3, 1, 4, 5, 9]]), torch.tensor([[8, 3, 1, 4, 5, 9]])
+    assert (model(a, table) - model(b, table))[0, -1].abs().max() > 1e-6
+
+
+def test_padding_does_not_leak():
+    model = small().eval()
+    table = model.item_table(None)
+    short = model(torch.tensor([[3, 1, 4]]), table)
+    long = model(torch.tensor([[0, 0, 0, 3, 1, 4]]), table)
+    assert torch.allclose(short[0], long[0, 3:], atol=1e-6)
+    other = table.clone()
+    other[0] = 100.0  # whatever the padding vector is
+    assert torch.allclose(model(torch.tensor([[0, 0, 0, 3, 1, 4]]), other)[0, 3:], long[0, 3:], atol=1e-6)
+
+
+def test_attention_equals_a_naive_twin():
+    block = ranker.Block(8, 2, dropout=0.0).eval()
+    x = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    heads = []
+    q, k, v = block.qkv(block.norm_attention(x[0])).chunk(3, -1)
+    for h in (slice(0, 4), slice(4, 8)):
+        logits = (q[:, h] @ k[:, h].T / math.sqrt(4)).masked_fill(~mask, -math.inf)
+        heads.append(logits.softmax(-1) @ v[:, h])
+    y = x[0] + block.out(torch.cat(heads, -1))
+    y = y + block.feed_out(torch.nn.functional.gelu(block.feed_in(block.norm_feed(y))))
+    assert torch.allclose(block(x, mask[None, None])[0], y, atol=1e-6)
+
+
+def test_item_table_by_hand():
+    model, text = small(TEXT_DIM), some_text()
+    with pytest.raises(RuntimeError, match="fit_text"):
+        model.item_table(text)
+    model.fit_text(text)
+    table = model.item_table(text)
+    rows = text[1:].numpy()
+    e, w = model.items.weight[1:].detach().numpy(), model.text.weight.detach().numpy()
+    expected = e + (rows - rows.mean(0)) / rows.std(0) @ w.T
+    np.testing.assert_allclose(table[1:].detach().numpy(), expected, atol=1e-5)
+    assert table[0].abs().max() == 0
+    assert torch.equal(model.item_table(None)[1:], model.items.weight[1:])
+
+
+def test_tuned_text_is_normalised_by_the_constants_of_the_base():
+    model, text = small(TEXT_DIM), some_text()
+    model.fit_text(text)
+    shifted = text + 1.0  # its own mean would take the drift away again
+    shift = (model.item_table(shifted) - model.item_table(text))[1:]
+    expected = model.text(1.0 / model.text_std)
+    assert expected.abs().max() > 1e-3 and torch.allclose(shift, expected.expand_as(shift), atol=1e-6)
+
+
+def test_a_constant_text_feature_is_no_nan():
+    model, text = small(TEXT_DIM), some_text()
+    text[:, 2] = 7.0
+    model.fit_text(text)
+    assert model.item_table(text).isfinite().all()
+
+
+def test_bad_shapes_are_named():
+    with pytest.raises(ValueError, match="multiple of heads"):
+        small(heads=3)
+    with pytest.raises(ValueError, match="text_dim=0"):
+        small().item_table(some_text())
+    with pytest.raises(ValueError, match=r"expected \(I\+1, text_dim\) = \(13, 5\)"):
+        small(TEXT_DIM).fit_text(some_text()[1:])
+    with pytest.raises(ValueError, match="max_len=6"):
+        small()(torch.ones(1, 7, dtype=torch.long), small().item_table(None))
+
+
+def test_pad_sequences():
+    padded = ranker.pad_sequences([np.array([1, 2]), np.array([], dtype=int), np.arange(1, 6)], 3)
+    assert padded.tolist() == [[0, 1, 2], [0, 0, 0], [3, 4, 5]] and padded.dtype == torch.int64
+
+
+# training
+
+
+@pytest.mark.parametrize("width", [2, 3, 5, 50])
+def test_windows_hold_every_transition_once(width):
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(1, 100, n) for n in (1, 2, 3, 4, 5, 9, 23)]
+    expected = sorted((int(a), int(b)) for s in sequences for a, b in zip(s[:-1], s[1:]))
+    cuts = set()
+    for _ in range(5):
+        windows = ranker._windows(sequences, width, rng).numpy()
+        assert windows.shape[1] == width
+        pairs = [(int(a), int(b)) for row in windows for a, b in zip(row[:-1], row[1:]) if a]
+        assert sorted(pairs) == expected
+        assert all((np.diff((row > 0).astype(int)) >= 0).all() for row in windows)  # padded on the left only
+        cuts.add(windows.tobytes())
+    assert (len(cuts) > 1) == (2 < width < 23)
+
+
+def test_training_learns_and_keeps_the_best_epoch():
+    split, model = cycles(), small()
+    curve = fit(model, split, epochs=12, patience=3)
+    best = max(row["valid_ndcg@10"] for row in curve)
+    assert curve[-1]["loss"] < curve[0]["loss"] and best > 0.6
+    assert [row["epoch"] for row in curve] == list(range(1, len(curve) + 1))
+    ranks = ranker.target_ranks(model, split.train, split.valid, None)
+    assert ranker.ndcg_at(ranks, 10).mean() == best
+    assert hr_at(ranker.target_ranks(model, split.with_valid, split.test, None), 1).mean() > 0.5
+    assert not model.training
+
+
+def test_training_stops_early():
+    curve = fit(small(), cycles(), lr=0.0, epochs=20, patience=3)
+    assert len(curve) == 4  # epoch 1 is the best, then three without a better one
+
+
+def test_training_is_reproducible_whatever_the_global_state():
+    split, text = cycles(), some_text()
+    hashes = []
+    for global_seed, seed in ((1, 0), (2, 0), (2, 5)):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        model = small(TEXT_DIM)
+        model.fit_text(text)
+        curve = fit(model, split, text, seed=seed, epochs=2)
+        hashes.append((ranker.state_sha256(model), ranker.scores_sha256(model, split.train, text), str(curve)))
+    assert hashes[0] == hashes[1]
+    assert all(a != b for a, b in zip(hashes[1], hashes[2]))
+    model = small()
+    before = torch.get_rng_state()
+    fit(model, split, epochs=1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert ranker.state_sha256(small(seed=1)) != ranker.state_sha256(small(seed=0))
+
+
+# ranking
+
+
+def test_ranks_equal_a_naive_twin_with_ties_against_us():
+    rng = np.random.default_rng(0)
+    scores = torch.from_numpy(rng.integers(0, 4, (30, N_ITEMS + 1)).astype(np.float32))
+    scores[:, 0] = -torch.inf
+    seen = [rng.choice(np.arange(1, N_ITEMS), 4, replace=False) for _ in range(30)]
+    targets = np.full(30, N_ITEMS)
+    ranks = ranker.ranks_of([(0, scores[:20].clone()), (20, scores[20:].clone())], seen, targets)
+    for user in range(30):
+        others = [i for i in range(1, N_ITEMS) if i not in seen[user]]
+        assert ranks[user] == 1 + sum(scores[user, i] >= scores[user, N_ITEMS] for i in others)
+    constant = torch.zeros(1, N_ITEMS + 1)
+    constant[:, 0] = -torch.inf
+    assert ranker.ranks_of([(0, constant)], seen[:1], targets[:1]) == N_ITEMS - 4  # the last place
+
+
+def test_ranks_refuse_nan_and_seen_targets():
+    with pytest.raises(RuntimeError, match="NaN scores for users 0..0"):
+        ranker.ranks_of([(0, torch.full((1, 4), torch.nan))], [np.array([1])], np.array([2]))
+    with pytest.raises(ValueError, match="target item 1 of user 1"):
+        ranker.ranks_of([(0, torch.zeros(2, 4))], [np.array([2]), np.array([1])], np.array([1, 1]))
+
+
+def test_chunks_cover_all_users_and_do_not_mask_history():
+    model, split = small().eval(), cycles()
+    whole = [scores for _, scores in ranker.score_chunks(model, split.train, None, chunk=1000)]
+    parts = list(ranker.score_chunks(model, split.train, None, chunk=7))
+    assert [start for start, _ in parts] == list(range(0, 40, 7))
+    scores = torch.cat([s for _, s in parts])
+    assert scores.shape == (40, N_ITEMS + 1) and scores.dtype == torch.float32
+    assert torch.allclose(scores, whole[0], atol=1e-6)
+    assert scores[:, 0].isneginf().all() and scores[:, 1:].isfinite().all()
+
+
+def test_top_k_equals_a_naive_twin_and_agrees_with_the_ranks():
+    model, split = small().eval(), cycles()
+    top = ranker.top_k(model, split.train, None, 3)
+    _, scores = next(ranker.score_chunks(model, split.train, None))
+    for user, items in enumerate(split.train):
+        unseen = [i for i in range(1, N_ITEMS + 1) if i not in items]
+        assert top[user].tolist() == sorted(unseen, key=lambda i: (-scores[user, i], i))[:3]
+    for place in range(3):
+        assert (ranker.target_ranks(model, split.train, top[:, place], None) == place + 1).all()
+    with pytest.raises(ValueError, match="fewer than k=11"):
+        ranker.top_k(model, split.train, None, 11)
+
+
+def test_top_k_breaks_ties_by_item_id():
+    model = small().eval()
+    with torch.no_grad():
+        model.items.weight.zero_()
+    assert ranker.top_k(model, [np.array([2])], None, 3).tolist() == [[1, 3, 4]]
+
+
+def test_hashes_see_one_bit():
+    model, split, text = small(TEXT_DIM), cycles(), some_text()
+    model.fit_text(text)
+    weights, scores = ranker.state_sha256(model), ranker.scores_sha256(model, split.train, text)
+    assert (weights, scores) == (ranker.state_sha256(model), ranker.scores_sha256(model, split.train, text))
+    moved = text.clone()
+    moved[3, 1] += 1e-4
+    assert ranker.scores_sha256(model, split.train, moved) != scores
+    with torch.no_grad():
+        model.text_mean[0] = torch.nextafter(model.text_mean[0], torch.tensor(math.inf))
+    assert ranker.state_sha256(model) != weights
+
+
+def test_save_and_load(tmp_path):
+    model, split, text = small(TEXT_DIM, dropout=0.3), cycles(), some_text()
+    model.fit_text(text)
+    path = tmp_path / "ranker.safetensors"
+    ranker.save(model, path)
+    again = ranker.load(path)
+    assert again.arguments == model.arguments and [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert ranker.state_sha256(again) == ranker.state_sha256(model)
+    assert ranker.scores_sha256(again, split.train, text) == ranker.scores_sha256(model, split.train, text)
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+
+
+def test_load_names_what_is_wrong(tmp_path):
+    path = tmp_path / "ranker.safetensors"
+    with pytest.raises(FileNotFoundError, match="run the ranker notebook"):
+        ranker.load(path)
+    ranker.save(small(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="ranker.safetensors: not a whole safetensors file"):
+        ranker.load(path)
+    path.write_bytes(ranker.safetensors_bytes({"x": torch.zeros(2)}))
+    with pytest.raises(ValueError, match="no SASRec in this file"):
+        ranker.load(path)
+    path.write_bytes(ranker.safetensors_bytes({"x": torch.zeros(2)}, metadata={"sasrec": '{"n_items": 3}'}))
+    with pytest.raises(ValueError, match="weights do not fit"):
+        ranker.load(path)
+
+
+# baselines
+
+
+def test_baselines_by_hand():
+    train = [np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([3, 1, 4])]
+    (_, popularity), = ranker.popularity_chunks(train, 5, n_users=3)
+    assert popularity.tolist() == [[-math.inf, 3, 2, 2, 2, 0]] * 3
+    chunks = list(ranker.markov_chunks(train, 5, [np.array([3, 1]), np.array([5])], chunk=1))
+    assert [start for start, _ in chunks] == [0, 1]
+    after_1 = torch.tensor([-math.inf, 0 + 3 / 4, 2 + 2 / 4, 0 + 2 / 4, 1 + 2 / 4, 0])
+    assert torch.equal(chunks[0][1][0], after_1)
+    assert chunks[1][1].tolist() == [[-math.inf, 0.75, 0.5, 0.5, 0.5, 0]]  # nothing follows item 5: popularity decides
+    assert ranker.ranks_of(chunks, [np.array([3, 1]), np.array([5])], np.array([2, 4])).tolist() == [1, 4]
