@@ -87,6 +87,10 @@ class Params:
     shield_rank: int = _p(0, "shield", "protect exactly this many directions per layer input; 0 = use shield_energy", 0)
 
     reward: str = _p("grounded", "shielded_ppo", "reward variant", choices=("grounded", "paper"))
+    warm_start: bool = _p(True, "shielded_ppo", "supervised steps on composed explanations before PPO, under the arm's own shield")
+    warm_steps: int = _p(4, "shielded_ppo", "optimizer steps of the warm start", 1)
+    warm_batch: int = _p(4, "shielded_ppo", "explanations a warm-start step", 1)
+    warm_lr: float = _p(3e-3, "shielded_ppo", "AdamW rate of the warm start", 0.0)
     ppo_steps: int = _p(2, "shielded_ppo", "rollout-update iterations", 1)
     prompts_per_step: int = _p(4, "shielded_ppo", "different prompts in a rollout", 1)
     samples_per_prompt: int = _p(4, "shielded_ppo", "explanations sampled per prompt", 1)
@@ -150,20 +154,20 @@ PROFILES: dict[str, dict[str, Any]] = {
     "laptop": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
         lora_layers=10, max_new_tokens=40, explain_users=12,
-        ppo_steps=12, prompts_per_step=8, samples_per_prompt=4,
+        warm_steps=12, ppo_steps=12, prompts_per_step=8, samples_per_prompt=4,
         eval_users=200, bootstrap=10_000,
     ),
     "pod": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,
         lora_layers=0, max_new_tokens=64, explain_users=32,
-        ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
+        warm_steps=40, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         eval_users=377, bootstrap=10_000,
     ),
     "paper": dict(
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
         ranker_dim=128, ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=100, ranker_patience=10,
         lora_layers=0, max_new_tokens=40, explain_users=32,
-        ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
+        warm_start=False, ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
         eval_users=377, bootstrap=10_000, reward="paper",
     ),
 }

@@ -182,7 +182,7 @@ def data_overview(interactions: pd.DataFrame, items: pd.DataFrame) -> Figure:
     genre.set_yticks(y, shares.index, fontsize=8)
     genre.set_ylim(len(shares) - 0.4, -0.6)
     genre.set(title="Genres", xlabel="share")
-    genre.xaxis.set_major_formatter(PercentFormatter(1))
+    genre.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     genre.grid(axis="y", visible=False)
     genre.legend(loc="lower right")
     return fig
@@ -257,7 +257,7 @@ def spectrum(protected: Mapping[str, Any]) -> Figure:
             if (space := protected.get(f"{number}.{kind}")) is None:
                 continue
             left = outside_energy(space.spectrum)[: space.width]
-            k = np.unique(np.r_[0:8, np.geomspace(8, space.width - 1, 60).astype(int)].clip(max=space.width - 1))
+            k = np.unique(np.r_[0:8, np.linspace(0, space.width - 1, 60).astype(int)].clip(max=space.width - 1))
             ax.plot(k, left[k], lines[i % 4], color=colours[i], linewidth=1.3, label=number if number in named else None)
             ax.plot(space.rank, max(left[min(space.rank, space.width - 1)], 1e-12), "o", color=colours[i], markeredgecolor="black")
         ax.set(title=f"{kind} input", xlabel="protected directions k", yscale="log")
@@ -279,7 +279,7 @@ def overlap_by_layer(table: pd.DataFrame) -> Figure:
         ax.plot(part["layer"], part["overlap"], "o-", color=_PALETTE[3], label="prompts' energy held")
         ax.plot(part["layer"], part["rank"] / part["width"], "s:", color=_PALETTE[7], label="random subspace of that size")
         ax.set(title=f"{kind} input", xlabel="layer", ylim=(0, 1.03))
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _whole_ticks(ax.xaxis)
     axes[0, 0].set_ylabel("share inside the protected subspace")
     axes[0, 0].legend(loc="best")
@@ -388,7 +388,7 @@ def ranking_moved(metrics: Mapping[str, Any]) -> Figure:
         for at, value in zip(x, values):
             churn.annotate(_percent(value), (at, value), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
     churn.set_xticks(range(len(_CHURN)), list(_CHURN.values()))
-    churn.yaxis.set_major_formatter(PercentFormatter(1))
+    churn.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     churn.set(title="The top 10 after tuning", ylabel="share (items, then users)", ylim=(0, 1.25), yticks=np.linspace(0, 1, 6))
     churn.grid(axis="x", visible=False)
     churn.legend(loc="upper center", ncols=len(arms))
@@ -416,7 +416,7 @@ def tradeoff(metrics: Mapping[str, Any]) -> Figure:
         ax.errorbar(x, y, yerr=errors, fmt=look.marker, color=look.colour, capsize=4, markersize=9, label=arm)
     ax.set(title="Reward against a ranking that stays", xlabel="share of the base top 10 kept",
            ylabel="mean reward, in [0, 1]")
-    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.margins(0.12)
     ax.legend(loc="best")
     return fig
@@ -439,8 +439,8 @@ def recommendation_concentration(base_top: np.ndarray, after_top: np.ndarray, n_
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="all items alike")
     ax.set(title="How few items take the recommendations", xlabel="items, least recommended first",
            ylabel="share of recommendations")
-    ax.xaxis.set_major_formatter(PercentFormatter(1))
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.legend(loc="upper left")
     return fig
 

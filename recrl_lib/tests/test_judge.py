@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from recrl_lib.references import reference_line
 from recrl_lib import judge
 from recrl_lib.claims import Catalogue
 
@@ -23,7 +24,7 @@ RECORDS = [
     )
     for i in range(N)
 ]
-REFERENCES = [judge.reference_line(r) for r in RECORDS]
+REFERENCES = [reference_line(r) for r in RECORDS]
 LOGPROBS = [np.log(np.full(8, 0.25))] * N
 RECORD = RECORDS[0]  # Lost River (1980), Action and Comedy; liked Lost Engine (Action) and Golden Engine (Horror)
 
@@ -96,7 +97,7 @@ def test_every_reference_line_is_true_and_complete():
     ],
 )
 def test_reference_line_with_parts_missing(changed, line):
-    assert judge.reference_line(RECORD | changed | dict(user=2)) == line  # user + item = 3: the first opening
+    assert reference_line(RECORD | changed | dict(user=2)) == line  # user + item = 3: the first opening
 
 
 def test_card():
