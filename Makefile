@@ -11,12 +11,12 @@ OPTIONS := $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) $(if 
 	$(if $(FORCE),--force) $(if $(SET),--set $(SET)) $(if $(TO),--to $(TO))
 
 .DEFAULT_GOAL := help
-.PHONY: help env all test lab bench notebooks clean distclean
+.PHONY: help env all test lab bench notebooks sync-reference clean distclean
 
 ## this list
 help:
 	@awk '/^## /{text = substr($$0, 4); next} \
-		/^[a-z]+:/ && text {split($$0, name, ":"); printf "make %-10s %s\n", name[1], text} {text = ""}' $(MAKEFILE_LIST)
+		/^[a-z-]+:/ && text {split($$0, name, ":"); printf "make %-15s %s\n", name[1], text} {text = ""}' $(MAKEFILE_LIST)
 	@echo
 	@echo 'make all takes PROFILE=smoke|laptop|pod|paper RUN=name SEED=n FORCE=1 SET="name=value ..." TO=stage'
 	@echo 'make env takes PYTHON=python3.12 (the interpreter to build on) and PIP_ARGS="..." (options for pip install)'
@@ -58,6 +58,10 @@ bench: $(STAMP)
 ## execute notebooks/ with their own parameters and store the outputs (needed after an edit)
 notebooks: $(STAMP)
 	@$(PY) -m recrl_lib.runner publish
+
+## copy a finished run's small files to runs/reference and refresh the README: make sync-reference RUN=laptop
+sync-reference: $(STAMP)
+	@$(PY) -m recrl_lib.reference --run $(RUN)
 
 ## remove caches and runs, except runs/reference; downloads stay
 clean:

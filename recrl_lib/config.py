@@ -96,7 +96,7 @@ class Params:
     samples_per_prompt: int = _p(4, "shielded_ppo", "explanations sampled per prompt", 1)
     ppo_epochs: int = _p(2, "shielded_ppo", "passes over each rollout", 1)
     minibatches: int = _p(2, "shielded_ppo", "optimizer steps per pass", 1)
-    learning_rate: float = _p(1e-3, "shielded_ppo", "AdamW rate of the adapters", 0.0)
+    learning_rate: float = _p(2e-3, "shielded_ppo", "AdamW rate of the adapters", 0.0)
     value_lr: float = _p(1e-4, "shielded_ppo", "AdamW rate of the value head", 0.0)
     kl_coef: float = _p(0.02, "shielded_ppo", "per-token KL penalty in the reward", 0.0)
     clip_range: float = _p(0.2, "shielded_ppo", "PPO clip range of the ratio", 0.0, 1.0)
@@ -154,13 +154,13 @@ PROFILES: dict[str, dict[str, Any]] = {
     "laptop": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
         lora_layers=10, max_new_tokens=40, explain_users=12,
-        warm_steps=12, ppo_steps=12, prompts_per_step=8, samples_per_prompt=4,
-        eval_users=200, bootstrap=10_000,
+        warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4,
+        eval_users=160, bootstrap=10_000,
     ),
     "pod": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,
         lora_layers=0, max_new_tokens=64, explain_users=32,
-        warm_steps=40, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
+        warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         eval_users=377, bootstrap=10_000,
     ),
     "paper": dict(

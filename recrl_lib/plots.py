@@ -40,8 +40,16 @@ LOOKS = {
     "unshielded": Look(_PALETTE[3], "X", "--", "\\\\"),
     "shielded": Look(_PALETTE[2], "o", "-", "xx"),
 }
-_OTHERS = [Look(_PALETTE[i], m, s, h) for i, m, s, h in
-           ((0, "o", "-", ""), (1, "s", "--", "//"), (4, "D", "-.", ".."), (8, "v", ":", "\\\\"), (9, "P", "-", "++"))]
+_OTHERS = [
+    Look(_PALETTE[i], m, s, h)
+    for i, m, s, h in (
+        (0, "o", "-", ""),
+        (1, "s", "--", "//"),
+        (4, "D", "-.", ".."),
+        (8, "v", ":", "\\\\"),
+        (9, "P", "-", "++"),
+    )
+]
 STYLE = {
     "figure.dpi": 80,
     "figure.constrained_layout.use": True,
@@ -115,8 +123,13 @@ def _dots(ax: Axes, rows: Sequence[Mapping[str, Any]], value: str, xlabel: str) 
     """One horizontal dot with interval a row (name, ``value``, lo, hi), first row on top."""
     for y, (row, look) in enumerate(zip(rows, _looks([r["name"] for r in rows]))):
         ax.errorbar(
-            row[value], y, xerr=_errors(row[value], row.get("lo"), row.get("hi")),
-            fmt=look.marker, color=look.colour, capsize=4, markersize=8,
+            row[value],
+            y,
+            xerr=_errors(row[value], row.get("lo"), row.get("hi")),
+            fmt=look.marker,
+            color=look.colour,
+            capsize=4,
+            markersize=8,
         )
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
@@ -126,10 +139,25 @@ def _dots(ax: Axes, rows: Sequence[Mapping[str, Any]], value: str, xlabel: str) 
 
 def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]], ylabel: str, reference: float | None, digits: int = 3) -> None:
     for x, (row, look) in enumerate(zip(rows, _looks([r["name"] for r in rows]))):
-        ax.bar(x, row["value"], 0.6, color=look.colour, hatch=look.hatch, edgecolor="black", linewidth=0.8,
-               yerr=_errors(row["value"], row.get("lo"), row.get("hi")), capsize=4)
-        ax.annotate(f"{row['value']:.{digits}g}", (x, max(row["value"], row.get("hi") or row["value"], 0)),
-                    xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)
+        ax.bar(
+            x,
+            row["value"],
+            0.6,
+            color=look.colour,
+            hatch=look.hatch,
+            edgecolor="black",
+            linewidth=0.8,
+            yerr=_errors(row["value"], row.get("lo"), row.get("hi")),
+            capsize=4,
+        )
+        ax.annotate(
+            f"{row['value']:.{digits}g}",
+            (x, max(row["value"], row.get("hi") or row["value"], 0)),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
     if reference is not None:
         ax.axhline(reference, color="black", linestyle="--", linewidth=1)
     ax.margins(y=0.12)
@@ -177,8 +205,16 @@ def data_overview(interactions: pd.DataFrame, items: pd.DataFrame) -> Figure:
     shares = genre_shares(interactions, items)
     y = np.arange(len(shares))
     genre.barh(y - 0.2, shares["films"], 0.4, color=_PALETTE[7], edgecolor="black", linewidth=0.5, label="of films")
-    genre.barh(y + 0.2, shares["ratings"], 0.4, color=_PALETTE[0], edgecolor="black", linewidth=0.5, hatch="///",
-               label="of ratings")
+    genre.barh(
+        y + 0.2,
+        shares["ratings"],
+        0.4,
+        color=_PALETTE[0],
+        edgecolor="black",
+        linewidth=0.5,
+        hatch="///",
+        label="of ratings",
+    )
     genre.set_yticks(y, shares.index, fontsize=8)
     genre.set_ylim(len(shares) - 0.4, -0.6)
     genre.set(title="Genres", xlabel="share")
@@ -207,7 +243,9 @@ def ranker_training(curve: pd.DataFrame | list[dict]) -> Figure:
     loss.plot(curve["epoch"], curve["loss"], "o-", color=_PALETTE[0], markersize=4)
     loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
     valid.plot(curve["epoch"], curve["valid_ndcg@10"], "s--", color=_PALETTE[1], markersize=4)
-    valid.plot(best["epoch"], best["valid_ndcg@10"], "*", color="black", markersize=13, label=f"best: epoch {best['epoch']:g}")
+    valid.plot(
+        best["epoch"], best["valid_ndcg@10"], "*", color="black", markersize=13, label=f"best: epoch {best['epoch']:g}"
+    )
     valid.set(title="Validation", xlabel="epoch", ylabel="NDCG@10")
     valid.legend(loc="lower right")
     for ax in (loss, valid):
@@ -258,8 +296,16 @@ def spectrum(protected: Mapping[str, Any]) -> Figure:
                 continue
             left = outside_energy(space.spectrum)[: space.width]
             k = np.unique(np.r_[0:8, np.linspace(0, space.width - 1, 60).astype(int)].clip(max=space.width - 1))
-            ax.plot(k, left[k], lines[i % 4], color=colours[i], linewidth=1.3, label=number if number in named else None)
-            ax.plot(space.rank, max(left[min(space.rank, space.width - 1)], 1e-12), "o", color=colours[i], markeredgecolor="black")
+            ax.plot(
+                k, left[k], lines[i % 4], color=colours[i], linewidth=1.3, label=number if number in named else None
+            )
+            ax.plot(
+                space.rank,
+                max(left[min(space.rank, space.width - 1)], 1e-12),
+                "o",
+                color=colours[i],
+                markeredgecolor="black",
+            )
         ax.set(title=f"{kind} input", xlabel="protected directions k", yscale="log")
         ax.set_ylim(1e-7, 1.5)
         ax.legend(title="layer", ncols=2, loc="upper right")
@@ -277,7 +323,9 @@ def overlap_by_layer(table: pd.DataFrame) -> Figure:
     for ax, kind in zip(axes[0], kinds):
         part = table[table["kind"] == kind].sort_values("layer")
         ax.plot(part["layer"], part["overlap"], "o-", color=_PALETTE[3], label="prompts' energy held")
-        ax.plot(part["layer"], part["rank"] / part["width"], "s:", color=_PALETTE[7], label="random subspace of that size")
+        ax.plot(
+            part["layer"], part["rank"] / part["width"], "s:", color=_PALETTE[7], label="random subspace of that size"
+        )
         ax.set(title=f"{kind} input", xlabel="layer", ylim=(0, 1.03))
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _whole_ticks(ax.xaxis)
@@ -308,8 +356,17 @@ def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
     for ax, (column, title, label) in zip(axes.flat, _PPO_PANELS):
         for arm, look in zip(arms, _looks(arms)):
             part = curve[curve["arm"] == arm]
-            ax.plot(part["step"], part[column], look.line, marker=look.marker, markevery=every, color=look.colour,
-                    markersize=5, linewidth=1.3, label=arm)
+            ax.plot(
+                part["step"],
+                part[column],
+                look.line,
+                marker=look.marker,
+                markevery=every,
+                color=look.colour,
+                markersize=5,
+                linewidth=1.3,
+                label=arm,
+            )
         ax.set(title=title, ylabel=label)
         _whole_ticks(ax.xaxis)
     for column in ("clip_fraction", "eos_rate"):
@@ -327,8 +384,13 @@ def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
 
 # --- 06 evaluation -----------------------------------------------------------------------------------
 
-_PARTS = {"reward": "reward", "reward_length": "length", "reward_relevance": "relevance",
-          "reward_coherence": "coherence", "quality": "quality\n(held-out judge)"}
+_PARTS = {
+    "reward": "reward",
+    "reward_length": "length",
+    "reward_relevance": "relevance",
+    "reward_coherence": "coherence",
+    "quality": "quality\n(held-out judge)",
+}
 
 
 def reward_parts(explanations: pd.DataFrame) -> Figure:
@@ -341,12 +403,24 @@ def reward_parts(explanations: pd.DataFrame) -> Figure:
         values = table.loc[table["arm"] == arm, list(_PARTS)]
         error = 1.96 * values.std(ddof=1).fillna(0.0) / np.sqrt(len(values))
         x = np.arange(len(_PARTS)) + (i - (len(arms) - 1) / 2) * width
-        ax.bar(x, values.mean(), width, yerr=error, capsize=3, color=look.colour, hatch=look.hatch, edgecolor="black",
-               linewidth=0.8, label=arm)
+        ax.bar(
+            x,
+            values.mean(),
+            width,
+            yerr=error,
+            capsize=3,
+            color=look.colour,
+            hatch=look.hatch,
+            edgecolor="black",
+            linewidth=0.8,
+            label=arm,
+        )
     ax.axvline(len(_PARTS) - 1.5, color="black", linewidth=1)
     ax.set_xticks(range(len(_PARTS)), list(_PARTS.values()))
-    ax.set(title="The reward and its parts, and beside them a measure that tuning never saw",
-           ylabel="mean over users, in [0, 1]")
+    ax.set(
+        title="The reward and its parts, and beside them a measure that tuning never saw",
+        ylabel="mean over users, in [0, 1]",
+    )
     ax.set_ylim(0, 1.05)
     ax.grid(axis="x", visible=False)
     ax.legend(loc="upper center", ncols=len(arms))
@@ -359,17 +433,31 @@ def ctr_lift(metrics: Mapping[str, Any], ceiling: float | None = None) -> Figure
     ``ceiling``: the published account's largest possible lift (``simulator.paper_ceiling()``), for scale.
     """
     arms = _arms_in(metrics, "ctr_lift", base=False)
-    rows = [{"name": arm, "value": metrics[f"{arm}/ctr_lift"], "lo": _metric(metrics, f"{arm}/ctr_lift_lo"),
-             "hi": _metric(metrics, f"{arm}/ctr_lift_hi")} for arm in arms]
+    rows = [
+        {
+            "name": arm,
+            "value": metrics[f"{arm}/ctr_lift"],
+            "lo": _metric(metrics, f"{arm}/ctr_lift_lo"),
+            "hi": _metric(metrics, f"{arm}/ctr_lift_hi"),
+        }
+        for arm in arms
+    ]
     fig, ax = _axes(1, 1, 7.5, 1.7 + 0.45 * len(rows))
     _dots(ax, rows, "value", f"simulated CTR / CTR of the base arm ({INTERVAL})")
     ax.axvline(1.0, color="black", linestyle="--", linewidth=1)
     ax.set_title("Simulated clicks (dashed: no lift)")
     if ceiling is not None:
         ax.axvline(ceiling, color=_PALETTE[7], linestyle=":", linewidth=1.6)
-        ax.annotate(f"ceiling of the published\nclick model, {ceiling:.3f}\n(not of this one)", (ceiling, 0.98),
-                    xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points", ha="right",
-                    va="top", fontsize=8)
+        ax.annotate(
+            f"ceiling of the published\nclick model, {ceiling:.3f}\n(not of this one)",
+            (ceiling, 0.98),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+        )
     return fig
 
 
@@ -386,14 +474,25 @@ def ranking_moved(metrics: Mapping[str, Any]) -> Figure:
         values = [_metric(metrics, f"{arm}/{name}") for name in _CHURN]
         churn.bar(x, values, width, color=look.colour, hatch=look.hatch, edgecolor="black", linewidth=0.8, label=arm)
         for at, value in zip(x, values):
-            churn.annotate(_percent(value), (at, value), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
+            churn.annotate(
+                _percent(value), (at, value), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8
+            )
     churn.set_xticks(range(len(_CHURN)), list(_CHURN.values()))
     churn.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    churn.set(title="The top 10 after tuning", ylabel="share (items, then users)", ylim=(0, 1.25), yticks=np.linspace(0, 1, 6))
+    churn.set(
+        title="The top 10 after tuning", ylabel="share (items, then users)", ylim=(0, 1.25), yticks=np.linspace(0, 1, 6)
+    )
     churn.grid(axis="x", visible=False)
     churn.legend(loc="upper center", ncols=len(arms))
-    rows = [{"name": arm, "value": _metric(metrics, f"{arm}/ndcg@10"), "lo": metrics.get(f"{arm}/ndcg@10_lo"),
-             "hi": metrics.get(f"{arm}/ndcg@10_hi")} for arm in _arms_in(metrics, "ndcg@10", base=True)]
+    rows = [
+        {
+            "name": arm,
+            "value": _metric(metrics, f"{arm}/ndcg@10"),
+            "lo": metrics.get(f"{arm}/ndcg@10_lo"),
+            "hi": metrics.get(f"{arm}/ndcg@10_hi"),
+        }
+        for arm in _arms_in(metrics, "ndcg@10", base=True)
+    ]
     _dots(ndcg, rows, "value", f"test NDCG@10\n({INTERVAL})")
     ndcg.set_xlim(left=0)
     ndcg.set_title("Ranking quality")
@@ -414,8 +513,11 @@ def tradeoff(metrics: Mapping[str, Any]) -> Figure:
         x, y = _metric(metrics, f"{arm}/top10_overlap"), metrics[f"{arm}/reward"]
         errors = _errors(y, metrics.get(f"{arm}/reward_lo"), metrics.get(f"{arm}/reward_hi"))
         ax.errorbar(x, y, yerr=errors, fmt=look.marker, color=look.colour, capsize=4, markersize=9, label=arm)
-    ax.set(title="Reward against a ranking that stays", xlabel="share of the base top 10 kept",
-           ylabel="mean reward, in [0, 1]")
+    ax.set(
+        title="Reward against a ranking that stays",
+        xlabel="share of the base top 10 kept",
+        ylabel="mean reward, in [0, 1]",
+    )
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.margins(0.12)
     ax.legend(loc="best")
@@ -437,8 +539,11 @@ def recommendation_concentration(base_top: np.ndarray, after_top: np.ndarray, n_
         curve = np.append(0, counts.cumsum()) / counts.sum()
         ax.plot(share, curve, look.line, color=look.colour, marker=look.marker, markevery=(0.05, 0.1), label=name)
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="all items alike")
-    ax.set(title="How few items take the recommendations", xlabel="items, least recommended first",
-           ylabel="share of recommendations")
+    ax.set(
+        title="How few items take the recommendations",
+        xlabel="items, least recommended first",
+        ylabel="share of recommendations",
+    )
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.legend(loc="upper left")

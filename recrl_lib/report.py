@@ -103,7 +103,7 @@ def share(value: float) -> str:
 
 
 def with_interval(metrics: Mapping[str, Any], key: str, digits: int = 3) -> str:
-    """"0.743 [0.720, 0.761]", or the value alone where the stage gives no interval."""
+    """ "0.743 [0.720, 0.761]", or the value alone where the stage gives no interval."""
     value = number(_get(metrics, key), digits)
     if f"{key}_lo" not in metrics:
         return value
@@ -111,7 +111,7 @@ def with_interval(metrics: Mapping[str, Any], key: str, digits: int = 3) -> str:
 
 
 def verdict(metrics: Mapping[str, Any], key: str, null: float) -> str:
-    """"up", "down" or "undecided": on which side of ``null`` the whole interval of ``key`` lies."""
+    """ "up", "down" or "undecided": on which side of ``null`` the whole interval of ``key`` lies."""
     if _get(metrics, f"{key}_lo") > null:
         return "up"
     return "down" if _get(metrics, f"{key}_hi") < null else "undecided"
@@ -136,18 +136,20 @@ def headline(evaluation: Mapping[str, Any]) -> pd.DataFrame:
     """The main table as text, one row an arm; brackets hold 95 % intervals over users."""
     rows = []
     for arm in runs.ARMS:
-        rows.append({
-            "arm": arm,
-            "reward": with_interval(evaluation, f"{arm}/reward"),
-            "CTR lift": "1 (reference)" if arm == "base" else with_interval(evaluation, f"{arm}/ctr_lift"),
-            "judged quality": with_interval(evaluation, f"{arm}/quality"),
-            "KL (nats)": number(_get(evaluation, f"{arm}/kl"), 2),
-            "NDCG@10": with_interval(evaluation, f"{arm}/ndcg@10", 4),
-            "top 10 kept": share(_get(evaluation, f"{arm}/top10_overlap")),
-            "same ten": share(_get(evaluation, f"{arm}/top10_set_same")),
-            "same order": share(_get(evaluation, f"{arm}/top10_exact")),
-            "max |Δscore|": f"{_get(evaluation, f'{arm}/max_abs_score_delta'):.3g}",
-        })
+        rows.append(
+            {
+                "arm": arm,
+                "reward": with_interval(evaluation, f"{arm}/reward"),
+                "CTR lift": "1 (reference)" if arm == "base" else with_interval(evaluation, f"{arm}/ctr_lift"),
+                "judged quality": with_interval(evaluation, f"{arm}/quality"),
+                "KL (nats)": number(_get(evaluation, f"{arm}/kl"), 2),
+                "NDCG@10": with_interval(evaluation, f"{arm}/ndcg@10", 4),
+                "top 10 kept": share(_get(evaluation, f"{arm}/top10_overlap")),
+                "same ten": share(_get(evaluation, f"{arm}/top10_set_same")),
+                "same order": share(_get(evaluation, f"{arm}/top10_exact")),
+                "max |Δscore|": f"{_get(evaluation, f'{arm}/max_abs_score_delta'):.3g}",
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -155,25 +157,45 @@ def claims(evaluation: Mapping[str, Any]) -> list[Claim]:
     """The study's questions, each answered by a rule from the numbers of ``metrics/evaluation.json``."""
     equal = bool(_get(evaluation, "separate/scores_sha256_equal"))
     found = [
-        Claim("Separate towers: are the ranker's scores bit-identical after tuning?", "yes" if equal else "no",
-              "sha256 over all users × items " + ("equal" if equal else "differs")),
-        Claim("Shared backbone: did tuning without a shield move the ranking?",
-              "yes" if _moved(evaluation, "unshielded") else "no", _ranking_words(evaluation, "unshielded")),
+        Claim(
+            "Separate towers: are the ranker's scores bit-identical after tuning?",
+            "yes" if equal else "no",
+            "sha256 over all users × items " + ("equal" if equal else "differs"),
+        ),
+        Claim(
+            "Shared backbone: did tuning without a shield move the ranking?",
+            "yes" if _moved(evaluation, "unshielded") else "no",
+            _ranking_words(evaluation, "unshielded"),
+        ),
         Claim("Did the shield hold the ranking?", _held(evaluation), _ranking_words(evaluation, "shielded")),
     ]
     for arm in SHARED:
-        found.append(Claim(f"Did tuning raise the reward of held-out users ({arm})?", _rose(evaluation, f"{arm}/reward_change"),
-                           "change " + with_interval(evaluation, f"{arm}/reward_change")))
+        found.append(
+            Claim(
+                f"Did tuning raise the reward of held-out users ({arm})?",
+                _rose(evaluation, f"{arm}/reward_change"),
+                "change " + with_interval(evaluation, f"{arm}/reward_change"),
+            )
+        )
     found.append(Claim("How much of the reward gain was kept under the shield?", *_kept(evaluation)))
     for arm in SHARED:
-        found.append(Claim(f"Did the judge, which training never saw, agree ({arm})?",
-                           _rose(evaluation, f"{arm}/quality_change"),
-                           "change of quality " + with_interval(evaluation, f"{arm}/quality_change")))
+        found.append(
+            Claim(
+                f"Did the judge, which training never saw, agree ({arm})?",
+                _rose(evaluation, f"{arm}/quality_change"),
+                "change of quality " + with_interval(evaluation, f"{arm}/quality_change"),
+            )
+        )
     for arm in TUNED:
         side = verdict(evaluation, f"{arm}/ctr_lift", 1.0)
         answer = {"up": "yes, a gain", "down": "yes, a loss", "undecided": "no"}[side]
-        found.append(Claim(f"Does the interval of the simulated CTR lift exclude 1 ({arm})?", answer,
-                           "lift " + with_interval(evaluation, f"{arm}/ctr_lift")))
+        found.append(
+            Claim(
+                f"Does the interval of the simulated CTR lift exclude 1 ({arm})?",
+                answer,
+                "lift " + with_interval(evaluation, f"{arm}/ctr_lift"),
+            )
+        )
     return found
 
 
@@ -201,7 +223,8 @@ def _ranking_words(evaluation: Mapping[str, Any], arm: str) -> str:
     return (
         f"{share(replaced)} of top-10 entries replaced, {share(_get(evaluation, f'{arm}/top10_exact'))} of lists "
         f"unchanged in order; NDCG@10 {number(_get(evaluation, 'base/ndcg@10'), 4)} → "
-        f"{number(_get(evaluation, f'{arm}/ndcg@10'), 4)}, change {with_interval(evaluation, f'{arm}/ndcg@10_change', 4)}"
+        f"{number(_get(evaluation, f'{arm}/ndcg@10'), 4)}, "
+        f"change {with_interval(evaluation, f'{arm}/ndcg@10_change', 4)}"
     )
 
 
@@ -219,8 +242,11 @@ def summary(evaluation: Mapping[str, Any]) -> str:
     identical = "are bit-identical" if _get(evaluation, "separate/scores_sha256_equal") else "are NOT identical"
     lost = {arm: 1 - _get(evaluation, f"{arm}/top10_overlap") for arm in SHARED}
     held = {
-        "yes, exactly": "left the ranking exactly as it was", "yes, every top 10 is the same": "left every top 10 as it was",
-        "nearly": "nearly held the ranking", "in part": "held the ranking in part", "no": "did not hold the ranking",
+        "yes, exactly": "left the ranking exactly as it was",
+        "yes, every top 10 is the same": "left every top 10 as it was",
+        "nearly": "nearly held the ranking",
+        "in part": "held the ranking in part",
+        "no": "did not hold the ranking",
     }[_held(evaluation)]
     kept, gain = _kept(evaluation)
     shown = [arm for arm in TUNED if verdict(evaluation, f"{arm}/ctr_lift", 1.0) == "up"]
@@ -249,22 +275,37 @@ def not_shown(e: Evidence) -> list[Doubt]:
 def _doubts_about_ranking(e: Evidence) -> list[Doubt]:
     m, found = e.evaluation, []
     if not _get(m, "separate/scores_sha256_equal"):
-        found.append("The scores of the separate arm are not those from before tuning: something that must not change did.")
+        found.append(
+            "The scores of the separate arm are not those from before tuning: something that must not change did."
+        )
     if _moved(m, "shielded") and _get(m, "shielded/top10_overlap") < HELD:
-        found.append(f"That the shield keeps the ranking: {share(1 - m['shielded/top10_overlap'])} of top-10 entries differ.")
+        found.append(
+            f"That the shield keeps the ranking: {share(1 - m['shielded/top10_overlap'])} of top-10 entries differ."
+        )
     elif _get(m, "shielded/top10_exact") < 1:
-        found.append(f"That the shielded ranking is the same: {share(1 - m['shielded/top10_exact'])} of users see another list.")
+        found.append(
+            f"That the shielded ranking is the same: {share(1 - m['shielded/top10_exact'])} of users see another list."
+        )
     if (side := verdict(m, "shielded/ndcg@10_change", 0.0)) != "undecided":
         found.append(f"That the shielded ranking is as good as before: its NDCG@10 went {side}, beyond its interval.")
     doubts = [Doubt(text, EVALUATION) for text in found]
     leak = e.metrics["ppo"].get("shielded/leak")
     if leak is not None and leak > SEALED:
-        doubts.append(Doubt(f"That the shield is sealed: {leak:.2g} of the shielded update lies in protected directions.",
-                            "metrics/ppo.json"))
+        doubts.append(
+            Doubt(
+                f"That the shield is sealed: {leak:.2g} of the shielded update lies in protected directions.",
+                "metrics/ppo.json",
+            )
+        )
     full, bare = e.metrics["ranker"]["ndcg@10"], e.metrics["ranker"]["text_free_ndcg@10"]
     if bare > 0.9 * full:
-        doubts.append(Doubt(f"That there was much to protect: without the LLM's item vectors the ranker has NDCG@10 {number(bare, 4)}, "
-                            f"with them {number(full, 4)}.", "metrics/ranker.json"))
+        doubts.append(
+            Doubt(
+                "That there was much to protect: without the LLM's item vectors the ranker has NDCG@10 "
+                f"{number(bare, 4)}, with them {number(full, 4)}.",
+                "metrics/ranker.json",
+            )
+        )
     return doubts
 
 
@@ -276,26 +317,44 @@ def _doubts_about_explanations(e: Evidence) -> list[Doubt]:
                 found.append(f"That tuning ({arm}) raised {what}: change {with_interval(m, f'{arm}/{key}')}.")
     for arm in TUNED:
         if verdict(m, f"{arm}/ctr_lift", 1.0) != "up":
-            found.append(f"A gain in simulated clicks ({arm}): the interval of the lift, {with_interval(m, f'{arm}/ctr_lift')}, "
-                         "does not lie above 1.")
+            found.append(
+                f"A gain in simulated clicks ({arm}): the interval of the lift, {with_interval(m, f'{arm}/ctr_lift')}, "
+                "does not lie above 1."
+            )
     for arm in ("base", *SHARED):
         if _get(m, f"{arm}/own_item_retrieval@10") <= CHANCE:
-            found.append(f"That the explanations ({arm}) are about their own film and viewer: they pick theirs among ten "
-                         f"in {share(m[f'{arm}/own_item_retrieval@10'])} of cases, and chance is {share(CHANCE)}.")
+            found.append(
+                f"That the explanations ({arm}) are about their own film and viewer: they pick theirs among ten "
+                f"in {share(m[f'{arm}/own_item_retrieval@10'])} of cases, and chance is {share(CHANCE)}."
+            )
     return [Doubt(text, EVALUATION) for text in found]
 
 
 def _doubts_about_procedure(e: Evidence) -> list[Doubt]:
     ppo, checks, found = e.metrics["ppo"], e.metrics["audit"], []
     if ppo["ratio_first_minibatch_max_dev"] > 1e-3:
-        found.append(Doubt("That sampling and training agree: the first probability ratios are off by "
-                           f"{ppo['ratio_first_minibatch_max_dev']:.2g}.", "metrics/ppo.json"))
+        found.append(
+            Doubt(
+                "That sampling and training agree: the first probability ratios are off by "
+                f"{ppo['ratio_first_minibatch_max_dev']:.2g}.",
+                "metrics/ppo.json",
+            )
+        )
     failed = [name for name in runs.AUDITED if not checks[f"{name}_ok"]]
     if failed:
-        found.append(Doubt(f"That the explanations are safe to show: the audit failed on {', '.join(failed)}.", "metrics/audit.json"))
+        found.append(
+            Doubt(
+                f"That the explanations are safe to show: the audit failed on {', '.join(failed)}.",
+                "metrics/audit.json",
+            )
+        )
     if e.manifest.get("git_dirty") is not False or not e.manifest.get("git_commit"):
-        found.append(Doubt("That the named commit gives these numbers: the code differed from it, or there was none.",
-                           "manifest.json"))
+        found.append(
+            Doubt(
+                "That the named commit gives these numbers: the code differed from it, or there was none.",
+                "manifest.json",
+            )
+        )
     return found
 
 
@@ -303,14 +362,25 @@ def _limits(e: Evidence) -> list[Doubt]:
     n = len(e.explanations["user"].unique())
     few = ", which is few: intervals are wide and effects of useful size can hide in them" if n < FEW_USERS else ""
     return [
-        Doubt(f"That another seed agrees: this page is one run, seed {e.params.seed}; its intervals are over users only.",
-              "params.yaml"),
-        Doubt("That people would click more: clicks come from a stated model, whose quality term is the judge's opinion.",
-              EVALUATION),
-        Doubt(f"That the gains hold for every viewer: explanations of {n} held-out users were judged{few}.",
-              "artifacts/explanations.parquet"),
-        Doubt(f"That it carries over: one data set ({e.params.dataset}) and one language model ({e.params.llm}).", "params.yaml"),
-        Doubt("That nothing harmful is said: a passed audit means that these checks found nothing.", "metrics/audit.json"),
+        Doubt(
+            f"That another seed agrees: this page is one run, seed {e.params.seed}; its intervals are over users only.",
+            "params.yaml",
+        ),
+        Doubt(
+            "That people would click more: clicks come from a stated model, whose quality term is the judge's opinion.",
+            EVALUATION,
+        ),
+        Doubt(
+            f"That the gains hold for every viewer: explanations of {n} held-out users were judged{few}.",
+            "artifacts/explanations.parquet",
+        ),
+        Doubt(
+            f"That it carries over: one data set ({e.params.dataset}) and one language model ({e.params.llm}).",
+            "params.yaml",
+        ),
+        Doubt(
+            "That nothing harmful is said: a passed audit means that these checks found nothing.", "metrics/audit.json"
+        ),
     ]
 
 
@@ -341,41 +411,64 @@ def examples(e: Evidence) -> list[dict[str, Any]]:
     for percentile, user in chosen_users(e.explanations):
         rows = e.explanations[e.explanations["user"] == user].set_index("arm")
         film = items.loc[rows["item"].iloc[0]]
-        found.append({
-            "percentile": percentile,
-            "user": user,
-            "history": items.loc[histories[user][-e.params.history_length:], "title"].tolist(),
-            "film": film["title"] + (f" ({film['year']})" if film["year"] else ""),
-            "genres": film["genres"].replace("|", ", "),
-            "position": int(rows["position"].iloc[0]),
-            "texts": [{"arm": arm, "text": rows.loc[arm, "text"], "reward": number(rows.loc[arm, "reward"], 2),
-                       "quality": number(rows.loc[arm, "quality"], 2)} for arm in ("base", *SHARED)],
-        })
+        found.append(
+            {
+                "percentile": percentile,
+                "user": user,
+                "history": items.loc[histories[user][-e.params.history_length :], "title"].tolist(),
+                "film": film["title"] + (f" ({film['year']})" if film["year"] else ""),
+                "genres": film["genres"].replace("|", ", "),
+                "position": int(rows["position"].iloc[0]),
+                "texts": [
+                    {
+                        "arm": arm,
+                        "text": rows.loc[arm, "text"],
+                        "reward": number(rows.loc[arm, "reward"], 2),
+                        "quality": number(rows.loc[arm, "quality"], 2),
+                    }
+                    for arm in ("base", *SHARED)
+                ],
+            }
+        )
     return found
 
 
 def audit_table(found: Mapping[str, Any]) -> pd.DataFrame:
-    """Measures of the shielded arm beside the thresholds of ``policy.yaml``; columns measure, value, passes if, verdict."""
+    """The shielded arm's measures beside the thresholds of ``policy.yaml``: measure, value, passes if, verdict."""
     policy = audit.load_policy()
-    limits = {"gini_base": "not judged: the ranker before tuning",
-              "gini_after": f"within {policy.gini_change:g} of gini_base"}
-    return pd.DataFrame([
-        {"measure": name, "value": number(found[name], 4),
-         "passes if": limits.get(name) or f"at most {getattr(policy, name):g}",
-         "verdict": "shown only" if name == "gini_base" else "pass" if found[f"{name}_ok"] else "FAIL"}
-        for name in runs.AUDITED
-    ])
+    limits = {
+        "gini_base": "not judged: the ranker before tuning",
+        "gini_after": f"within {policy.gini_change:g} of gini_base",
+    }
+    return pd.DataFrame(
+        [
+            {
+                "measure": name,
+                "value": number(found[name], 4),
+                "passes if": limits.get(name) or f"at most {getattr(policy, name):g}",
+                "verdict": "shown only" if name == "gini_base" else "pass" if found[f"{name}_ok"] else "FAIL",
+            }
+            for name in runs.AUDITED
+        ]
+    )
 
 
 def parameter_table(params: Params) -> pd.DataFrame:
     """All parameters beside the smoke defaults; columns stage, parameter, value, smoke default, changed."""
     smoke, given = Params().as_dict(), params.as_dict()
     stages = {name: stage.name for stage in reversed(config.STAGES) for name in config.owned_by(stage.name)}
-    return pd.DataFrame([
-        {"stage": config.COMMON if name in config.owned_by("environment") else stages[name], "parameter": name,
-         "value": str(value), "smoke default": str(smoke[name]), "changed": value != smoke[name]}
-        for name, value in given.items()
-    ])
+    return pd.DataFrame(
+        [
+            {
+                "stage": config.COMMON if name in config.owned_by("environment") else stages[name],
+                "parameter": name,
+                "value": str(value),
+                "smoke default": str(smoke[name]),
+                "changed": value != smoke[name],
+            }
+            for name, value in given.items()
+        ]
+    )
 
 
 def provenance(e: Evidence) -> list[tuple[str, str]]:
@@ -384,7 +477,10 @@ def provenance(e: Evidence) -> list[tuple[str, str]]:
     state = {True: " with uncommitted changes", False: ""}.get(m.get("git_dirty"), " (state of the tree unknown)")
     versions = ", ".join(f"{name} {version}" for name, version in (m.get("versions") or {}).items() if version)
     return [
-        ("commit", f"{m['git_commit']}{state}" if m.get("git_commit") else "none: not run from a repository with a commit"),
+        (
+            "commit",
+            f"{m['git_commit']}{state}" if m.get("git_commit") else "none: not run from a repository with a commit",
+        ),
         ("device", str(m.get("device"))),
         ("processor", f"{m.get('cpu')}, {m.get('threads')} threads"),
         ("seed", str(e.params.seed)),
@@ -397,27 +493,50 @@ def stage_table(manifest: Mapping[str, Any]) -> pd.DataFrame:
     rows = []
     for name, entry in manifest["stages"].items():
         file = f"metrics/{runs.metrics_name(name)}.json"
-        rows.append({"stage": name, "seconds": f"{entry['seconds']:.1f}", "finished (UTC)": entry["finished_at"],
-                     "metrics file": file, "sha256": entry["outputs"].get(file, "")[:12]})
+        rows.append(
+            {
+                "stage": name,
+                "seconds": f"{entry['seconds']:.1f}",
+                "finished (UTC)": entry["finished_at"],
+                "metrics file": file,
+                "sha256": entry["outputs"].get(file, "")[:12],
+            }
+        )
     return pd.DataFrame(rows)
 
 
 # --- figures and the page --------------------------------------------------------------------------------
 
 CAPTIONS = {  # in the order of the page: (caption, source)
-    "ranking_moved": ("What is left of the base top 10 after tuning, over all users, and the ranking's quality.", EVALUATION),
+    "ranking_moved": (
+        "What is left of the base top 10 after tuning, over all users, and the ranking's quality.",
+        EVALUATION,
+    ),
     "tradeoff": ("Reward of held-out users against the share of the base top 10 that is kept.", EVALUATION),
-    "reward_parts": ("Reward, its three parts and the judge's quality; error bars are ±1.96 standard errors.",
-                     "artifacts/explanations.parquet"),
-    "ctr_lift": ("Simulated click rate relative to the base arm. The dotted line is the most that the published account's "
-                 "click model can give, where length alone is quality.", EVALUATION),
+    "reward_parts": (
+        "Reward, its three parts and the judge's quality; error bars are ±1.96 standard errors.",
+        "artifacts/explanations.parquet",
+    ),
+    "ctr_lift": (
+        "Simulated click rate relative to the base arm. The dotted line is the most that the published account's "
+        "click model can give, where length alone is quality.",
+        EVALUATION,
+    ),
     "ppo_curves": ("PPO by step. Every step has new prompts, so single steps are noisy.", "curves/ppo.csv"),
-    "spectrum": ("Energy of the item texts' activations outside the protected directions.", "artifacts/subspaces.safetensors"),
-    "overlap_by_layer": ("Share of the explanation prompts' energy that lies inside the protected subspace.",
-                         "artifacts/overlap.parquet"),
+    "spectrum": (
+        "Energy of the item texts' activations outside the protected directions.",
+        "artifacts/subspaces.safetensors",
+    ),
+    "overlap_by_layer": (
+        "Share of the explanation prompts' energy that lies inside the protected subspace.",
+        "artifacts/overlap.parquet",
+    ),
     "ranker_training": ("Training of the ranker, which is frozen afterwards.", "curves/ranker.csv"),
     "data_overview": ("The data: popularity, history lengths, genres.", "artifacts/interactions.parquet"),
-    "recommendation_concentration": ("How unevenly films are recommended before and after tuning.", "artifacts/top10.parquet"),
+    "recommendation_concentration": (
+        "How unevenly films are recommended before and after tuning.",
+        "artifacts/top10.parquet",
+    ),
 }
 
 
@@ -440,31 +559,48 @@ def figures(e: Evidence) -> dict[str, Figure]:
 
 def inline_svg(svg: str, name: str, label: str) -> Markup:
     """An SVG document as an element of the page: scalable, labelled, its ids made unique by ``name``."""
-    body = svg[svg.index("<svg"):]
+    body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'(xlink:href="|href="|url\()#', rf"\g<1>#{name}-", body)
     head, _, rest = body.partition(">")
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', head)[1])
-    return Markup(f'{head} role="img" style="max-width:{math.ceil(width * 4 / 3)}px" ' + f'aria-label="{Markup.escape(label)}">') + Markup(rest)
+    return Markup(
+        f'{head} role="img" style="max-width:{math.ceil(width * 4 / 3)}px" ' + f'aria-label="{Markup.escape(label)}">'
+    ) + Markup(rest)
 
 
 def render(e: Evidence, pictures: Mapping[str, str]) -> str:
     """The page from the evidence and the figures' SVG documents by name."""
     environment = Environment(
-        loader=FileSystemLoader(paths.LIBRARY / "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(paths.LIBRARY / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     shown = [
         {"svg": inline_svg(pictures[name], name, caption), "caption": caption, "source": source, "number": i}
         for i, (name, (caption, source)) in enumerate(CAPTIONS.items(), 1)
     ]
     return environment.get_template("report.html.j2").render(
-        run=e.params.run, smoke=e.smoke, seed=e.params.seed, n_users=len(e.users), n_judged=e.explanations["user"].nunique(),
-        summary=summary(e.evaluation), claims=claims(e.evaluation), headline=headline(e.evaluation), doubts=not_shown(e),
-        figures=shown, examples=examples(e), percentiles=PERCENTILES, audit=audit_table(e.metrics["audit"]),
-        parameters=parameter_table(e.params), provenance=provenance(e), stages=stage_table(e.manifest),
+        run=e.params.run,
+        smoke=e.smoke,
+        seed=e.params.seed,
+        n_users=len(e.users),
+        n_judged=e.explanations["user"].nunique(),
+        summary=summary(e.evaluation),
+        claims=claims(e.evaluation),
+        headline=headline(e.evaluation),
+        doubts=not_shown(e),
+        figures=shown,
+        examples=examples(e),
+        percentiles=PERCENTILES,
+        audit=audit_table(e.metrics["audit"]),
+        parameters=parameter_table(e.params),
+        provenance=provenance(e),
+        stages=stage_table(e.manifest),
     )
 
 

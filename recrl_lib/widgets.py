@@ -75,13 +75,20 @@ class Chat:
     """
 
     def __init__(
-        self, study: Study, explainer: Explainer, adapters: Mapping[str, dict[str, Tensor]], params: Params, users: Sequence[int]
+        self,
+        study: Study,
+        explainer: Explainer,
+        adapters: Mapping[str, dict[str, Tensor]],
+        params: Params,
+        users: Sequence[int],
     ):
         self.study, self.explainer, self.adapters, self.params = study, explainer, adapters, params
         self.history: list[dict] = []
         self.user = ipw.Dropdown(options=[(f"user {u}", int(u)) for u in users], description="viewer")
         self.film = ipw.Dropdown(description="film")
-        self.arm = ipw.ToggleButtons(options=["base", *adapters], value=["base", *adapters][-1], description="explainer")
+        self.arm = ipw.ToggleButtons(
+            options=["base", *adapters], value=["base", *adapters][-1], description="explainer"
+        )
         self.log = ipw.HTML()
         self.text = ipw.Text(placeholder="Ask about the recommendation")
         self.button = ipw.Button(description="Ask", button_style="primary")
@@ -94,7 +101,9 @@ class Chat:
         self.button.on_click(lambda _: self.ask(self.text.value))
         for suggestion in (self.why_not, self.lighter):
             suggestion.on_click(lambda button: self.ask(button.description))
-        with warnings.catch_warnings():  # the advised way, observing the value, would also send when the field loses focus
+        with (
+            warnings.catch_warnings()
+        ):  # the advised way, observing the value, would also send when the field loses focus
             warnings.simplefilter("ignore", DeprecationWarning)
             self.text.on_submit(lambda text: self.ask(text.value))
         self._new_user()
@@ -132,7 +141,14 @@ class Chat:
         error = ""
         try:
             with tuned_as(self.explainer, self.adapters, self.arm.value):
-                said = reply(self.explainer, self.history, text, self.params.max_new_tokens, self.params.temperature, self.params.seed)
+                said = reply(
+                    self.explainer,
+                    self.history,
+                    text,
+                    self.params.max_new_tokens,
+                    self.params.temperature,
+                    self.params.seed,
+                )
             asked = [{"role": "user", "content": text}] if text else []
             self.history = [*self.history, *asked, {"role": "assistant", "content": said}]
         except Exception as problem:  # raised in a callback it would vanish into the server's log
@@ -150,7 +166,8 @@ class Chat:
         names = {"user": "you", "assistant": self.arm.value}
         turns = [
             f"<p><b>{html.escape(names[turn['role']])}</b>: {html.escape(turn['content'])}</p>"
-            for turn in self.history if turn["role"] in names
+            for turn in self.history
+            if turn["role"] in names
         ]
         problem = f'<p role="alert"><b>error</b>: {html.escape(error)}</p>' if error else ""
         return "".join(turns).replace("\n", "<br>") + problem

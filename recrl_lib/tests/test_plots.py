@@ -44,10 +44,18 @@ def evaluation() -> dict[str, float]:
     for arm, (reward, lift, ndcg, overlap, same, exact) in numbers.items():
         wide = 0.0 if arm == "base" else 0.012
         out |= {
-            f"{arm}/reward": reward, f"{arm}/reward_lo": reward - 0.02, f"{arm}/reward_hi": reward + 0.02,
-            f"{arm}/ctr_lift": lift, f"{arm}/ctr_lift_lo": lift - wide, f"{arm}/ctr_lift_hi": lift + wide,
-            f"{arm}/ndcg@10": ndcg, f"{arm}/ndcg@10_lo": ndcg - 0.01, f"{arm}/ndcg@10_hi": ndcg + 0.011,
-            f"{arm}/top10_overlap": overlap, f"{arm}/top10_set_same": same, f"{arm}/top10_exact": exact,
+            f"{arm}/reward": reward,
+            f"{arm}/reward_lo": reward - 0.02,
+            f"{arm}/reward_hi": reward + 0.02,
+            f"{arm}/ctr_lift": lift,
+            f"{arm}/ctr_lift_lo": lift - wide,
+            f"{arm}/ctr_lift_hi": lift + wide,
+            f"{arm}/ndcg@10": ndcg,
+            f"{arm}/ndcg@10_lo": ndcg - 0.01,
+            f"{arm}/ndcg@10_hi": ndcg + 0.011,
+            f"{arm}/top10_overlap": overlap,
+            f"{arm}/top10_set_same": same,
+            f"{arm}/top10_exact": exact,
         }
     return out
 
@@ -56,21 +64,36 @@ def ppo_curve(steps: int = 12) -> pd.DataFrame:
     rng, rows = np.random.default_rng(1), []
     for arm in ("unshielded", "shielded"):
         for step in range(1, steps + 1):
-            rows.append({
-                "arm": arm, "step": step, "reward": 0.6 + 0.01 * step + rng.normal(0, 0.01), "kl": 0.05 * step**1.5,
-                "length": 30 + rng.normal(), "clip_fraction": 0.02 + 0.01 * rng.random(), "eos_rate": 0.5 + 0.02 * step,
-                "step_seconds": 9 + rng.random(), "shield_seconds": 0.2 if arm == "shielded" else 0.0,
-            })
+            rows.append(
+                {
+                    "arm": arm,
+                    "step": step,
+                    "reward": 0.6 + 0.01 * step + rng.normal(0, 0.01),
+                    "kl": 0.05 * step**1.5,
+                    "length": 30 + rng.normal(),
+                    "clip_fraction": 0.02 + 0.01 * rng.random(),
+                    "eos_rate": 0.5 + 0.02 * step,
+                    "step_seconds": 9 + rng.random(),
+                    "shield_seconds": 0.2 if arm == "shielded" else 0.0,
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def explanations(n: int = 30) -> pd.DataFrame:
     rng, parts = np.random.default_rng(2), []
     for arm, gain in (("base", 0.0), ("unshielded", 0.2), ("shielded", 0.15)):
-        parts.append(pd.DataFrame({
-            "arm": arm, **{c: rng.uniform(0.3, 0.6, n) + gain for c in
-                           ("reward", "reward_length", "reward_relevance", "reward_coherence", "quality")},
-        }))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "arm": arm,
+                    **{
+                        c: rng.uniform(0.3, 0.6, n) + gain
+                        for c in ("reward", "reward_length", "reward_relevance", "reward_coherence", "quality")
+                    },
+                }
+            )
+        )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -78,19 +101,23 @@ def subspaces(layers=range(20, 30), width: int = 64) -> dict[str, SimpleNamespac
     spectrum = 0.7 ** np.arange(width)
     return {
         f"{n}.{kind}": SimpleNamespace(spectrum=spectrum ** (1 + 0.02 * n), rank=6 + n % 5, width=width)
-        for n in layers for kind in ("attention", "output")
+        for n in layers
+        for kind in ("attention", "output")
     }
 
 
 def overlap() -> pd.DataFrame:
     names = [f"{n}.{kind}" for n in range(20, 30) for kind in ("attention", "output")]
-    return pd.DataFrame({"input": names, "rank": 128, "width": 576, "energy": 0.99,
-                         "overlap": np.linspace(0.7, 0.95, len(names))})
+    return pd.DataFrame(
+        {"input": names, "rank": 128, "width": 576, "energy": 0.99, "overlap": np.linspace(0.7, 0.95, len(names))}
+    )
 
 
 def rankers() -> list[dict]:
-    return [{"name": n, "ndcg": v, "lo": v - 0.01, "hi": v + 0.01}
-            for n, v in (("popularity", 0.044), ("Markov chain", 0.077), ("SASRec", 0.071))]
+    return [
+        {"name": n, "ndcg": v, "lo": v - 0.01, "hi": v + 0.01}
+        for n, v in (("popularity", 0.044), ("Markov chain", 0.077), ("SASRec", 0.071))
+    ]
 
 
 def tops() -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +128,10 @@ def tops() -> tuple[np.ndarray, np.ndarray]:
 def every_figure(steps: int = 12) -> dict:
     interactions, items = interactions_and_items()
     training = [{"epoch": e, "loss": 7 - 0.1 * e, "valid_ndcg@10": 0.08 - 0.001 * (e - 8) ** 2} for e in range(1, 13)]
-    rows = [{"name": "no shield", "value": 0.21, "lo": 0.2, "hi": 0.23}, {"name": "a shield with a long name", "value": 0.013}]
+    rows = [
+        {"name": "no shield", "value": 0.21, "lo": 0.2, "hi": 0.23},
+        {"name": "a shield with a long name", "value": 0.013},
+    ]
     return {
         "data_overview": plots.data_overview(interactions, items),
         "ranker_training": plots.ranker_training(training),
@@ -123,7 +153,9 @@ def test_every_figure_is_labelled_and_small_in_a_notebook():
         for ax in fig.axes:
             assert ax.get_title() or len(fig.axes) == 1, name
             ticked = [t.get_text() for t in ax.get_xticklabels()]
-            assert ax.get_xlabel() or any(re.search("[a-z]", t) for t in ticked) or ax.get_subplotspec().rowspan.stop < 2, name
+            assert (
+                ax.get_xlabel() or any(re.search("[a-z]", t) for t in ticked) or ax.get_subplotspec().rowspan.stop < 2
+            ), name
         png = io.BytesIO()
         fig.savefig(png, format="png", bbox_inches="tight")
         assert png.tell() < 75_000, f"{name}: {png.tell()} bytes"

@@ -26,14 +26,32 @@ N_USERS, N_ITEMS = 12, 40
 
 def evaluation(**changes) -> dict:
     """A full ``metrics/evaluation.json``: gains of .12 and .10, the shield keeps 95.7 % of the top 10."""
-    found = {f"{arm}/{name}": 0.5 for arm in ARMS for name in
-             ("ctr", "kl", "hr@10", "kendall_tau", "rbo", "grounding_precision", "grounding_recall",
-              "own_item_retrieval@10", "distinct_2", "usr", "mean_tokens")}
+    found = {
+        f"{arm}/{name}": 0.5
+        for arm in ARMS
+        for name in (
+            "ctr",
+            "kl",
+            "hr@10",
+            "kendall_tau",
+            "rbo",
+            "grounding_precision",
+            "grounding_recall",
+            "own_item_retrieval@10",
+            "distinct_2",
+            "usr",
+            "mean_tokens",
+        )
+    }
     found |= arm_numbers()
     for arm, moved in zip(ARMS, (0.0, 0.0, 3.1, 0.042)):
         found[f"{arm}/max_abs_score_delta"] = moved
         gain, drop = found[f"{arm}/reward"] - 0.62, found[f"{arm}/ndcg@10"] - 0.0691
-        for name, value, width in (("reward_change", gain, 0.03), ("ndcg@10_change", drop, 0.004), ("quality_change", gain / 2, 0.02)):
+        for name, value, width in (
+            ("reward_change", gain, 0.03),
+            ("ndcg@10_change", drop, 0.004),
+            ("quality_change", gain / 2, 0.02),
+        ):
             found |= {f"{arm}/{name}": value, f"{arm}/{name}_lo": value - width, f"{arm}/{name}_hi": value + width}
         found |= {f"{arm}/quality": 0.4 + gain / 2, f"{arm}/quality_lo": 0.38, f"{arm}/quality_hi": 0.5}
     return found | {"separate/scores_sha256_equal": True} | changes
@@ -42,38 +60,107 @@ def evaluation(**changes) -> dict:
 OTHER_METRICS = {
     "environment": {"checks": 10},
     "data": {"n_users": N_USERS, "n_items": N_ITEMS, "n_interactions": 120, "source": "toy", "sha256": "0"},
-    "ranker": {"ndcg@10": 0.0691, "hr@10": 0.14, "mrr@10": 0.05, "valid_ndcg@10": 0.08, "epochs": 3, "train_seconds": 1.0,
-               "text_free_ndcg@10": 0.017},
+    "ranker": {
+        "ndcg@10": 0.0691,
+        "hr@10": 0.14,
+        "mrr@10": 0.05,
+        "valid_ndcg@10": 0.08,
+        "epochs": 3,
+        "train_seconds": 1.0,
+        "text_free_ndcg@10": 0.017,
+    },
     "explainer": {"trainable_params": 1, "total_params": 2, "trainable_fraction": 0.5},
-    "shield": {"energy": 0.99, "rank_mean": 7.0, "rank_max": 9, "capacity_left_mean": 0.9, "leak_before": 0.5,
-               "leak_after": 1e-9, "overlap_mean": 0.8},
-    "shielded_ppo": {"steps": 12, "episodes": 384, "reward_first": 0.6, "reward_last": 0.7, "kl_last": 1.0, "kl_max": 1.1,
-                     "clip_fraction_last": 0.02, "ratio_first_minibatch_max_dev": 1e-6, "shield_seconds": 0.2, "step_seconds": 9.0,
-                     "generated_tokens_per_second": 100.0, "peak_memory_gb": 2.0, "shielded/leak": 1e-9},
-    "audit": {"toxicity_mean": 0.02, "toxicity_p95": 0.1, "gini_base": 0.8, "gini_after": 0.81, "parity_gap": 0.05,
-              "privacy_leak_rate": 0.0, **{f"{name}_ok": True for name in runs.AUDITED}},
+    "shield": {
+        "energy": 0.99,
+        "rank_mean": 7.0,
+        "rank_max": 9,
+        "capacity_left_mean": 0.9,
+        "leak_before": 0.5,
+        "leak_after": 1e-9,
+        "overlap_mean": 0.8,
+    },
+    "shielded_ppo": {
+        "steps": 12,
+        "episodes": 384,
+        "reward_first": 0.6,
+        "reward_last": 0.7,
+        "kl_last": 1.0,
+        "kl_max": 1.1,
+        "clip_fraction_last": 0.02,
+        "ratio_first_minibatch_max_dev": 1e-6,
+        "shield_seconds": 0.2,
+        "step_seconds": 9.0,
+        "generated_tokens_per_second": 100.0,
+        "peak_memory_gb": 2.0,
+        "shielded/leak": 1e-9,
+    },
+    "audit": {
+        "toxicity_mean": 0.02,
+        "toxicity_p95": 0.1,
+        "gini_base": 0.8,
+        "gini_after": 0.81,
+        "parity_gap": 0.05,
+        "privacy_leak_rate": 0.0,
+        **{f"{name}_ok": True for name in runs.AUDITED},
+    },
 }
 
 
 def tables() -> dict[str, pd.DataFrame]:
     rng = np.random.default_rng(0)
-    user, item = np.repeat(np.arange(N_USERS), 10), np.concatenate([rng.permutation(N_ITEMS)[:10] + 1 for _ in range(N_USERS)])
+    user, item = (
+        np.repeat(np.arange(N_USERS), 10),
+        np.concatenate([rng.permutation(N_ITEMS)[:10] + 1 for _ in range(N_USERS)]),
+    )
     interactions = pd.DataFrame({"user": user, "item": item, "time": np.tile(np.arange(10), N_USERS), "rating": 4.0})
-    items = pd.DataFrame({"item": np.arange(1, N_ITEMS + 1), "title": [f"Film {i}" for i in range(1, N_ITEMS + 1)],
-                          "year": 1994, "genres": "Drama|Comedy", "text": "t"})
+    items = pd.DataFrame(
+        {
+            "item": np.arange(1, N_ITEMS + 1),
+            "title": [f"Film {i}" for i in range(1, N_ITEMS + 1)],
+            "year": 1994,
+            "genres": "Drama|Comedy",
+            "text": "t",
+        }
+    )
     said = []
     for arm in ("base", "unshielded", "shielded"):
         gain = 0.0 if arm == "base" else np.arange(N_USERS) / 100
-        said.append(pd.DataFrame({
-            "arm": arm, "user": np.arange(N_USERS), "item": 1 + np.arange(N_USERS), "position": 3, "title": "Film",
-            "text": f"The {arm} text. {HOSTILE}", "quality": 0.4 + gain,
-            **{c: 0.5 for c in ("reward", "reward_length", "reward_relevance", "reward_coherence", "kl")},
-        }))
+        said.append(
+            pd.DataFrame(
+                {
+                    "arm": arm,
+                    "user": np.arange(N_USERS),
+                    "item": 1 + np.arange(N_USERS),
+                    "position": 3,
+                    "title": "Film",
+                    "text": f"The {arm} text. {HOSTILE}",
+                    "quality": 0.4 + gain,
+                    **{c: 0.5 for c in ("reward", "reward_length", "reward_relevance", "reward_coherence", "kl")},
+                }
+            )
+        )
     top = np.stack([rng.permutation(N_ITEMS)[:10] + 1 for _ in range(N_USERS)])
-    top10 = pd.concat([pd.DataFrame({"arm": arm, "user": np.repeat(np.arange(N_USERS), 10),
-                                     "position": np.tile(np.arange(1, 11), N_USERS), "item": top.ravel()}) for arm in ARMS])
-    return {"interactions": interactions, "items": items, "users": pd.DataFrame({"user": np.arange(N_USERS)}),
-            "explanations": pd.concat(said, ignore_index=True), "overlap": overlap(), "top10": top10.reset_index(drop=True)}
+    top10 = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "arm": arm,
+                    "user": np.repeat(np.arange(N_USERS), 10),
+                    "position": np.tile(np.arange(1, 11), N_USERS),
+                    "item": top.ravel(),
+                }
+            )
+            for arm in ARMS
+        ]
+    )
+    return {
+        "interactions": interactions,
+        "items": items,
+        "users": pd.DataFrame({"user": np.arange(N_USERS)}),
+        "explanations": pd.concat(said, ignore_index=True),
+        "overlap": overlap(),
+        "top10": top10.reset_index(drop=True),
+    }
 
 
 RANKER_CURVE = [{"epoch": e, "loss": 7.0 - e, "valid_ndcg@10": 0.05 + e / 100} for e in range(3)]
@@ -87,18 +174,32 @@ def subspaces() -> dict[str, shield.Subspace]:
 def evidence(metrics: dict[str, dict] | None = None, **params) -> report.Evidence:
     """As ``report.gather`` gives it, from a clean commit; ``metrics``: changes by name of the file."""
     found = {runs.metrics_name(name): values for name, values in OTHER_METRICS.items()} | {"evaluation": evaluation()}
-    manifest = {"git_commit": "c0ffee", "git_dirty": False, "versions": {"torch": "2"}, "device": "cpu", "cpu": "toy",
-                "threads": 1, "stages": {"data": {"seconds": 1.0, "finished_at": "now", "outputs": {}}}}
+    manifest = {
+        "git_commit": "c0ffee",
+        "git_dirty": False,
+        "versions": {"torch": "2"},
+        "device": "cpu",
+        "cpu": "toy",
+        "threads": 1,
+        "stages": {"data": {"seconds": 1.0, "finished_at": "now", "outputs": {}}},
+    }
     return report.Evidence(
-        params=Params(**params), manifest=manifest,
+        params=Params(**params),
+        manifest=manifest,
         metrics={name: values | (metrics or {}).get(name, {}) for name, values in found.items()},
-        curves={"ranker": pd.DataFrame(RANKER_CURVE), "ppo": ppo_curve(3)}, protected=subspaces(), **tables(),
+        curves={"ranker": pd.DataFrame(RANKER_CURVE), "ppo": ppo_curve(3)},
+        protected=subspaces(),
+        **tables(),
     )
 
 
 # --- a whole run, through the real run folder -----------------------------------------------------------
 
-WRITTEN_BY = {"data": ("interactions", "items", "users"), "shield": ("overlap",), "evaluation": ("explanations", "top10")}
+WRITTEN_BY = {
+    "data": ("interactions", "items", "users"),
+    "shield": ("overlap",),
+    "evaluation": ("explanations", "top10"),
+}
 CURVES = {"ranker": RANKER_CURVE, "shielded_ppo": ppo_curve(3).to_dict("records")}
 
 
@@ -167,10 +268,9 @@ def test_the_page_is_whole_self_contained_escaped_and_repeatable(stage):
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import""", source)
     assert {name for name in re.findall(r'(?:href="|url\()#([^")]+)', source)} <= set(page.ids)
 
-    written = {p.name: p.read_bytes() for p in (paths.FIGURES / "smoke").iterdir()}
-    assert set(written) == {f"{name}.svg" for name in report.CAPTIONS}
-    assert report.build(stage).read_text(encoding="utf-8") == source
-    assert written == {p.name: p.read_bytes() for p in (paths.FIGURES / "smoke").iterdir()}
+    pictures = {p.stem: p.read_text(encoding="utf-8") for p in (paths.FIGURES / "smoke").iterdir()}
+    assert set(pictures) == set(report.CAPTIONS)
+    assert report.render(report.gather(stage), pictures) == source  # the page shows the figures that were saved
     assert not plt.get_fignums()
     stage.finish()
     assert "report.html" in runs.read_manifest("smoke")["stages"]["report"]["outputs"]
@@ -193,7 +293,9 @@ def test_numbers_on_the_page_are_those_of_the_metrics_files():
     assert "0.7391" not in text and "0.720 [0.700" not in text
 
 
-@pytest.mark.parametrize("values, smoke", [({}, True), ({"ppo_steps": 12}, True), ({"ppo_steps": 12, "eval_users": 200}, False)])
+@pytest.mark.parametrize(
+    "values, smoke", [({}, True), ({"ppo_steps": 12}, True), ({"ppo_steps": 12, "eval_users": 200}, False)]
+)
 def test_a_smoke_run_says_so_at_the_top(values, smoke):
     source = rendered(evidence(**values))
     assert ("proves nothing but that the code runs" in source) == smoke
@@ -234,7 +336,7 @@ def test_claims_of_the_toy_numbers():
     ({"unshielded/reward_change_lo": -0.01}, "kept under the shield", "cannot be said"),
     ({"shielded/reward_change": -0.02}, "kept under the shield", "nothing: it lost reward"),
     ({"shielded/quality_change_lo": -0.01}, "never saw, agree (shielded)", "not shown"),
-    ({"shielded/quality_change_lo": -0.3, "shielded/quality_change_hi": -0.1}, "never saw, agree (shielded)", "no, it fell"),
+    ({"shielded/quality_change_lo": -0.3, "shielded/quality_change_hi": -0.1}, "agree (shielded)", "no, it fell"),
 ])  # fmt: skip
 def test_a_claim_follows_its_number(changes, part, expected):
     assert answer(part, **changes) == expected
@@ -298,8 +400,12 @@ def test_a_tree_that_is_not_its_commit_is_a_doubt(manifest):
 
 def test_chosen_users_by_hand():
     gains = [0.5, 0.1, 0.2, 0.3, 0.4, 0.0, 0.6, 0.7, 0.8, 0.9, 1.0]  # percentiles 10, 50, 90 are .1, .5, .9
-    frame = pd.concat([pd.DataFrame({"arm": "base", "user": range(11), "quality": 0.0}),
-                       pd.DataFrame({"arm": "shielded", "user": range(11), "quality": gains})])
+    frame = pd.concat(
+        [
+            pd.DataFrame({"arm": "base", "user": range(11), "quality": 0.0}),
+            pd.DataFrame({"arm": "shielded", "user": range(11), "quality": gains}),
+        ]
+    )
     assert report.chosen_users(frame) == [(10, 1), (50, 0), (90, 9)]
     same = frame.assign(quality=0.5)
     assert report.chosen_users(same) == [(10, 0), (50, 1), (90, 2)]  # ties: lowest number, nobody twice
@@ -314,7 +420,9 @@ def test_examples_show_the_history_of_the_prompt():
     assert example["film"] == f"Film {example['user'] + 1} (1994)" and example["genres"] == "Drama, Comedy"
 
 
-@pytest.mark.parametrize("value, text", [(0.0, "0 %"), (1.0, "100 %"), (0.9999, "> 99.9 %"), (0.0001, "< 0.1 %"), (0.125, "12.5 %")])
+@pytest.mark.parametrize(
+    "value, text", [(0.0, "0 %"), (1.0, "100 %"), (0.9999, "> 99.9 %"), (0.0001, "< 0.1 %"), (0.125, "12.5 %")]
+)
 def test_share_never_rounds_to_all_or_nothing(value, text):
     assert report.share(value) == text
 
@@ -336,7 +444,9 @@ def test_headline_has_a_row_an_arm_and_an_interval_where_there_is_one():
 
 
 def test_audit_table_shows_thresholds_and_failures():
-    table = report.audit_table(OTHER_METRICS["audit"] | {"parity_gap": 0.2, "parity_gap_ok": False}).set_index("measure")
+    table = report.audit_table(OTHER_METRICS["audit"] | {"parity_gap": 0.2, "parity_gap_ok": False}).set_index(
+        "measure"
+    )
     assert table.loc["parity_gap", "verdict"] == "FAIL" and table.loc["parity_gap", "passes if"] == "at most 0.1"
     assert table.loc["gini_base", "verdict"] == "shown only" and table.loc["toxicity_mean", "verdict"] == "pass"
 
@@ -349,8 +459,10 @@ def test_parameter_table_marks_what_differs_from_smoke():
 
 
 def test_inline_svg_keeps_two_documents_apart():
-    doc = '<?xml version="1.0"?><!DOCTYPE svg><svg width="9pt" height="9pt" viewBox="0 0 9 9"><metadata>m</metadata>' \
-          '<path id="a" clip-path="url(#b)"/><use xlink:href="#a"/></svg>'
+    doc = (
+        '<?xml version="1.0"?><!DOCTYPE svg><svg width="9pt" height="9pt" viewBox="0 0 9 9"><metadata>m</metadata>'
+        '<path id="a" clip-path="url(#b)"/><use xlink:href="#a"/></svg>'
+    )
     out = str(report.inline_svg(doc, "one", 'a "label"'))
     assert 'id="one-a"' in out and "url(#one-b)" in out and 'xlink:href="#one-a"' in out
     assert "metadata" not in out and "xml" not in out and 'width="9pt"' not in out

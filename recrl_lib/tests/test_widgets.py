@@ -16,8 +16,16 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 def records(users, positions) -> list[dict]:
     return [
-        {"user": u, "item": 10 * u + p, "position": p, "title": f"good film {u} {p} {HOSTILE}", "year": 1990, "genres": ["red"],
-         "history_titles": ["bad film"], "history_genres": [["blue"]]}
+        {
+            "user": u,
+            "item": 10 * u + p,
+            "position": p,
+            "title": f"good film {u} {p} {HOSTILE}",
+            "year": 1990,
+            "genres": ["red"],
+            "history_titles": ["bad film"],
+            "history_genres": [["blue"]],
+        }
         for u, p in zip(users, positions)
     ]
 
@@ -81,7 +89,9 @@ def test_arms_speak_with_their_own_adapters(tuned):
 def test_a_long_chat_drops_its_oldest_turns_but_neither_opening_nor_question(tuned):
     explainer, _ = tuned
     opening = messages(records([3], [1])[0])
-    pairs = [{"role": r, "content": f"{w} film"} for w in ("red", "blue", "green", "short") for r in ("assistant", "user")]
+    pairs = [
+        {"role": r, "content": f"{w} film"} for w in ("red", "blue", "green", "short") for r in ("assistant", "user")
+    ]
     everything = len(prompt_ids(explainer, opening + pairs))
     assert widgets._fitting(explainer, opening + pairs, 6) == prompt_ids(explainer, opening + pairs)
     explainer.lm.config.max_position_embeddings = everything + 6 - 1
