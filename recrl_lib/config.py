@@ -8,6 +8,7 @@ earlier stages' parameters from ``runs/<run>/params.yaml``.
 
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
 
@@ -144,6 +145,8 @@ def _typed(name: str, value, kind: type):
     """``value`` as ``kind``, accepting an int for a float and nothing else; a bool is never a number."""
     if kind is float and type(value) is int:
         return float(value)
+    if kind is float and isinstance(value, float) and not isfinite(value):
+        raise ValueError(f"parameter {name}={value!r}: must be a finite number")
     if type(value) is not kind:
         raise ValueError(f"parameter {name}={value!r}: must be {kind.__name__}, not {type(value).__name__}")
     return value
@@ -155,7 +158,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
         lora_layers=10, max_new_tokens=40, explain_users=12,
         warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4,
-        eval_users=160, bootstrap=10_000,
+        eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save as safetensors_bytes
 from torch import Tensor
 
 from recrl_lib import assets
+from recrl_lib.files import write_atomic
 from recrl_lib.paths import cache_dir
 from recrl_lib.progress import track
 
@@ -57,6 +58,7 @@ class Explainer:
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.peft: PeftModel | None = None
+        self._base_sha256: str | None = None
         self.cut = self.n_layers
         # PAD must not be EOS: this tokenizer ships with pad == eos == <|im_end|>, which also ends
         # every turn inside the prompt. Masks come from lengths, never from `ids != pad`.
@@ -88,9 +90,14 @@ class Explainer:
         """Within: adapters off, so the model is the reference policy."""
         if self.peft is None:
             yield
-        else:
+            return
+        trainable = [(p, p.requires_grad) for p in self.lm.parameters()]
+        try:
             with self.peft.disable_adapter():
                 yield
+        finally:
+            for p, before in trainable:  # PEFT's context makes every adapter trainable again, a frozen A too
+                p.requires_grad_(before)
 
     def adapter_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.lm.parameters() if p.requires_grad]
@@ -104,6 +111,10 @@ class Explainer:
         if set(state) != expected:
             raise ValueError(f"adapter file: {len(set(state) ^ expected)} tensors are missing or unknown; it belongs to another LoRA setting")
         set_peft_model_state_dict(self.peft, state)
+
+    def forget_hash(self) -> None:
+        """After a change of the frozen weights: what is cached for the old ones must not be found for these."""
+        self._base_sha256 = None
 
     def count_parameters(self) -> tuple[int, int]:
         """(trainable, total) parameters."""
@@ -149,7 +160,7 @@ def load(name: str, device: torch.device | str = "cpu") -> Explainer:
     source = PACKAGED[name]() if name in PACKAGED else name
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        lm = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
+        lm = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
     except OSError as error:
         raise RuntimeError(
             f"llm={name!r}: not a packaged model ({', '.join(PACKAGED)}), not a local folder, and not to be had from the hub: "
@@ -346,7 +357,7 @@ class Explained:
     """One explanation a record, by the policy as it was."""
 
     texts: list[str]
-    reference: list[np.ndarray]  # the reference policy's per-token log-probabilities of each text
+    reference: list[np.ndarray]  # the reference policy's per-token log-probabilities of each text, EOS included
     kl: np.ndarray               # (n,) KL from policy to reference, nats: exact over the vocabulary, summed over the text
     ended: np.ndarray            # (n,) bool: not cut off
 
@@ -405,12 +416,14 @@ class ItemTexts:
             if path.exists():
                 stored = load_file(path)
                 self._states = [stored[str(n)] for n in range(len(self.batches))]
+            elif self.explainer.cut == 0:  # nothing is frozen below the adapters: the states are the embeddings
+                self._states = [self.explainer.trunk(ids.to(self.explainer.device), torch.ones_like(ids)).cpu() for _, ids in self.batches]
             else:
                 self._states = []
                 for _, ids in track(self.batches, "reading item texts"):
                     ids = ids.to(self.explainer.device)
                     self._states.append(self.explainer.trunk(ids, torch.ones_like(ids)).cpu())
-                _save_atomic({str(n): s for n, s in enumerate(self._states)}, path)
+                write_atomic(path, safetensors_bytes({str(n): s for n, s in enumerate(self._states)}))
         return self._states
 
     @torch.no_grad()
@@ -427,12 +440,15 @@ class ItemTexts:
         path = self._cached("vectors")
         if not path.exists():
             with self.explainer.reference():
-                _save_atomic({"text": self.vectors()}, path)
+                write_atomic(path, safetensors_bytes({"text": self.vectors()}))
         return load_file(path)["text"]
 
     def _cached(self, kind: str) -> Path:
+        device = self.explainer.device
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         content = hashlib.sha256(base_weights_sha256(self.explainer).encode())
-        content.update(f"{kind} {self.explainer.device.type} {torch.get_num_threads()} {self.explainer.cut}".encode())
+        for part in (kind, self.explainer.cut, device.type, machine, torch.get_num_threads(), torch.__version__, transformers.__version__):
+            content.update(f"{part}\n".encode())  # all that can change the last bits of a vector
         for numbers, ids in self.batches:
             content.update(numbers.numpy().tobytes() + ids.numpy().tobytes())
         return cache_dir("item_texts") / f"{kind}-{content.hexdigest()[:24]}.safetensors"
@@ -440,7 +456,7 @@ class ItemTexts:
 
 def base_weights_sha256(explainer: Explainer) -> str:
     """sha256 over the frozen weights, adapters excluded; computed once per model."""
-    if not hasattr(explainer, "_base_sha256"):
+    if explainer._base_sha256 is None:
         explainer._base_sha256 = weights_sha256(explainer)
     return explainer._base_sha256
 
@@ -453,9 +469,3 @@ def weights_sha256(explainer: Explainer) -> str:
             content.update(name.replace(".base_layer", "").encode())
             content.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return content.hexdigest()
-
-
-def _save_atomic(tensors: dict[str, Tensor], path: Path) -> None:
-    scratch = path.with_name(f".{path.name}.{np.random.default_rng().integers(2**63)}")
-    save_file(tensors, scratch)
-    scratch.replace(path)

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
 from recrl_lib import paths, runs
+from recrl_lib.files import write_atomic
 
 
 class Look(NamedTuple):
@@ -564,5 +565,5 @@ def svg(fig: Figure) -> str:
 def save(fig: Figure, run: str, name: str) -> Path:
     """Write ``figures/<run>/<name>.svg``; called by notebook 09 only."""
     path = paths.FIGURES / run / f"{name}.svg"
-    runs.write_atomic(path, svg(fig))
+    write_atomic(path, svg(fig))
     return path

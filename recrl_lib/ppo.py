@@ -21,6 +21,10 @@ Conventions, after Huang et al. 2024 (arXiv 2403.17031) where not argued otherwi
   "Approximating KL Divergence"); the reward uses k1, which is unbiased.
 * The reward is in [0, 1] by construction, so it is not normalised again.
 * Adam's eps is 1e-5 and there is no weight decay.
+* lambda is 1 by default: with a value head that starts at zero, a smaller one would credit late tokens for
+  nothing but being late.
+
+Not here yet: checkpoints and resume, micro-batches, an adaptive KL coefficient, several processes.
 """
 
 import resource
@@ -135,11 +139,8 @@ class PPO:
         self.steps_done = self.optimizer_steps = 0
 
     def train(self, steps: int, desc: str = "ppo") -> list[dict]:
-        """``steps`` iterations; one row of statistics each. Detaches the shield at the end."""
-        rows = [self.step() for _ in track(range(steps), desc)]
-        if self.shield:
-            self.shield.detach()
-        return rows
+        """``steps`` iterations; one row of statistics each. The shield stays on the optimizer."""
+        return [self.step() for _ in track(range(steps), desc)]
 
     def step(self) -> dict:
         start, shield_before = perf_counter(), self.shield.seconds if self.shield else 0.0
@@ -169,12 +170,13 @@ class PPO:
             "step": self.steps_done,
             "episodes": self.steps_done * len(repeated),
             "reward": float(total.mean()),
+            "score": float(score.mean()),  # the reward less missing_eos_penalty: what is optimised
             **{f"reward_{name}": float(part.mean()) for name, part in parts.items()},
             "kl": float((k3(rollout.logprobs, reference) * rollout.mask).sum(-1).mean()),
             "surprisal": float(-masked_mean(rollout.logprobs, rollout.mask)),
             "length": tokens / len(repeated),
             "eos_rate": float(rollout.ended.float().mean()),
-            "advantage_std": float(masked_mean(advantages.square(), rollout.mask).sqrt()),
+            "advantage_std": float(advantages[rollout.mask].std()),  # before whitening
             "explained_variance": float(1 - residual / spread.clamp(min=1e-8)),
             **update,
             "generated_tokens_per_second": tokens / (sampled - start),

@@ -14,7 +14,6 @@ The ranker holds no text vectors: text is an argument, so one frozen ranker can 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from recrl_lib.datasets import Split
+from recrl_lib.files import write_atomic
 from recrl_lib.metrics import ndcg_at
 from recrl_lib.progress import track
 
@@ -321,13 +321,7 @@ def freeze(model: SASRec) -> SASRec:
 def save(model: SASRec, path: Path) -> None:
     """Weights and constructor arguments as safetensors, written whole or not at all."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    data = safetensors_bytes(tensors, metadata={"sasrec": json.dumps(model.arguments)})
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomic(path, safetensors_bytes(tensors, metadata={"sasrec": json.dumps(model.arguments)}))
 
 
 def load(path: Path) -> SASRec:

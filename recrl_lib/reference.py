@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from recrl_lib import config, paths, runs
+from recrl_lib.files import write_atomic
 
-SMALL = ("params.yaml", "manifest.json", "metrics/*.json", "curves/*.csv")
 BEGIN, END = "<!-- reference table: begin -->", "<!-- reference table: end -->"
 COLUMNS = {  # README heading: metric, decimals
     "reward": ("reward", 3), "CTR lift (95 % interval)": ("ctr_lift", 3), "judged quality": ("quality", 3),
@@ -29,21 +29,24 @@ def sync(run: str) -> Path:
         raise RuntimeError(f"runs/{run} does not exist: make all RUN={run}")
     stale = [stage.name for stage in config.PIPELINE if not runs.up_to_date(stage.name, params)]
     if stale:
-        raise RuntimeError(f"runs/{run}: stages {', '.join(stale)} are missing, failed or out of date: make all RUN={run}")
+        raise RuntimeError(f"runs/{run}: stages {', '.join(stale)} are missing, failed or out of date: make all RUN={run}, with the run's profile and seed")
     manifest = runs.read_manifest(run)
-    if manifest["git_dirty"] or manifest["git_commit"] is None:
-        raise RuntimeError(f"runs/{run}: it ran on uncommitted changes, so its numbers have no source; commit, then make all RUN={run} FORCE=1")
+    drawn = sorted((paths.FIGURES / run).glob("*.svg"))
+    if not drawn:
+        raise RuntimeError(f"figures/{run} holds no figure: make all RUN={run} FORCE=1, with the run's profile and seed")
+    if any(stage["git_dirty"] or stage["git_commit"] is None for stage in manifest["stages"].values()):
+        raise RuntimeError(f"runs/{run}: it ran on uncommitted changes, so its numbers have no source; commit, then make all RUN={run} FORCE=1, with the run's profile and seed")
     source, target = runs.run_folder(run), paths.REFERENCE / run
     shutil.rmtree(target, ignore_errors=True)
-    for pattern in SMALL:
-        for path in sorted(source.glob(pattern)):
-            runs.write_atomic(target / path.relative_to(source), path.read_bytes())
+    written = [name for stage in manifest["stages"].values() for name in stage["outputs"] if name.startswith(("metrics/", "curves/"))]
+    for name in ("params.yaml", "manifest.json", *written):
+        write_atomic(target / name, (source / name).read_bytes())
     figures = paths.FIGURES / "reference" / run
     shutil.rmtree(figures, ignore_errors=True)
-    for path in sorted((paths.FIGURES / run).glob("*.svg")):
-        runs.write_atomic(figures / path.name, path.read_bytes())
+    for path in drawn:
+        write_atomic(figures / path.name, path.read_bytes())
     readme = paths.ROOT / "README.md"
-    runs.write_atomic(readme, with_table(readme.read_text(encoding="utf-8"), table(run)))
+    write_atomic(readme, with_table(readme.read_text(encoding="utf-8"), table(run)))
     return target
 
 

@@ -6,6 +6,7 @@ so the page cannot say what the run did not show. Titles and texts are untrusted
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,12 +21,14 @@ from markupsafe import Markup
 
 from recrl_lib import audit, config, datasets, paths, plots, runs, shield, simulator, study
 from recrl_lib.config import Params
+from recrl_lib.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = ("data", "ranker", "explainer", "shield", "ppo", "evaluation", "audit")
 EVALUATION = "metrics/evaluation.json"
+PPO = "metrics/ppo.json"
 SHARED = ("unshielded", "shielded")
 TUNED = ("separate", *SHARED)
 SEALED = 1e-6  # a leak below this is rounding of float32 adapters
@@ -68,18 +71,11 @@ def gather(stage: runs.StageRun) -> Evidence:
     return Evidence(
         params=stage.params,
         manifest=runs.read_manifest(run),
-        metrics={name: runs.read_metrics(run, name) for name in METRICS},
-        curves={name: _curve(stage.folder, name) for name in ("ranker", "ppo")},
+        metrics={name: json.loads(stage.input(f"{name}.json", "metrics").read_text(encoding="utf-8")) for name in METRICS},
+        curves={name: pd.read_csv(stage.input(f"{name}.csv", "curves")) for name in ("ranker", "ppo")},
         protected=shield.from_tensors(stage.load_tensors("subspaces")),
         **{name: stage.load_table(name) for name in tables},
     )
-
-
-def _curve(folder: Path, name: str) -> pd.DataFrame:
-    path = folder / "curves" / f"{name}.csv"
-    if not path.is_file():
-        raise RuntimeError(f"{runs.display(path)} is missing: run the notebook of that stage again")
-    return pd.read_csv(path)
 
 
 # --- words for numbers ---------------------------------------------------------------------------------
@@ -117,9 +113,9 @@ def verdict(metrics: Mapping[str, Any], key: str, null: float) -> str:
     return "down" if _get(metrics, f"{key}_hi") < null else "undecided"
 
 
-def _get(metrics: Mapping[str, Any], key: str) -> Any:
+def _get(metrics: Mapping[str, Any], key: str, file: str = EVALUATION) -> Any:
     if key not in metrics:
-        raise ValueError(f"{EVALUATION} lacks {key!r}: run notebooks/06_evaluation.ipynb again")
+        raise ValueError(f"{file} lacks {key!r}: run the notebook that writes it again")
     return metrics[key]
 
 
@@ -332,6 +328,19 @@ def _doubts_about_explanations(e: Evidence) -> list[Doubt]:
 
 def _doubts_about_procedure(e: Evidence) -> list[Doubt]:
     ppo, checks, found = e.metrics["ppo"], e.metrics["audit"], []
+    if e.params.warm_start:
+        rewards = "; ".join(
+            f"{arm} {number(_get(ppo, f'{arm}/reward_first', PPO))} before PPO's first step, "
+            f"{number(_get(ppo, f'{arm}/reward_last', PPO))} at its last"
+            for arm in SHARED
+        )
+        found.append(
+            Doubt(
+                "That the gain is PPO's: a supervised warm start under the same shield came first. Mean reward of the "
+                f"texts that PPO sampled: {rewards}.",
+                PPO,
+            )
+        )
     if ppo["ratio_first_minibatch_max_dev"] > 1e-3:
         found.append(
             Doubt(
@@ -614,5 +623,5 @@ def build(stage: runs.StageRun) -> Path:
         pictures[name] = plots.save(fig, e.params.run, name).read_text(encoding="utf-8")
         plt.close(fig)  # or a notebook would show it a second time
     path = stage.output("report.html", folder="")
-    runs.write_atomic(path, render(e, pictures))
+    write_atomic(path, render(e, pictures))
     return path

@@ -31,6 +31,7 @@ from typing import Any, TextIO
 
 from recrl_lib import config, paths, runs
 from recrl_lib.config import Params, Stage
+from recrl_lib.files import write_atomic
 
 HEADLINE = ("reward", "ctr_lift", "ndcg@10", "top10_overlap", "top10_set_same", "max_abs_score_delta")
 
@@ -312,7 +313,8 @@ def run_all(
         summary = f"run {params.run}: all {kept} stages unchanged, nothing to do"
     else:
         summary = f"run {params.run}: {len(stages)} stages ({kept} kept) in {clock(time.monotonic() - begun)}"
-    print(f"\n{summary}\n\n{results(params.run)}".rstrip(), file=out, flush=True)
+    shown = results(params.run) if stages[-1] is config.PIPELINE[-1] else ""  # else the table may be an older one
+    print(f"\n{summary}\n\n{shown}".rstrip(), file=out, flush=True)
     return 0
 
 
@@ -369,7 +371,7 @@ def publish(stages: tuple[Stage, ...] = config.STAGES, fresh: bool = True, out: 
             ticker.close(f"INTERRUPTED {label} after {clock(ticker.elapsed)}")
             return 130
         text = json.dumps(clean_notebook(notebook), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        runs.write_atomic(paths.NOTEBOOKS / stage.notebook, text)
+        write_atomic(paths.NOTEBOOKS / stage.notebook, text)
         ticker.close(f"{label}: done in {clock(ticker.elapsed)}")
     return 0
 

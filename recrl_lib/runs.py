@@ -35,6 +35,7 @@ import yaml
 
 from recrl_lib import config, paths
 from recrl_lib.config import Params
+from recrl_lib.files import sha256_file, write_atomic
 
 if TYPE_CHECKING:  # imported where used: the runner decides what to skip without waiting for torch
     import pandas as pd
@@ -73,32 +74,6 @@ def metrics_name(stage: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- files
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as out:
-            out.write(content.encode() if isinstance(content, str) else content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself must survive a power cut
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run_folder(run: str) -> Path:
@@ -235,6 +210,9 @@ def _scan(text: str, module: str, is_package: bool) -> tuple[str, tuple[str, ...
                 up = home[: len(home) - (node.level - 1)]
                 base = ".".join(up + ([node.module] if node.module else []))
             names += [base] + [f"{base}.{alias.name}" for alias in node.names]
+    for node in ast.walk(tree):  # prose does not decide a result
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(n for n in names if n.split(".")[0] == _PACKAGE)
 
 
@@ -262,6 +240,7 @@ def _stage_key(stage: str, params: Params, known: dict[str, str]) -> str:
             "cells": cells,
             "modules": modules,
             "files": _data_files() if stage in ("audit", "report") else {},
+            "versions": {name: package_version(name) for name in _VERSIONED} if stage == "environment" else {},
             "parameters": {name: getattr(params, name) for name in config.owned_by(stage) if name != "run"},
             "needs": {need: _stage_key(need, params, known) for need in spec.needs},
         }
@@ -281,6 +260,8 @@ def up_to_date(stage: str, params: Params) -> bool:
     entry = read_manifest(params.run)["stages"].get(stage)
     if entry is None or entry["status"] != "finished" or entry["key"] != stage_key(stage, params):
         return False
+    if stage == "report" and not any((paths.FIGURES / params.run).glob("*.svg")):
+        return False  # its figures lie outside the run folder
     recorded = entry["inputs"] | entry["outputs"]
     if f"metrics/{metrics_name(stage)}.json" not in recorded:
         return False
@@ -303,11 +284,18 @@ def start(stage: str, namespace: dict[str, Any]) -> StageRun:
         raise ValueError(f"notebooks/{spec.notebook}: the parameters cell lacks {', '.join(missing)}")
     given = {name: namespace[name] for name in owned}
     run = Params(**{name: given[name] for name in ("run", "seed", "device")}).run  # validated before it becomes a path
-    params = replace(read_params(run) or Params(run=run), **given)
+    stored = read_params(run)
+    reader = spec not in config.PIPELINE  # only looks at a run: takes its seed, changes nothing
+    if reader and stored:
+        given["seed"] = stored.seed
+    elif stored and stored.seed != given["seed"] and read_manifest(run)["stages"]:
+        raise ValueError(f"run {run!r} has seed {stored.seed}, not {given['seed']}: give the new seed a run of its own")
+    params = replace(stored or Params(run=run), **given)
     _check_needs(spec, params)
     device = resolve_device(params.device)
     key = stage_key(stage, params)
-    write_params(params)
+    if not reader:
+        write_params(params)
     _seed_everything(params.seed, device)
     return StageRun(spec, params, device, key)
 
@@ -388,9 +376,9 @@ class StageRun:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def input(self, name: str) -> Path:
-        """Path of an artifact to read. ``RuntimeError`` if it is missing or not what its stage recorded."""
-        relative = _relative(name, "artifacts")
+    def input(self, name: str, folder: str = "artifacts") -> Path:
+        """Path of a file of the run to read. ``RuntimeError`` if it is missing or not what its stage recorded."""
+        relative = _relative(name, folder)
         path = self.folder / relative
         if relative in self._outputs:  # reading back what this stage has written itself
             return path
@@ -477,6 +465,7 @@ class StageRun:
             "key": self._key,
             "status": "finished",
             "seconds": round(time.monotonic() - self._started, 3),
+            **dict(zip(("git_commit", "git_dirty"), git_state())),
             "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "inputs": dict(sorted(self._inputs.items())),
             "outputs": {path: sha256_file(self.folder / path) for path in sorted(self._outputs | {relative})},

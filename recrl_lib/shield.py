@@ -222,7 +222,9 @@ class Shield:
     def _before(self, optimizer, args, kwargs) -> None:
         start = perf_counter()
         for target in self._targets:
-            if target.a.grad is not None:
+            if self.mode == "frozen_a":
+                target.a.grad = None
+            elif target.a.grad is not None:
                 target.a.grad.copy_(_off(target.a.grad, target.basis))
         self.seconds += perf_counter() - start
 

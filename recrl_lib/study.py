@@ -56,13 +56,16 @@ def load(stage) -> Study:
     interactions, items, users = (stage.load_table(name) for name in ("interactions", "items", "users"))
     groups = stage.load_json("user_groups")
     stored = stage.load_tensors("base")
+    model = ranker.load(stage.input("ranker.safetensors"))
+    if ranker.state_sha256(model) != stage.load_json("ranker_hashes")["weights"]:
+        raise RuntimeError("ranker.safetensors: its weights are not those that notebook 02 froze; run notebook 02 again")
     return Study(
         items=items,
         users=users,
         split=datasets.split_leave_one_out(interactions, len(users)),
         ppo_users=np.array(groups["ppo"]),
         heldout_users=np.array(groups["heldout"]),
-        ranker=ranker.freeze(ranker.load(stage.input("ranker.safetensors"))),
+        ranker=model,
         text=stored.get("text"),
         top=stored["top"].numpy(),
         catalogue=catalogue_of(items),

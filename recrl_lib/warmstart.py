@@ -33,8 +33,9 @@ def fit(
     from trl import SFTConfig, SFTTrainer
 
     datasets.disable_progress_bars()
+    chosen = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[: steps * batch]
     data = datasets.Dataset.from_list([
-        {"prompt": messages(r), "completion": [{"role": "assistant", "content": reference_line(r)}]} for r in records
+        {"prompt": messages(r), "completion": [{"role": "assistant", "content": reference_line(r)}]} for r in (records[i] for i in chosen.tolist())
     ])
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 renames gradient_checkpointing; 5.17 lacks the new name
@@ -82,6 +83,7 @@ def merge(explainer: Explainer, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
         for name in ADAPTED:
             module = getattr(layer.self_attn, name)
             module.base_layer.weight += module.get_delta_weight("default")
+    explainer.forget_hash()
     explainer.load_adapter(fresh)
     return merged
 

@@ -1,21 +1,19 @@
 """Data sets: one loader a format, all yielding the same three tables; splits.
 
-A loader is a module of this package with ``load(folder) -> Dataset``; ``LOADERS`` registers it. Titles
+A loader is a module of this package with ``load(folder) -> Dataset``. Titles
 are untrusted text: they end up in prompts and HTML, so every loader passes them through ``sanitise_text``.
 """
 
-import hashlib
 import re
 import unicodedata
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-LOADERS = {"ml-100k": "ml100k"}  # name of the data set -> module in this package
+NAMES = ("ml-100k",)
 SKIP_LIMIT = 0.01  # a file with a larger share of bad rows is the wrong file or a broken one
 
 _SPECIAL = re.compile(r"<\|.*?\|>|<\||\|>|</?(?:s|pad|unk|bos|eos)>")
@@ -72,9 +70,11 @@ class Skipped:
 
 def load(name: str, folder: Path) -> Dataset:
     """Data set ``name`` from its files in ``folder``. Raises ``ValueError`` naming file, field and remedy."""
-    if name not in LOADERS:
-        raise ValueError(f"no data set is called {name!r}; choose one of {', '.join(LOADERS)}")
-    return import_module(f"{__name__}.{LOADERS[name]}").load(Path(folder))
+    if name not in NAMES:
+        raise ValueError(f"no data set is called {name!r}; choose one of {', '.join(NAMES)}")
+    from recrl_lib.datasets import ml100k  # here, not above: the loaders import this module
+
+    return {"ml-100k": ml100k}[name].load(Path(folder))
 
 
 def split_leave_one_out(interactions: pd.DataFrame, n_users: int) -> Split:
@@ -118,9 +118,3 @@ def sanitise_text(text: str) -> str:
         if plain == text:
             return text
         text = plain
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

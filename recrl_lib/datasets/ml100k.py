@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recrl_lib.datasets import Dataset, Skipped, sanitise_text, sha256_of
+from recrl_lib.datasets import Dataset, Skipped, sanitise_text
+from recrl_lib.files import sha256_file
 
 SOURCE = "MovieLens 100K, RecBole atomic files"
 HEADERS = {
@@ -40,7 +41,7 @@ def load(folder: Path) -> Dataset:
     users = _users(folder / "ml-100k.user", skipped)
     interactions = _interactions(folder / "ml-100k.inter", users.pop("raw"), items.pop("raw"), skipped)
     info = dict(
-        source=SOURCE, sha256=sha256_of(folder / "ml-100k.inter"),
+        source=SOURCE, sha256=sha256_file(folder / "ml-100k.inter"),
         n_users=len(users), n_items=len(items), n_interactions=len(interactions),
         skipped=skipped.counts, skipped_first=skipped.first,
     )

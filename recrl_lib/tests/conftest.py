@@ -11,6 +11,12 @@ from recrl_lib import config, paths
 from recrl_lib.config import Params
 
 
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("RECRL_HOME", str(tmp_path / "home"))
+
+
 def parameters_source(stage: str) -> str:
     """The parameters cell of ``stage`` as its notebook must have it."""
     meta = {f.name: f for f in fields(Params)}

@@ -93,3 +93,9 @@ def test_values_from_a_command_line_get_their_type(name, text, value):
 def test_values_of_the_wrong_type_are_refused(name, text):
     with pytest.raises(ValueError, match=name):
         config.parse_value(name, text)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_must_be_finite(value):
+    with pytest.raises(ValueError, match="learning_rate.*finite"):
+        Params(learning_rate=value)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recrl_lib.files import sha256_file
 from recrl_lib import datasets
 from recrl_lib.datasets import ml100k
 
@@ -57,7 +58,7 @@ def test_tables_by_hand(tmp_path):
     assert [str(data.interactions[c].dtype) for c in ("user", "item", "time")] == ["int64"] * 3
     assert data.info["skipped"] == {} and data.info["skipped_first"] == {}
     assert (data.info["n_users"], data.info["n_items"], data.info["n_interactions"]) == (2, 4, 5)
-    assert data.info["sha256"] == datasets.sha256_of(tmp_path / "ml-100k.inter") and len(data.info["sha256"]) == 64
+    assert data.info["sha256"] == sha256_file(tmp_path / "ml-100k.inter") and len(data.info["sha256"]) == 64
 
 
 def test_times_do_not_pass_through_float32(tmp_path):

@@ -1,4 +1,5 @@
 import re
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -19,14 +20,13 @@ class BagOfWords:
     """A sentence encoder of the plainest kind: normalised word counts."""
 
     def encode(self, texts):
-        rows = [np.bincount([hash(w) % 64 for w in re.findall(r"\w+", t.lower())], minlength=64) for t in texts]
+        rows = [np.bincount([zlib.crc32(w.encode()) % 64 for w in re.findall(r"\w+", t.lower())], minlength=64) for t in texts]
         counts = np.array(rows, np.float32) + 1e-6
         return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECRL_HOME", str(tmp_path))
+def world():
     rng = np.random.default_rng(0)
     titles = [" ".join(rng.choice(WORDS, 3, replace=False)).title() for _ in range(N_ITEMS)]
     items = pd.DataFrame({"item": np.arange(1, N_ITEMS + 1), "title": titles, "year": 1990, "genres": "Drama|Comedy",

@@ -120,8 +120,7 @@ def test_lora_init_depends_on_the_seed_alone():
     assert torch.equal(first, tiny_explainer(seed=3, lora_layers=1).adapter_parameters()[0])
 
 
-def test_item_vectors_equal_a_plain_loop(tuned, tmp_path, monkeypatch):
-    monkeypatch.setenv("RECRL_HOME", str(tmp_path))
+def test_item_vectors_equal_a_plain_loop(tuned):
     texts = ["good film", "the red film and a blue film", "bad", "good film of the long", "a green film"]
     items = ex.ItemTexts(tuned, texts, batch=2)
     got = items.vectors()
@@ -132,8 +131,7 @@ def test_item_vectors_equal_a_plain_loop(tuned, tmp_path, monkeypatch):
         torch.testing.assert_close(got[row], hidden.mean(0), atol=1e-5, rtol=0)
 
 
-def test_base_vectors_are_cached_bit_for_bit_and_unmoved_by_tuning(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECRL_HOME", str(tmp_path))
+def test_base_vectors_are_cached_bit_for_bit_and_unmoved_by_tuning():
     explainer = tiny_explainer(lora_layers=1)
     texts = ["good film", "the red film"]
     first = ex.ItemTexts(explainer, texts).base_vectors()

@@ -207,8 +207,7 @@ def test_kl_penalty_holds_the_policy_near_the_reference():
     assert final_kl(1.0) < 0.5 * final_kl(0.0)
 
 
-def test_shielded_ppo_keeps_the_invariant_at_every_step(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECRL_HOME", str(tmp_path))
+def test_shielded_ppo_keeps_the_invariant_at_every_step():
     explainer = tiny_explainer(lora_layers=1)
     items = ItemTexts(explainer, ["good film", "the red film and a blue film", "bad"])
     protected = sh.subspaces(sh.item_grams(explainer, items)[0], 0.95)
@@ -220,6 +219,25 @@ def test_shielded_ppo_keeps_the_invariant_at_every_step(tmp_path, monkeypatch):
     free = trainer(learning_rate=3e-2)
     free.train(2)
     assert sh.leak(free.explainer, protected) > 0.1
+
+
+def test_the_shield_stays_on_from_one_call_of_train_to_the_next():
+    explainer = tiny_explainer(lora_layers=1)
+    protected = sh.subspaces(sh.item_grams(explainer, ItemTexts(explainer, ["good film", "a red film"]))[0], 0.95)
+    ppo_ = trainer(shield=sh.Shield(explainer, protected), explainer=explainer, learning_rate=3e-2)
+    for _ in range(2):
+        ppo_.train(1)
+        assert sh.leak(explainer, protected) <= 1e-6
+
+
+def test_a_frozen_a_stays_frozen_though_the_reference_policy_is_asked():
+    explainer = tiny_explainer(lora_layers=1)
+    protected = sh.subspaces(sh.item_grams(explainer, ItemTexts(explainer, ["good film", "a red film"]))[0], 0.95)
+    ppo_ = trainer(shield=sh.Shield(explainer, protected, "frozen_a"), explainer=explainer, learning_rate=3e-2)
+    before = [t.a.clone() for t in sh._targets(explainer, protected)]
+    ppo_.step()
+    assert all(torch.equal(t.a, a) for t, a in zip(sh._targets(explainer, protected), before))
+    assert sh.leak(explainer, protected) <= 1e-6
 
 
 def test_reference_logprobs_equal_the_untuned_policy():

@@ -80,6 +80,7 @@ OTHER_METRICS = {
         "overlap_mean": 0.8,
     },
     "shielded_ppo": {
+        **{f"{arm}/{name}": value for arm in ("unshielded", "shielded") for name, value in (("reward_first", 0.8), ("reward_last", 0.9))},
         "steps": 12,
         "episodes": 384,
         "reward_first": 0.6,
@@ -363,8 +364,13 @@ def doubts(e: report.Evidence) -> list[str]:
 
 
 def test_a_run_without_faults_still_lists_its_limits():
-    texts = doubts(evidence({"evaluation": HELD}))
+    texts = doubts(evidence({"evaluation": HELD}, warm_start=False))
     assert len(texts) == 5 and "another seed" in texts[0] and "12 held-out users were judged, which is few" in texts[2]
+
+
+def test_a_warm_start_shares_the_credit():
+    assert any("shielded 0.800 before PPO's first step, 0.900 at its last" in text for text in doubts(evidence()))
+    assert not any("warm start" in text for text in doubts(evidence(warm_start=False)))
 
 
 @pytest.mark.parametrize("file, changes, words", [
@@ -439,7 +445,7 @@ def test_headline_has_a_row_an_arm_and_an_interval_where_there_is_one():
     assert table.loc["shielded", "NDCG@10"] == "0.0688 [0.0588, 0.0798]"
     broken = evaluation()
     del broken["shielded/kl"]
-    with pytest.raises(ValueError, match=r"lacks 'shielded/kl': run notebooks/06"):
+    with pytest.raises(ValueError, match=r"lacks 'shielded/kl': run the notebook"):
         report.headline(broken)
 
 

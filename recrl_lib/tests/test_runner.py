@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from conftest import code, markdown, notebook, parameters_source
 
+from recrl_lib.files import write_atomic
 from recrl_lib import config, paths, runner, runs
 from recrl_lib.config import Params
 
@@ -48,7 +49,7 @@ def test_there_is_one_parameters_cell(cells):
 def test_all_problems_of_all_notebooks_are_listed_before_anything_runs(house):
     house.write("data")
     cell = parameters_source("ranker").replace("ranker_dim", "ranker_dimension")
-    runs.write_atomic(house.notebooks / "02_ranker.ipynb", json.dumps(notebook(code(cell, "parameters"))))
+    write_atomic(house.notebooks / "02_ranker.ipynb", json.dumps(notebook(code(cell, "parameters"))))
     with pytest.raises(ValueError) as error:
         runner.run_all(Params(), config.STAGES[:4], out=io.StringIO())
     message = str(error.value)
@@ -235,7 +236,7 @@ def test_headline_has_a_row_per_arm(house):
     metrics = dict.fromkeys(runs.REQUIRED_METRICS["evaluation"], 0.0)
     metrics |= {"shielded/ctr_lift": 1.2345, "shielded/ctr_lift_lo": 1.1, "shielded/ctr_lift_hi": 1.31}
     metrics |= {"unshielded/max_abs_score_delta": 0.12345, "unshielded/top10_set_same": 0.25}
-    runs.write_atomic(house.runs / "r" / "metrics" / "evaluation.json", json.dumps(metrics))
+    write_atomic(house.runs / "r" / "metrics" / "evaluation.json", json.dumps(metrics))
     header, *rows = runner.headline("r").splitlines()
     assert [row.split()[0] for row in rows] == list(runs.ARMS)
     assert "1.234 [1.100, 1.310]" in rows[3] or "1.235 [1.100, 1.310]" in rows[3]
@@ -244,7 +245,7 @@ def test_headline_has_a_row_per_arm(house):
         header.split() == "arm reward ctr_lift [95 %] ndcg@10 top10_overlap top10_set_same max_abs_score_delta".split()
     )
     assert runner.results("r") == runner.headline("r")
-    runs.write_atomic(house.runs / "r" / "report.html", "")
+    write_atomic(house.runs / "r" / "report.html", "")
     assert runner.results("r").splitlines()[-1].startswith("report: ")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from recrl_lib.files import sha256_file, write_atomic
 from recrl_lib import config, paths, runs
 from recrl_lib.config import Params
 
@@ -42,22 +43,22 @@ def finish_data(**values):
 
 def test_write_atomic_replaces_the_whole_file_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "new" / "file"
-    runs.write_atomic(path, "long first content")
-    runs.write_atomic(path, b"short")
+    write_atomic(path, "long first content")
+    write_atomic(path, b"short")
     assert path.read_bytes() == b"short"
     assert os.listdir(path.parent) == ["file"]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    runs.write_atomic(path, "old")
+    write_atomic(path, "old")
 
     def full(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        runs.write_atomic(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -68,9 +69,25 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_start_stores_all_parameters_and_keeps_those_of_other_stages(notebooks):
     finish_data(ppo_users=0.5)
     assert runs.read_params("smoke") == Params(ppo_users=0.5)
-    runs.start("ranker", namespace("ranker", ranker_dim=32, seed=4))
-    assert runs.read_params("smoke") == Params(ppo_users=0.5, ranker_dim=32, seed=4)
+    runs.start("ranker", namespace("ranker", ranker_dim=32))
+    assert runs.read_params("smoke") == Params(ppo_users=0.5, ranker_dim=32)
     assert list(yaml.safe_load((notebooks.runs / "smoke" / "params.yaml").read_text())) == config.names()
+
+
+def test_one_run_has_one_seed(notebooks):
+    finish_data()
+    with pytest.raises(ValueError, match="has seed 0, not 4: give the new seed a run of its own"):
+        runs.start("ranker", namespace("ranker", seed=4))
+    assert runs.read_params("smoke").seed == 0
+
+
+def test_exploring_a_run_takes_its_seed_and_changes_nothing(notebooks, monkeypatch):
+    runs.write_params(Params(seed=4, ranker_dim=32))
+    monkeypatch.setattr(runs, "_check_needs", lambda *a: None)
+    monkeypatch.setattr(runs, "stage_key", lambda *a: "key")
+    stage = runs.start("explore", namespace("explore", interactive=True))
+    assert stage.params == Params(seed=4, ranker_dim=32, interactive=True)
+    assert runs.read_params("smoke") == Params(seed=4, ranker_dim=32)
 
 
 def test_small_floats_survive_the_yaml_file(house):
@@ -94,7 +111,7 @@ def test_bad_parameters_write_nothing(notebooks, wrong):
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "no_such: 1", "seed: one"])
 def test_a_damaged_params_file_is_named(notebooks, text):
-    runs.write_atomic(notebooks.runs / "smoke" / "params.yaml", text)
+    write_atomic(notebooks.runs / "smoke" / "params.yaml", text)
     with pytest.raises(ValueError, match="params.yaml.*delete the file"):
         runs.start("data", namespace("data"))
 
@@ -160,7 +177,7 @@ def test_equal_tensor_files_have_equal_hashes_in_every_process(notebooks):
     hashes = set()
     for i in range(5):
         stage.save_tensors(f"t{i}", {"x": torch.zeros(2), "y": torch.ones(1)}, metadata)
-        hashes.add(runs.sha256_file(stage.folder / "artifacts" / f"t{i}.safetensors"))
+        hashes.add(sha256_file(stage.folder / "artifacts" / f"t{i}.safetensors"))
     assert len(hashes) == 1
 
 
@@ -262,7 +279,7 @@ def test_reading_what_is_not_there(house):
     assert runs.read_manifest("new") == {"run": "new", "stages": {}}
     with pytest.raises(RuntimeError, match="ppo.json is missing"):
         runs.read_metrics("new", "ppo")
-    runs.write_atomic(house.runs / "new" / "manifest.json", '{"run": ')
+    write_atomic(house.runs / "new" / "manifest.json", '{"run": ')
     with pytest.raises(RuntimeError, match="manifest.json: not valid JSON"):
         runs.read_manifest("new")
 
@@ -307,7 +324,7 @@ def library(notebooks, monkeypatch):
         "policy.yaml": "limit: 1",
     }
     for name, text in files.items():
-        runs.write_atomic(folder / name, text)
+        write_atomic(folder / name, text)
     monkeypatch.setattr(paths, "LIBRARY", folder)
     notebooks.write("data", "%matplotlib inline\nfrom recrl_lib import a")
     notebooks.write("ranker", "pass")
@@ -334,14 +351,26 @@ def test_the_closure_follows_every_import_form(library):
 
 
 def test_a_syntax_error_names_notebook_and_module(library):
-    runs.write_atomic(library / "f.py", "def (")
+    write_atomic(library / "f.py", "def (")
     with pytest.raises(ValueError, match=r"01_data.ipynb or a module.*recrl_lib.f, line 1"):
         runs.stage_key("data", Params())
 
 
+def test_prose_is_no_part_of_a_digest_and_code_is():
+    def digest(text):
+        return runs._scan(text, "recrl_lib.x", False)[0]
+
+    code = 'def f(x):\n    """{}"""\n    return x + {}\n'
+    assert digest(code.format("One.", 1)) == digest(code.format("Two.", 1)) != digest(code.format("One.", 2))
+
+
+def test_a_data_set_loader_is_in_the_closure_of_what_loads_it():
+    assert ".datasets.ml100k" in closure_names("from recrl_lib import datasets")
+
+
 def test_the_closure_of_the_real_library():
     closure = closure_names("from recrl_lib import runs")
-    assert closure == {"", ".runs", ".config", ".paths"}
+    assert closure == {"", ".runs", ".config", ".files", ".paths"}
 
 
 def changed(stage, edit):
@@ -354,18 +383,18 @@ def changed(stage, edit):
     "file, expected", [("a.py", True), ("c.py", True), ("f.py", True), ("e.py", False), ("policy.yaml", False)]
 )
 def test_an_edit_matters_only_inside_the_closure(library, file, expected):
-    assert changed("data", lambda: runs.write_atomic(library / file, "y = 2")) is expected
+    assert changed("data", lambda: write_atomic(library / file, "y = 2")) is expected
 
 
 def test_comments_do_not_matter_and_data_files_matter_to_those_who_read_them(library):
-    assert not changed("data", lambda: runs.write_atomic(library / "e.py", "x  = 1  # why"))
-    assert not changed("data", lambda: runs.write_atomic(library / "f.py", "x  = 1  # why"))
-    assert changed("audit", lambda: runs.write_atomic(library / "policy.yaml", "limit: 2"))
+    assert not changed("data", lambda: write_atomic(library / "e.py", "x  = 1  # why"))
+    assert not changed("data", lambda: write_atomic(library / "f.py", "x  = 1  # why"))
+    assert changed("audit", lambda: write_atomic(library / "policy.yaml", "limit: 2"))
 
 
 def test_a_change_reaches_the_stages_downstream(library):
-    assert changed("ranker", lambda: runs.write_atomic(library / "a.py", "y = 2"))
-    assert not changed("environment", lambda: runs.write_atomic(library / "a.py", "y = 3"))
+    assert changed("ranker", lambda: write_atomic(library / "a.py", "y = 2"))
+    assert not changed("environment", lambda: write_atomic(library / "a.py", "y = 3"))
 
 
 def test_only_owned_parameters_matter_and_the_name_of_the_run_does_not(library):

@@ -18,8 +18,7 @@ OPTIMIZERS = {
 
 
 @pytest.fixture
-def setting(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECRL_HOME", str(tmp_path))
+def setting():
     return make(2)
 
 
@@ -140,8 +139,7 @@ def test_unshielded_leaks_and_moves_items_more_than_shielded(setting):
     assert sealed[1] < 0.5 * free[1]
 
 
-def test_with_the_whole_span_protected_item_vectors_do_not_move(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECRL_HOME", str(tmp_path))
+def test_with_the_whole_span_protected_item_vectors_do_not_move():
     explainer = tiny_explainer(lora_layers=2)
     items = ItemTexts(explainer, ["good film", "bad"])  # three tokens: their inputs span at most 3 of 32 directions
     protected = sh.subspaces(sh.item_grams(explainer, items)[0], 0.0, rank=3)

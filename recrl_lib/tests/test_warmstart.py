@@ -35,8 +35,7 @@ def test_equal_seeds_equal_adapters():
     assert torch.equal(tuned(0), tuned(0)) and not torch.equal(tuned(0), tuned(1))
 
 
-def test_the_shield_holds_inside_trl(tmp_path, monkeypatch):
-    monkeypatch.setenv("RECRL_HOME", str(tmp_path))
+def test_the_shield_holds_inside_trl():
     explainer = tiny_explainer(lora_layers=2)
     protected = sh.subspaces(sh.item_grams(explainer, ItemTexts(explainer, TEXTS))[0], 0.9)
     shield = sh.Shield(explainer, protected)
