@@ -6,9 +6,7 @@ never installed. Offline, put the wheels in a folder and set pip's own ``PIP_FIN
 ``PIP_NO_INDEX=1``.
 """
 
-import contextlib
 import copy
-import io
 import os
 import shutil
 import subprocess
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from recrl_lib.files import sha256_file
-from recrl_lib.paths import cache_dir
+from recrl_lib.paths import ROOT, cache_dir
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,11 @@ def smollm2_folder() -> Path:
     target = cache_dir("models") / f"smollm2-135m-instruct-{SMOLLM2.sha256[:12]}"
     if target.is_dir():
         return target
-    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars here that no setting of its own stops
-        _convert(unpacked(SMOLLM2), target)
+    # In a process of its own: transformers draws bars that no setting of its own stops, and 1.5 GB are given back.
+    command = [sys.executable, "-m", "recrl_lib.assets", str(unpacked(SMOLLM2)), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"could not convert the packaged model: {done.stderr.strip()[-500:]}")
     return target
 
 
@@ -148,3 +149,7 @@ def _convert(source: Path, target: Path) -> None:
         clean.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _move_into_place(folder, target)
+
+
+if __name__ == "__main__":
+    _convert(*map(Path, sys.argv[1:3]))
