@@ -4,6 +4,7 @@ Times are CPU-seconds of this process (wall seconds on a GPU), so that other wor
 less; read the ratios, which carry over, rather than the seconds, which do not.
 """
 
+import os
 import time
 from collections.abc import Callable
 
@@ -39,6 +40,7 @@ def bench_records(data: datasets.Dataset) -> list[dict]:
 
 
 def main() -> None:
+    os.environ["RECRL_PROGRESS"] = "off"  # bars would cut the table
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     params = config.resolve("laptop", prompts_per_step=PROMPTS, samples_per_prompt=SAMPLES, max_new_tokens=TOKENS)
     reader = ex.load_for(params, 0, device)
