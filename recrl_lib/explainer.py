@@ -416,14 +416,13 @@ class ItemTexts:
             if path.exists():
                 stored = load_file(path)
                 self._states = [stored[str(n)] for n in range(len(self.batches))]
-            elif self.explainer.cut == 0:  # nothing is frozen below the adapters: the states are the embeddings
-                self._states = [self.explainer.trunk(ids.to(self.explainer.device), torch.ones_like(ids)).cpu() for _, ids in self.batches]
             else:
                 self._states = []
                 for _, ids in track(self.batches, "reading item texts"):
                     ids = ids.to(self.explainer.device)
                     self._states.append(self.explainer.trunk(ids, torch.ones_like(ids)).cpu())
-                write_atomic(path, safetensors_bytes({str(n): s for n, s in enumerate(self._states)}))
+                if self.explainer.cut:  # at cut 0 the states are the embeddings, not worth a file
+                    write_atomic(path, safetensors_bytes({str(n): s for n, s in enumerate(self._states)}))
         return self._states
 
     @torch.no_grad()

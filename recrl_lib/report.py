@@ -165,23 +165,9 @@ def claims(evaluation: Mapping[str, Any]) -> list[Claim]:
         ),
         Claim("Did the shield hold the ranking?", _held(evaluation), _ranking_words(evaluation, "shielded")),
     ]
-    for arm in SHARED:
-        found.append(
-            Claim(
-                f"Did tuning raise the reward of held-out users ({arm})?",
-                _rose(evaluation, f"{arm}/reward_change"),
-                "change " + with_interval(evaluation, f"{arm}/reward_change"),
-            )
-        )
+    found += _gains(evaluation, "reward_change", "Did tuning raise the reward of held-out users", "change")
     found.append(Claim("How much of the reward gain was kept under the shield?", *_kept(evaluation)))
-    for arm in SHARED:
-        found.append(
-            Claim(
-                f"Did the judge, which training never saw, agree ({arm})?",
-                _rose(evaluation, f"{arm}/quality_change"),
-                "change of quality " + with_interval(evaluation, f"{arm}/quality_change"),
-            )
-        )
+    found += _gains(evaluation, "quality_change", "Did the judge, which training never saw, agree", "change of quality")
     for arm in TUNED:
         side = verdict(evaluation, f"{arm}/ctr_lift", 1.0)
         answer = {"up": "yes, a gain", "down": "yes, a loss", "undecided": "no"}[side]
@@ -193,6 +179,12 @@ def claims(evaluation: Mapping[str, Any]) -> list[Claim]:
             )
         )
     return found
+
+
+def _gains(m: Mapping[str, Any], change: str, question: str, words: str) -> list[Claim]:
+    """One claim an arm: did ``change`` go up beyond its interval?"""
+    keys = {arm: f"{arm}/{change}" for arm in SHARED}
+    return [Claim(f"{question} ({arm})?", _rose(m, key), f"{words} {with_interval(m, key)}") for arm, key in keys.items()]
 
 
 def _rose(evaluation: Mapping[str, Any], key: str) -> str:
