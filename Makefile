@@ -8,6 +8,7 @@ LAB_ARGS ?=
 STAMP := $(if $(filter .venv/bin/python,$(PY)),.venv/.installed)
 
 OPTIONS := $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) $(if $(SEED),--seed $(SEED)) \
+	$(if $(DATASET),--set dataset=$(DATASET)) $(if $(DATA_DIR),--set "data_dir=$(DATA_DIR)") \
 	$(if $(filter 1,$(FORCE)),--force) $(if $(SET),--set $(SET)) $(if $(TO),--to $(TO))
 
 .DEFAULT_GOAL := help
@@ -19,6 +20,7 @@ help:
 		/^[a-z-]+:/ && text {split($$0, name, ":"); printf "make %-15s %s\n", name[1], text} {text = ""}' $(MAKEFILE_LIST)
 	@echo
 	@echo 'make all takes PROFILE=smoke|laptop|pod|paper RUN=name SEED=n FORCE=1 SET="name=value ..." TO=stage'
+	@echo '              DATASET=ml-100k|ml-25m|ml-32m|ml-latest-small|amazon-books|steam-200k|csv DATA_DIR=folder with its files'
 	@echo 'make env takes PYTHON=python3.12 (the interpreter to build on) and PIP_ARGS="..." (options for pip install)'
 	@echo 'make lab takes LAB_ARGS="..." (options for jupyter lab, e.g. --allow-root or --no-browser)'
 	@echo 'Every target takes PY=python to use an environment of your own, e.g. conda env create -f environment.yml'

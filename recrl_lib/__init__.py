@@ -5,7 +5,7 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     paths       every path, found from __file__; the cache outside the repository
     config      Params: every parameter typed, with its stage, range and help; the profiles
     progress    track(): a bar in a terminal or notebook, a side channel under the runner
-    assets      fetch, verify (sha256) and cache models and data sets
+    assets      fetch, verify (sha256) and cache models and data sets      download  over HTTP, resumed
     datasets    one loader a format -> the same three tables; splits
     ranker      SASRec: training, scoring all items, top-k
     explainer   the LLM, LoRA, prompts, batched sampling, item vectors

@@ -62,7 +62,7 @@ def load(stage) -> Study:
     return Study(
         items=items,
         users=users,
-        split=datasets.split_leave_one_out(interactions, len(users)),
+        split=datasets.split(interactions, len(users), stage.params.split),
         ppo_users=np.array(groups["ppo"]),
         heldout_users=np.array(groups["heldout"]),
         ranker=model,

@@ -97,11 +97,9 @@ def reviews(path: Path, wanted: np.ndarray, known: np.ndarray, skipped: Skipped)
     if not parts or not any(len(part[1]) for part in parts):
         raise ValueError(f"{path}: no review of a fantasy or romance book; do the reviews and the metadata belong together?")
     users, codes, times, ratings, lines = zip(*parts)
-    users = pa.chunked_array(users).dictionary_encode().combine_chunks()
-    users = pd.Categorical.from_codes(users.indices.to_numpy(), users.dictionary.to_pandas())
     return pd.DataFrame({
-        "user": users, "item": pd.Categorical.from_codes(np.concatenate(codes), wanted), "time": np.concatenate(times),
-        "rating": np.concatenate(ratings).astype(np.float64), "line": np.concatenate(lines),
+        "user": pa.chunked_array(users).to_pandas(), "item": pd.Series(wanted).take(np.concatenate(codes)).to_numpy(),
+        "time": np.concatenate(times), "rating": np.concatenate(ratings).astype(np.float64), "line": np.concatenate(lines),
     }), seen
 
 

@@ -119,3 +119,22 @@ def _sequences(interactions: pd.DataFrame, n_users: int) -> tuple[list[np.ndarra
     order = np.lexsort((time, user))  # stable: ties stay in file order
     ends = np.cumsum(np.bincount(user, minlength=n_users))[:-1]
     return np.split(interactions["item"].to_numpy(dtype=np.int64)[order], ends), np.split(time[order], ends)
+
+
+def held_times(interactions: pd.DataFrame, split: Split) -> pd.DataFrame:
+    """When each user's last training event, validation event and test event were: columns train, valid, test.
+
+    Looked up by user and item in the interactions, not taken from how the split was made.
+    """
+    width = int(interactions["item"].max()) + 1
+    key = interactions["user"].to_numpy() * np.int64(width) + interactions["item"].to_numpy()
+    order = np.argsort(key)
+    time = interactions["time"].to_numpy()[order]
+
+    def when(user: np.ndarray, item: np.ndarray) -> np.ndarray:
+        return time[np.searchsorted(key, user * np.int64(width) + item, sorter=order)]
+
+    users, lengths = np.arange(len(split.train)), np.array(list(map(len, split.train)))
+    trained = when(np.repeat(users, lengths), np.concatenate(split.train))
+    last = np.maximum.reduceat(trained, np.cumsum(lengths) - lengths)
+    return pd.DataFrame({"train": last, "valid": when(users, split.valid), "test": when(users, split.test)})
