@@ -221,7 +221,7 @@ def stage_key(stage: str, params: Params) -> str:
 
     It covers the notebook's code (not its prose, outputs or parameters cell), the library modules that
     it imports, the values of the parameters it owns (the run's name excepted), for the stages that read
-    them the data files shipped in the library, and the keys of the stages it needs.
+    them the data files shipped in the library or given in ``data_dir``, and the keys of the stages it needs.
     """
     return _stage_key(stage, params, {})
 
@@ -239,7 +239,7 @@ def _stage_key(stage: str, params: Params, known: dict[str, str]) -> str:
         content = {
             "cells": cells,
             "modules": modules,
-            "files": _data_files() if stage in ("audit", "report") else {},
+            "files": _data_files() if stage in ("audit", "report") else _given_files(params.data_dir) if stage == "data" else {},
             "versions": {name: package_version(name) for name in _VERSIONED} if stage == "environment" else {},
             "parameters": {name: getattr(params, name) for name in config.owned_by(stage) if name != "run"},
             "needs": {need: _stage_key(need, params, known) for need in spec.needs},
@@ -252,6 +252,13 @@ def _data_files() -> dict[str, str]:
     files = (p for p in sorted(paths.LIBRARY.rglob("*")) if p.is_file() and p.suffix not in (".py", ".pyc"))
     relative = {p.relative_to(paths.LIBRARY).as_posix(): p for p in files}
     return {name: sha256_file(p) for name, p in relative.items() if not name.startswith(("tests/", "."))}
+
+
+def _given_files(data_dir: str) -> dict[str, list[int]]:
+    """Size and time of the last change of each file in the user's ``data_dir``: hashing gigabytes at each call would take too long."""
+    folder = paths.ROOT / Path(data_dir).expanduser()
+    files = sorted(p for p in folder.iterdir() if p.is_file()) if data_dir and folder.is_dir() else []
+    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
 
 
 def up_to_date(stage: str, params: Params) -> bool:

@@ -6,7 +6,7 @@ counted by kind and left out, and too many of them stop the run; the kinds::
 
     cut last line           the file ends in the middle of a row
     broken gzip             the compressed stream ends too early or is damaged: what comes before counts
-    not UTF-8, bad JSON, wrong number of fields, missing field, unparsable field
+    not UTF-8, bad JSON, bad quoting, wrong number of fields, missing field, unparsable field
     duplicate               a second row of the same user and item (the first counts), or of the same item in an items table
     item without metadata   an interaction with an item that has no row in the items table
     user with fewer than 3 events   counted in users; leave-one-out cannot split them
@@ -20,7 +20,7 @@ from recrl_lib import assets, download
 from recrl_lib.config import Params
 from recrl_lib.datasets import amazon, ml100k, movielens, own, steam
 from recrl_lib.datasets.splits import Split, held_times, split, split_global_time, split_leave_one_out, split_users, time_cuts
-from recrl_lib.datasets.tables import Dataset, Raw, Skipped, assemble, item_text, k_core, sanitise_text
+from recrl_lib.datasets.tables import SHORT_USER, Dataset, Raw, Skipped, assemble, item_text, k_core, sanitise_text
 from recrl_lib.files import sha256_file
 from recrl_lib.paths import ROOT
 
@@ -61,8 +61,8 @@ def load(
     """
     if name not in READERS:
         raise ValueError(f"no data set is called {name!r}; choose one of {', '.join(NAMES)}")
-    folder, skipped = Path(folder), Skipped(bad_row_limit, NORMAL.get(name, frozenset()))
-    read = partial(own.read, names=dict.fromkeys(own.NEEDS) | {n: n for n in own.NEEDS} | (columns or {})) if name == "csv" else READERS[name]
+    folder, skipped = Path(folder), Skipped(bad_row_limit, NORMAL.get(name, frozenset()) | {SHORT_USER})
+    read = partial(own.read, names={need: need for need in own.NEEDS} | (columns or {})) if name == "csv" else READERS[name]
     raw = read(folder, skipped)
     raw.info = {"name": name, "sha256": sha256_file(raw.path)} | raw.info
     return assemble(

@@ -72,7 +72,7 @@ class Rows:
         self.path, self.skipped, self.terminated, self.total = path, skipped, terminated, 0
         self._undecodable: set[int] = set()
         self._last = b""
-        self._reader = csv.reader(self._lines())
+        self._reader = csv.reader(self._lines(), strict=True)
         self._line = 1
         self.names = list(header or ())
         if has_header:
@@ -103,21 +103,24 @@ class Rows:
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         width, reader = len(self.names), self._reader
         while True:
+            quoting = False
             try:
                 row = next(reader, None)
             except csv.Error:  # a quote never closed swallows what follows, up to the longest field there may be
-                row = [""] * (width + 1)
+                row, quoting = [""], True
             if row is None:
                 return
             line, self._line = self._line, reader.line_num + 1
             if not row:  # an empty line
                 continue
-            span = self._line - line
-            self.total += span if len(row) != width else 1
+            span = self._line - line if quoting or len(row) != width else 1
+            self.total += span
             if self._undecodable and not self._undecodable.isdisjoint(range(line, self._line)):
-                self.skipped.add("not UTF-8", self.path, line)
+                self.skipped.add("not UTF-8", self.path, line, span)
             elif not self._last.endswith(b"\n") and (self.terminated or len(row) != width):
-                self.skipped.add("cut last line", self.path, line)
+                self.skipped.add("cut last line", self.path, line, span)
+            elif quoting:
+                self.skipped.add("bad quoting", self.path, line, span)
             elif len(row) != width:
                 self.skipped.add("wrong number of fields", self.path, line, span)
             else:

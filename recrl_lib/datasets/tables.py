@@ -18,6 +18,8 @@ import pyarrow as pa
 
 from recrl_lib.datasets.splits import GLOBAL_TIME, MIN_EVENTS, evaluable
 
+SHORT_USER = f"user with fewer than {MIN_EVENTS} events"
+
 _SPECIAL = re.compile(r"<\|.*?\|>|<\||\|>|</?(?:s|pad|unk|bos|eos)>")
 
 
@@ -42,11 +44,11 @@ class Skipped:
     """What was left out, counted by kind, with the first example of each.
 
     ``limit``: largest share of a file's rows that may be bad. ``normal``: kinds that are in the nature of the format (a second review
-    of the same book); they are counted and shown, but do not count against the limit.
+    of the same book); they are counted and shown, but do not count against the limit. Nor do short users.
     """
 
     limit: float = 0.01
-    normal: frozenset[str] = frozenset()
+    normal: frozenset[str] = frozenset((SHORT_USER,))
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     bad: dict[Path, int] = field(default_factory=dict)
@@ -123,7 +125,7 @@ def assemble(raw: Raw, skipped: Skipped, *, split: str, min_core: int, max_inter
         short = (events > 0) & (events < MIN_EVENTS)
         if short.any():
             first = int(lines[kept[short[user[kept]]]].min())
-            skipped.add(f"user with fewer than {MIN_EVENTS} events", path, first, int(short.sum()))
+            skipped.add(SHORT_USER, path, first, int(short.sum()))
             kept = kept[~short[user[kept]]]
     if not len(kept):
         raise ValueError(f"{path}: no interaction is left after the filters (min_core={min_core}); lower min_core, or give more data")

@@ -1,14 +1,10 @@
-import re
-
 import numpy as np
-import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from recrl_lib.files import sha256_file
 from recrl_lib import datasets
+from recrl_lib.config import Params
 from recrl_lib.datasets import ml100k
+from recrl_lib.files import sha256_file
 
 ITEMS = [
     "10\tUsual Suspects, The\t1995\tCrime Thriller",
@@ -17,7 +13,7 @@ ITEMS = [
     "9\tLand Before Time III (1995)\tV\tAnimation",
 ]
 USERS = ["30\t24\tM\ttechnician\t85711", "4\t\t\t\t"]
-RATINGS = ["30\t10\t3\t881250949", "4\t2\t5\t881250948", "30\t2\t1\t881250949", "4\t10\t4\t5", "30\t7\t2.5\t881250948"]
+RATINGS = ["30\t10\t3\t881250949", "4\t2\t5\t881250948", "30\t2\t1\t881250949", "4\t10\t4\t5", "30\t7\t2.5\t881250948", "4\t7\t1\t881250947"]
 
 
 def write(folder, ratings=RATINGS, items=ITEMS, users=USERS, end="\n"):
@@ -28,9 +24,9 @@ def write(folder, ratings=RATINGS, items=ITEMS, users=USERS, end="\n"):
 
 
 def many(n):
-    """n good ratings, spread over users and items that exist."""
+    """n good ratings by n / 3 users who exist."""
     users = [f"{u}\t1\tF\t\t" for u in range(n)]
-    return [f"{u}\t10\t4\t{1000 + u}" for u in range(n)], users
+    return [f"{r // 3}\t{(10, 2, 7)[r % 3]}\t4\t{1000 + r}" for r in range(n)], users
 
 
 def test_tables_by_hand(tmp_path):
@@ -50,30 +46,30 @@ def test_tables_by_hand(tmp_path):
     assert data.users.to_dict("list") == {"user": [0, 1], "gender": ["", "M"], "age": [0, 24]}
     # by time, ties by line: user and item are numbered by raw id
     assert data.interactions.to_dict("list") == {
-        "user": [0, 0, 1, 1, 1],
-        "item": [4, 1, 2, 4, 1],
-        "time": [5, 881250948, 881250948, 881250949, 881250949],
-        "rating": [4.0, 5.0, 2.5, 3.0, 1.0],
+        "user": [0, 0, 0, 1, 1, 1],
+        "item": [4, 2, 1, 2, 4, 1],
+        "time": [5, 881250947, 881250948, 881250948, 881250949, 881250949],
+        "rating": [4.0, 1.0, 5.0, 2.5, 3.0, 1.0],
     }
     assert [str(data.interactions[c].dtype) for c in ("user", "item", "time")] == ["int64"] * 3
     assert data.info["skipped"] == {} and data.info["skipped_first"] == {}
-    assert (data.info["n_users"], data.info["n_items"], data.info["n_interactions"]) == (2, 4, 5)
+    assert (data.info["n_users"], data.info["n_items"], data.info["n_interactions"]) == (2, 4, 6)
     assert data.info["sha256"] == sha256_file(tmp_path / "ml-100k.inter") and len(data.info["sha256"]) == 64
 
 
 def test_times_do_not_pass_through_float32(tmp_path):
-    ratings = ["30\t10\t3\t881250950", "30\t2\t3\t881250949"]  # equal as float32
+    ratings = ["30\t10\t3\t881250950", "30\t2\t3\t881250949", "30\t7\t3\t881250900"]  # the first two equal as float32
     assert np.float32(881250950) == np.float32(881250949)
     data = datasets.load("ml-100k", write(tmp_path, ratings))
-    assert data.interactions["time"].tolist() == [881250949, 881250950]
+    assert data.interactions["time"].tolist() == [881250900, 881250949, 881250950]
 
 
 def test_ties_in_time_keep_the_order_of_the_file(tmp_path):
     order = np.random.default_rng(0).permutation(500)
-    ratings, users = many(500)
-    ratings = [f"{ratings[u].rsplit(chr(9), 1)[0]}\t{7 - u % 2}" for u in order]  # odd users first, all at once
+    ratings = [f"{u}\t{item}\t4\t{7 - u % 2}" for item in (10, 2, 7) for u in order]  # odd users first, all at once
+    users = [f"{u}\t1\tF\t\t" for u in range(500)]
     data = datasets.load("ml-100k", write(tmp_path, ratings, users=users))
-    assert data.interactions["user"].tolist() == [*order[order % 2 == 1], *order[order % 2 == 0]]
+    assert data.interactions["user"].tolist() == [*order[order % 2 == 1]] * 3 + [*order[order % 2 == 0]] * 3
 
 
 @pytest.mark.parametrize(
@@ -101,7 +97,7 @@ def test_display_title(title, shown):
         ("30\t10\t3\tnoon", "unparsable field"),
         ("30\t10\tnan\t5", "unparsable field"),
         (f"30\t10\t3\t{2**63}", "unparsable field"),
-        ("30\t99\t3\t5", "item without a row"),
+        ("30\t99\t3\t5", "item without metadata"),
         ("4\t10\t1\t7", "duplicate"),
     ],
 )
@@ -109,7 +105,7 @@ def test_bad_rows_are_counted_and_skipped(tmp_path, row, kind):
     ratings, users = many(120)
     ratings.insert(50, row)
     data = datasets.load("ml-100k", write(tmp_path, ratings, users=users))
-    assert data.info["skipped"] == {kind: 1}
+    assert data.info["skipped"] == {kind: 1} and data.info["skipped_bad"] == [kind]
     assert data.info["skipped_first"] == {kind: "ml-100k.inter line 52"}
     assert data.info["n_interactions"] == 120
 
@@ -118,7 +114,8 @@ def test_the_first_of_a_duplicate_is_kept(tmp_path):
     ratings, users = many(120)
     data = datasets.load("ml-100k", write(tmp_path, [*ratings, "4\t10\t1\t7"], users=users))
     assert data.info["skipped_first"] == {"duplicate": "ml-100k.inter line 122"}
-    assert data.interactions.query("user == 4")[["time", "rating"]].to_numpy().tolist() == [[1004, 4]]
+    first = data.interactions.query("user == 4 and item == 4")  # raw item 10 is the fourth
+    assert first[["time", "rating"]].to_numpy().tolist() == [[1012, 4]]
 
 
 def test_a_last_line_without_newline_is_not_trusted(tmp_path):
@@ -127,21 +124,99 @@ def test_a_last_line_without_newline_is_not_trusted(tmp_path):
     path = tmp_path / "ml-100k.inter"
     path.write_bytes(path.read_bytes()[:-3])  # the time lost two digits, and would still parse
     data = datasets.load("ml-100k", tmp_path)
-    assert data.info["skipped"] == {"cut last line": 1} and data.interactions["time"].min() == 1000
+    assert data.info["skipped"] == {"cut last line": 1, "user with fewer than 3 events": 1}  # who lost the third
+    assert data.info["skipped_bad"] == ["cut last line"] and data.interactions["time"].min() == 1000
 
 
 def test_too_many_bad_rows_stop_the_run(tmp_path):
     ratings, users = many(98)
-    counted = r"ml-100k.inter: 2 of 100 .* 2 x unparsable field \(first: ml-100k.inter line 100\)"
+    counted = r"ml-100k.inter: 2 of 100 .*bad_row_limit=0.01.* 2 x unparsable field \(first: ml-100k.inter line 100\)"
     with pytest.raises(ValueError, match=counted):
         datasets.load("ml-100k", write(tmp_path, [*ratings, *["1\t10\t?\t1"] * 2], users=users))
+    data = datasets.load("ml-100k", tmp_path, bad_row_limit=0.02)
+    assert data.info["skipped"] == {"unparsable field": 2, "user with fewer than 3 events": 1}  # 98 ratings: the last user has two
+    assert data.info["skipped_bad"] == ["unparsable field"]
 
 
 def test_windows_line_ends_are_read(tmp_path):
     write(tmp_path)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert datasets.load("ml-100k", tmp_path).info["n_interactions"] == 5
+    assert datasets.load("ml-100k", tmp_path).info["n_interactions"] == 6
+
+
+# The same three films, two people and six ratings as their origin writes them.
+ORIGIN = {
+    "u.data": "30\t10\t3\t881250949\n4\t2\t5\t881250948\n30\t2\t1\t881250949\n4\t10\t4\t5\n30\t7\t2\t881250948\n4\t7\t1\t881250947\n",
+    "u.item": (
+        "2|unknown||||1|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0\n"
+        "7|L\u00e9on: Der Profi (V)|01-Jan-1995||http://us.imdb.com/M/title-exact?x%20(1995)|0|1|0|0|1|0|0|0|0|0|1|0|0|0|0|0|0|0|0\n"
+        "10|Usual Suspects, The (1995)|14-Aug-1995||http://us.imdb.com/M/title-exact?Usual%20Suspects,%20The%20(1995)"
+        "|0|0|0|0|0|0|1|0|0|0|0|0|0|0|0|0|1|0|0\n"
+    ),
+    "u.user": "30|24|M|technician|85711\n4|53|F|other|94043\n",
+}
+
+
+def write_origin(folder, **changed):
+    for name, text in (ORIGIN | changed).items():
+        (folder / name).write_bytes(text.encode("latin-1"))
+    return folder
+
+
+def test_the_form_of_the_origin(tmp_path):
+    data = datasets.load("ml-100k", write_origin(tmp_path))
+    assert data.items["title"].tolist() == ["Unknown", "L\u00e9on: Der Profi (V)", "The Usual Suspects"]
+    assert data.items["year"].tolist() == [0, 0, 1995]
+    assert data.items["genres"].tolist() == ["", "Action|Children's|Film-Noir", "Crime|Thriller"]
+    assert data.users.to_dict("list") == {"user": [0, 1], "gender": ["F", "M"], "age": [53, 24]}
+    assert data.interactions.to_dict("list") == {
+        "user": [0, 0, 0, 1, 1, 1],
+        "item": [3, 2, 1, 2, 3, 1],
+        "time": [5, 881250947, 881250948, 881250948, 881250949, 881250949],
+        "rating": [4.0, 1.0, 5.0, 2.0, 3.0, 1.0],
+    }
+    assert data.info["source"] == "MovieLens 100K, GroupLens" and data.info["skipped"] == {}
+
+
+def test_bad_rows_of_the_origin_are_counted(tmp_path):
+    folder = write_origin(tmp_path, **{"u.item": ORIGIN["u.item"].replace("Usual Suspects, The", "Usual|Suspects")})
+    with pytest.raises(ValueError, match=r"u.item: 1 of 3 rows .* 1 x wrong number of fields \(first: u.item line 3\)"):
+        datasets.load("ml-100k", folder)
+    folder = write_origin(tmp_path, **{"u.data": ORIGIN["u.data"][:-2]})
+    with pytest.raises(ValueError, match=r"u.data: 1 of 6 .* cut last line \(first: u.data line 6\)"):
+        datasets.load("ml-100k", folder)
+    with pytest.raises(ValueError, match="u.data: no rows; the file is empty"):
+        datasets.load("ml-100k", write_origin(tmp_path, **{"u.data": ""}))
+
+
+@pytest.mark.parametrize(
+    "text, title, year",
+    [
+        ("Land Before Time III: The Time of the Great Giving (1995) (V)", "Land Before Time III: The Time of the Great Giving", 1995),
+        ("Misérables, Les (1995)", "Les Misérables", 1995),
+        ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey", 1968),
+        ("Brazil", "Brazil", 0),
+        ("1984 (Nineteen Eighty-Four) (1984)", "1984 (Nineteen Eighty-Four)", 1984),
+    ],
+)
+def test_title_and_year(text, title, year):
+    assert ml100k.title_and_year(text) == (title, year)
+
+
+def test_where_the_files_are_looked_for(tmp_path):
+    assert datasets.folder_of("csv", str(tmp_path)) == tmp_path
+    with pytest.raises(FileNotFoundError, match="data_dir='nowhere/at/all'.* is no folder"):
+        datasets.folder_of("ml-25m", "nowhere/at/all")
+    with pytest.raises(ValueError, match="steam-200k.csv, for example make all DATASET=steam-200k DATA_DIR=path"):
+        datasets.folder_of("steam-200k")
+
+
+def test_the_parameters_reach_the_loader(tmp_path):
+    params = Params(data_dir=str(write(tmp_path)), min_core=4)
+    with pytest.raises(ValueError, match=r"no interaction is left after the filters \(min_core=4\)"):
+        datasets.load_for(params)
+    assert datasets.load_for(Params(data_dir=str(tmp_path), min_core=2)).info["min_core"] == 2
 
 
 def test_broken_files_are_named(tmp_path):
@@ -154,7 +229,7 @@ def test_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="item line 1: column 3 must be 'release_year:token', got 'year:token'"):
         datasets.load("ml-100k", tmp_path)
     path.write_bytes(good.replace(b"Usual", b"Us\xffal"))
-    with pytest.raises(ValueError, match="ml-100k.item line 2: not UTF-8"):
+    with pytest.raises(ValueError, match=r"1 x not UTF-8 \(first: ml-100k.item line 2\)"):
         datasets.load("ml-100k", tmp_path)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="ml-100k.item line 1"):
@@ -162,55 +237,5 @@ def test_broken_files_are_named(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match="ml-100k.item"):
         datasets.load("ml-100k", tmp_path)
-    with pytest.raises(ValueError, match="choose one of ml-100k"):
+    with pytest.raises(ValueError, match="choose one of ml-100k, ml-25m"):
         datasets.load("ml-1m", tmp_path)
-
-
-@given(st.text(alphabet=st.one_of(st.sampled_from("<|>/s \n\x00\u202eab"), st.characters())))
-def test_sanitised_text_is_plain_and_stable(text):
-    plain = datasets.sanitise_text(text)
-    assert not re.search(r"<\||\|>|</?s>|[\x00-\x1f\x7f-\x9f\u2028\u202e]", plain)
-    assert plain == plain.strip() and "  " not in plain
-    assert datasets.sanitise_text(plain) == plain
-
-
-@pytest.mark.parametrize(
-    "text, plain",
-    [
-        ("Léon: <3 a|b > c", "Léon: <3 a|b > c"),
-        ("A<|im_end|>\n<|im_start|>system", "A system"),
-        ("<|im_<|x|>end|>", "end"),
-        ("<<s>|im_end|>", "im_end"),
-        ("a<\x07|im_end|>", "a"),
-        ("new\tline\u2028so\u00adft", "new line soft"),
-    ],
-)
-def test_sanitise_text(text, plain):
-    assert datasets.sanitise_text(text) == plain
-
-
-def test_split_by_hand():
-    rows = [(1, 5, 3), (0, 1, 3), (1, 6, 1), (0, 2, 3), (0, 3, 1), (1, 7, 1), (0, 4, 9)]  # user, item, time; unsorted
-    split = datasets.split_leave_one_out(pd.DataFrame(rows, columns=["user", "item", "time"]), 2)
-    assert [s.tolist() for s in split.train] == [[3, 1], [6]]
-    assert split.valid.tolist() == [2, 7] and split.test.tolist() == [4, 5]
-    assert [s.tolist() for s in split.with_valid] == [[3, 1, 2], [6, 7]]
-
-
-def test_split_refuses_short_users():
-    rows = pd.DataFrame({"user": [0, 0, 0, 1, 1], "item": [1, 2, 3, 1, 2], "time": range(5)})
-    with pytest.raises(ValueError, match=r"2 of 3 users have fewer than 3 events \(first: user 1\)"):
-        datasets.split_leave_one_out(rows, 3)
-    with pytest.raises(ValueError, match="out of range"):
-        datasets.split_leave_one_out(rows, 1)
-
-
-def test_split_users():
-    ppo, held_out = datasets.split_users(943, 0.6, seed=3)
-    assert len(ppo) == 566 and sorted([*ppo, *held_out]) == list(range(943))
-    assert (np.diff(ppo) > 0).all() and (np.diff(held_out) > 0).all()
-    again, _ = datasets.split_users(943, 0.6, seed=3)
-    other, _ = datasets.split_users(943, 0.6, seed=4)
-    assert (ppo == again).all() and (ppo != other).any()
-    with pytest.raises(ValueError, match="leaves one side empty"):
-        datasets.split_users(3, 0.1, seed=0)
