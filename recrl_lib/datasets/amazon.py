@@ -121,6 +121,8 @@ def clean_reviews(block: bytes, number: int) -> Columns | None:
     )
     if len(table) != rows or any(column.null_count for column in (user, item, rating, time)):
         return None
+    if any(pc.min(pc.binary_length(ids)).as_py() == 0 for ids in (user, item)) or not np.isfinite(rating.to_numpy()).all():
+        return None
     return np.arange(number, number + rows), user, item, rating.to_numpy(), milliseconds(time.to_numpy())
 
 
