@@ -86,7 +86,9 @@ def folder(name: str) -> Path:
 def fetch(remote: Remote, folder: Path, waits: tuple[float, ...] = WAITS) -> Path:
     """``remote`` as a file in ``folder``, verified. Raises ``RuntimeError`` naming what failed, and the folder to put the file in by hand."""
     path = folder / remote.name
-    if path.is_file():
+    if path.is_file():  # from an earlier call, or put here by hand
+        if remote.sha256 and (problem := _mismatch(remote, path)):
+            raise RuntimeError(f"{path}: {problem}. Remedy: delete it, and start again")
         return path
     folder.mkdir(parents=True, exist_ok=True)
     by_hand = f"Remedy: check the network, or fetch {remote.url} by hand, put it in {folder} as {path.name}, and start again."
@@ -105,6 +107,7 @@ def fetch(remote: Remote, folder: Path, waits: tuple[float, ...] = WAITS) -> Pat
         time.sleep(wait)
     if problem := _mismatch(remote, part):
         part.unlink()
+        _tag(part).unlink(missing_ok=True)
         raise RuntimeError(f"{remote.url}: {problem}. What was fetched has been deleted. {by_hand}")
     part.replace(path)
     _tag(part).unlink(missing_ok=True)
