@@ -86,12 +86,10 @@ def reviews(path: Path, wanted: np.ndarray, known: np.ndarray, skipped: Skipped)
         lines, user, item, rating, time = clean_reviews(block, number) or dirty_reviews(block, number, path, skipped)
         seen += block.count(b"\n") + (not block.endswith(b"\n"))
         encoded = item.dictionary_encode()  # each id of the block once
-        ids = encoded.dictionary.to_pylist()
+        ids, index = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
         code = np.array([place.get(raw, -1) for raw in ids], np.int64)
-        strange = np.array([c < 0 and not contains(known, raw) for raw, c in zip(ids, code)], bool)
-        index = encoded.indices.to_numpy(zero_copy_only=False)
-        skipped.add_rows("item without metadata", path, lines[strange[index]] if len(ids) else lines[:0])
-        keep = np.flatnonzero(code[index] >= 0) if len(ids) else np.array([], np.int64)
+        skipped.add_rows("item without metadata", path, lines[~contained(known, ids)[index]])
+        keep = np.flatnonzero(code[index] >= 0)
         parts.append((user.take(pa.array(keep)), code[index[keep]].astype(np.int32), time[keep], rating[keep].astype(np.float32), lines[keep]))
     skipped.check(path, seen)
     if not parts or not any(len(part[1]) for part in parts):
@@ -182,24 +180,25 @@ def metadata(path: Path, skipped: Skipped) -> tuple[pd.DataFrame, np.ndarray]:
         rows += block.count(b"\n") + (not block.endswith(b"\n"))
         found = list(_records(block, number, path, skipped, _load_literal, _book))
         ids.append(np.array([raw.encode() for _, raw, *_ in found], bytes))
-        for line, raw, title, by, genres in found:
-            if not GENRES.isdisjoint(genre.lower() for genre in genres):
-                if raw in out:
-                    skipped.add("duplicate", path, line)
-                elif not title:
-                    skipped.add("metadata without a title", path, line)
-                else:
-                    text = "|".join(genres)
-                    out[raw] = raw, title, 0, text, item_text(title, 0, text, by)
+        for line, raw, genres, record in found:
+            if GENRES.isdisjoint(genre.lower() for genre in genres):
+                continue
+            title, by = _plain(record.get("title")), _author(record)
+            if raw in out:
+                skipped.add("duplicate", path, line)
+            elif not title or "getTime" in title:  # in 2018 some have a script of the shop's page in its place
+                skipped.add("metadata without a title", path, line)
+            else:
+                text = "|".join(dict.fromkeys(_plain(genre).replace("|", "/") for genre in genres))
+                out[raw] = raw, title, 0, text, item_text(title, 0, text, by)
     skipped.check(path, rows)
     return pd.DataFrame(out.values(), columns=["raw", "title", "year", "genres", "text"]), np.unique(np.concatenate(ids))
 
 
-def contains(known: np.ndarray, raw: str) -> bool:
-    """Whether the sorted bytes ``known`` hold ``raw``."""
-    key = raw.encode()
-    at = int(np.searchsorted(known, key))
-    return at < len(known) and known[at] == key
+def contained(known: np.ndarray, ids: list[str]) -> np.ndarray:
+    """(n,) bool: which of ``ids`` the sorted bytes ``known`` hold."""
+    keys = np.array([raw.encode() for raw in ids], bytes)
+    return known[np.searchsorted(known, keys).clip(max=len(known) - 1)] == keys
 
 
 def _load_literal(line: str) -> Any:
@@ -210,20 +209,21 @@ def _load_literal(line: str) -> Any:
         return ast.literal_eval(line.strip())
 
 
-def _book(record: dict[str, Any]) -> tuple[str, str, str, list[str]]:
-    """(raw id, title, author, category names without "Books") of a metadata record."""
+def _book(record: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
+    """(raw id, category names as they are, without "Books"; the record)."""
     raw = _first(record, "parent_asin", "asin")
     if not isinstance(raw, str):
         raise ValueError
-    author = record.get("author")
-    by = (author.get("name") if isinstance(author, dict) else author) or record.get("brand") or record.get("store") or ""
     paths = record.get("category") or record.get("categories") or []
-    names = [name for path in paths for name in (path if isinstance(path, list) else [path])]
-    plain = dict.fromkeys(_plain(name).replace("|", "/") for name in names if isinstance(name, str))
-    title = _plain(record.get("title") or "")
-    title = "" if "getTime" in title else title  # 2018: a script of the shop's page instead of a title
-    return raw, title, _AUTHOR.sub(lambda m: m[1] or "", _plain(by)), [name for name in plain if name not in ("", "Books")]
+    names = (name for path in paths for name in (path if isinstance(path, list) else [path]))
+    return raw, [name for name in names if isinstance(name, str) and name.strip() not in ("", "Books")], record
 
 
-def _plain(text: str) -> str:
+def _author(record: dict[str, Any]) -> str:
+    author = record.get("author")
+    by = (author.get("name") if isinstance(author, dict) else author) or record.get("brand") or record.get("store")
+    return _AUTHOR.sub(lambda found: found[1] or "", _plain(by))
+
+
+def _plain(text: Any) -> str:
     return sanitise_text(html.unescape(text)) if isinstance(text, str) else ""

@@ -206,6 +206,8 @@ def sanitise_text(text: str) -> str:
 
     Repeated until nothing changes, since cutting a token out can join the halves of another.
     """
+    if text.isascii() and text.isprintable() and not _SPECIAL.search(text):  # nearly all
+        return " ".join(text.split())
     while True:
         visible = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
         plain = " ".join(_SPECIAL.sub("", visible).split())

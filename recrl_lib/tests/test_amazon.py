@@ -127,6 +127,9 @@ DIRTY = {
 }  # fmt: skip
 
 
+BOOKS = np.array(["0001713353", "0001713360"], object), np.array([b"0001713353", b"0001713360"])  # wanted, known
+
+
 def clean_lines(n):
     return [review_2018(f"u{k % 40}", "0001713353" if k % 2 else "0001713360", time=1111363200 + k).encode() for k in range(n)]
 
@@ -139,7 +142,7 @@ def test_each_kind_of_bad_line_is_counted_and_costs_only_itself(tmp_path, monkey
     write(tmp_path, [], [META_2018[0], META_2018[0].replace("0001713353", "0001713360")])
     (tmp_path / "Books.json").write_bytes(b"\n".join(lines) + b"\n")
     skipped = Skipped()
-    table, seen = amazon.reviews(tmp_path / "Books.json", np.array(["0001713353", "0001713360"], object), np.array([b"0001713353"]), skipped)
+    table, seen = amazon.reviews(tmp_path / "Books.json", *BOOKS, skipped)
     assert skipped.counts == {kind: 1} and skipped.first == {kind: "Books.json line 151"}
     assert seen == 201 and len(table) == 200 and table["line"].tolist() == [*range(1, 151), *range(152, 202)]
 
@@ -148,7 +151,7 @@ def test_mixed_times_are_one_time(tmp_path):
     lines = [review_2018(time=1420588800), review_2018(time=1420588800123), review_2018(time='"01 7, 2015"')]
     lines.append(review_2018().replace('"unixReviewTime": 1111363200', '"x": 1').replace("03 21, 2005", "01 7, 2015"))
     write(tmp_path, lines, META_2018)
-    table, _ = amazon.reviews(tmp_path / "Books.json", np.array(["0001713353"], object), np.array([b"0001713353"]), skipped := Skipped())
+    table, _ = amazon.reviews(tmp_path / "Books.json", *BOOKS, skipped := Skipped())
     assert table["time"].tolist() == [1420588800000, 1420588800123, 1420588800000, 1420588800000] and not skipped.counts
 
 
@@ -156,7 +159,7 @@ def test_a_cut_last_line_and_a_whole_one_without_newline(tmp_path):
     path = tmp_path / "Books.json"
     for cut, kinds, n in ((-20, {"cut last line": 1}, 199), (None, {}, 200)):
         path.write_bytes(b"\n".join(clean_lines(200))[:cut])
-        table, seen = amazon.reviews(path, np.array(["0001713353", "0001713360"], object), np.array([b"0001713353"]), skipped := Skipped())
+        table, seen = amazon.reviews(path, *BOOKS, skipped := Skipped())
         assert (skipped.counts, len(table), seen) == (kinds, n, 200)
 
 
@@ -164,7 +167,7 @@ def test_a_broken_gzip_keeps_what_came_before(tmp_path):
     packed = gzip.compress(b"".join(line + b"\n" for line in clean_lines(2000)), compresslevel=1)
     path = tmp_path / "Books.json.gz"
     path.write_bytes(packed[: -len(packed) // 3])
-    table, seen = amazon.reviews(path, np.array(["0001713353", "0001713360"], object), np.array([b"0001713353"]), skipped := Skipped())
+    table, seen = amazon.reviews(path, *BOOKS, skipped := Skipped())
     assert 1000 < len(table) == seen < 2000 and skipped.first == {"broken gzip": f"Books.json.gz line {seen + 1}"}
 
 
