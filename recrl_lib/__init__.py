@@ -31,8 +31,9 @@ tables      ``interactions``: user, item, time (int64 seconds), rating, in time 
             ``users``: user, gender, age. Users 0..U-1, items 1..I; item 0 pads.
 sequences   list of int64 arrays, one a user: the items in order.
 text        float32 (I+1, d_llm): mean last hidden state of each item's text; row 0 is zero.
-record      dict, what one explanation is about: ``user item position title year genres
-            history_titles history_genres`` (position: 1-based rank of the item in the user's list).
+record      dict, what one explanation is about: ``user item position title year genres noun
+            history_titles history_genres`` (position: 1-based rank of the item in the user's list;
+            noun: film, book, game or item).
 arms        ``base separate unshielded shielded``. ``base`` is the untuned LLM. ``separate`` has the
             unshielded policy's texts, and a ranker that reads the base LLM's item vectors;
             in the others the ranker reads item vectors from the LLM as tuned.

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]  # see ``recrl_lib.__init__``
+NOUNS = {"film": ("viewer", "watched"), "book": ("reader", "read"), "game": ("player", "played"), "item": ("customer", "chose")}
 RECORD_FIELDS = ("user", "item", "position", "title", "year", "genres", "history_titles", "history_genres")
 
 SMALL = frozenset(  # function words: they open sentences and join titles, and alone they name nothing

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save as safetensors_bytes
 from torch import Tensor
 
 from recrl_lib import assets
+from recrl_lib.claims import NOUNS
 from recrl_lib.files import write_atomic
 from recrl_lib.paths import cache_dir
 from recrl_lib.progress import track
@@ -38,8 +39,8 @@ ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 PACKAGED = {"smollm2-135m-instruct": assets.smollm2_folder}
 SUPPORTED = ("llama",)  # model types whose layers the two-part forward below knows
 SYSTEM = (
-    "You recommend films. Explain each recommendation in one or two short sentences: "
-    "name the film, and link it to films the viewer watched and to its genres."
+    "You recommend {noun}s. Explain each recommendation in one or two short sentences: "
+    "name the {noun}, and link it to {noun}s the {person} {did} and to its genres."
 )
 
 
@@ -178,7 +179,7 @@ def load_for(params, seed: int, device: torch.device | str = "cpu") -> Explainer
 
 # --- what it is asked ---------------------------------------------------------------------------
 
-def build_records(items, sequences, top, users, positions, history_length: int) -> list[dict]:
+def build_records(items, sequences, top, users, positions, history_length: int, noun: str = "film") -> list[dict]:
     """One record a user (see ``recrl_lib``): the item at 1-based rank ``positions[i]`` of ``top[user]`` (U, k)."""
     title, year = items["title"].to_numpy(), items["year"].to_numpy()
     genres = [g.split("|") if g else [] for g in items["genres"]]
@@ -189,7 +190,7 @@ def build_records(items, sequences, top, users, positions, history_length: int) 
         records.append({
             "user": int(user), "item": item, "position": int(position),
             "title": str(title[item - 1]), "year": int(year[item - 1]), "genres": genres[item - 1],
-            "history_titles": [str(title[i - 1]) for i in history],
+            "noun": noun, "history_titles": [str(title[i - 1]) for i in history],
             "history_genres": [genres[i - 1] for i in history],
         })
     return records
@@ -203,8 +204,10 @@ def describe(record: dict) -> str:
 
 def messages(record: dict) -> list[dict]:
     """The chat that asks for one explanation."""
-    question = f"I watched: {'; '.join(record['history_titles'])}.\nWhy do you recommend {describe(record)}?"
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    noun = record.get("noun", "film")
+    person, did = NOUNS[noun]
+    question = f"I {did}: {'; '.join(record['history_titles'])}.\nWhy do you recommend {describe(record)}?"
+    return [{"role": "system", "content": SYSTEM.format(noun=noun, person=person, did=did)}, {"role": "user", "content": question}]
 
 
 def prompt_ids(explainer: Explainer, chat: list[dict]) -> list[int]:

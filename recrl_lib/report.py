@@ -406,7 +406,7 @@ def chosen_users(explanations: pd.DataFrame) -> list[tuple[int, int]]:
 
 def examples(e: Evidence) -> list[dict[str, Any]]:
     """The chosen users: percentile, user, history (titles), film (with year), genres, position, texts by arm."""
-    histories = datasets.split_leave_one_out(e.interactions, len(e.users)).with_valid
+    histories = datasets.split(e.interactions, len(e.users), e.params.split).with_valid
     items = e.items.set_index("item")
     found = []
     for percentile, user in chosen_users(e.explanations):

@@ -28,10 +28,11 @@ class Study:
     top: np.ndarray
     catalogue: Catalogue
     history_length: int
+    noun: str = "film"
 
     def records(self, users: Iterable[int], positions: Iterable[int]) -> list[dict]:
         """One record a user, for the item at the given 1-based position of the user's base top 10."""
-        return build_records(self.items, self.split.with_valid, self.top, users, positions, self.history_length)
+        return build_records(self.items, self.split.with_valid, self.top, users, positions, self.history_length, self.noun)
 
     def training_records(self) -> list[dict]:
         """Every top-10 item of every PPO user."""
@@ -70,6 +71,7 @@ def load(stage) -> Study:
         top=stored["top"].numpy(),
         catalogue=catalogue_of(items),
         history_length=stage.params.history_length,
+        noun=stage.load_json("dataset")["noun"],
     )
 
 
