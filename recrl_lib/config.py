@@ -170,13 +170,14 @@ PROFILES: dict[str, dict[str, Any]] = {
     "laptop": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
         lora_layers=10, max_new_tokens=40, explain_users=12,
-        warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4,
+        warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
         eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,
         lora_layers=0, max_new_tokens=64, explain_users=32,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
+        micro_batch=32, checkpoint_every=10,
         eval_users=377, bootstrap=10_000,
     ),
     "paper": dict(
@@ -184,6 +185,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         ranker_dim=128, ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=100, ranker_patience=10,
         lora_layers=0, max_new_tokens=40, explain_users=32,
         warm_start=False, ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
+        micro_batch=16, checkpoint_every=25,
         eval_users=377, bootstrap=10_000, reward="paper",
     ),
 }
