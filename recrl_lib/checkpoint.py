@@ -23,7 +23,7 @@ class Store:
         self.folder, self.key, self.keep = Path(folder), key, keep
 
     def save(self, name: str, tensors: dict[str, Tensor], plain: dict) -> None:
-        header = {"json": json.dumps({"key": self.key, **plain}, sort_keys=True)}
+        header = {"json": json.dumps({"key": self.key, **plain})}
         content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         write_atomic(self.folder / f"{name}.safetensors", save(content, header))
 
