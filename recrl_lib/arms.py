@@ -11,6 +11,7 @@ last checkpoint; this process picks it up there and finds nothing left to do.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ def checkpoints(stage: runs.StageRun, name: str) -> Store:
     """Where arm ``name`` of the run keeps what it has reached, bound to parameters, code and inputs."""
     key = runs.stage_key(stage.name, stage.params)
     return Store(stage.folder / "checkpoints" / name, key, stage.params.checkpoint_keep)
+
+
+def forget(stage: runs.StageRun) -> None:
+    """Delete the checkpoints of every arm: the stage has finished."""
+    shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
 
 
 def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Subspace], reward) -> Arm:

@@ -67,6 +67,7 @@ from recrl_lib.checkpoint import Store
 from recrl_lib.explainer import Explainer, Rollout, messages, prompt_ids, response_hidden, sample, token_logprobs
 from recrl_lib.progress import track
 from recrl_lib.shield import Shield
+from recrl_lib.vitals import autocasts
 
 
 # --- the pieces ---------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ class PPO:
         self.rows: list[dict] = []
         self.steps_done = self.optimizer_steps = 0
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-        half = params.dtype == "bfloat16" or (params.dtype == "auto" and explainer.device.type == "cuda")
+        half = autocasts(params, explainer.device)
         self._precision = (lambda: torch.autocast(explainer.device.type, torch.bfloat16)) if half else nullcontext
 
     def train(self, steps: int, desc: str = "ppo", store: Store | None = None) -> list[dict]:

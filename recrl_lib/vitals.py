@@ -4,6 +4,7 @@ import resource
 import sys
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 
 
@@ -40,36 +41,40 @@ STATISTICS = {
 TIMES = ("generated_tokens_per_second", "shield_seconds", "step_seconds")  # differ between equal runs
 
 
-def warnings(rows: list[dict]) -> list[str]:
-    """What in one arm's rows left the healthy range of ``STATISTICS``, a sentence each; empty if nothing did."""
-    found, last = [], rows[-1]
+def ratio_tolerance(params, device: torch.device) -> float:
+    """How far the first minibatch's ratios may be off 1: by rounding, which in bfloat16 differs with the batch."""
+    return 0.1 if autocasts(params, device) else 1e-3
+
+
+def autocasts(params, device: torch.device) -> bool:
+    """Whether ``params.dtype`` means bfloat16 forward passes on ``device``."""
+    return params.dtype == "bfloat16" or (params.dtype == "auto" and device.type == "cuda")
+
+
+def warnings(rows: pd.DataFrame) -> list[str]:
+    """What in one arm's table of steps left the healthy range of ``STATISTICS``, a sentence each; empty if nothing did.
+
+    Trends compare the last third of the steps with the first.
+    """
     third = max(len(rows) // 3, 1)
-
-    def mean(name: str, part: slice) -> float:
-        values = [row[name] for row in rows[part]]
-        return sum(values) / len(values)
-
-    def warn(bad: bool, text: str) -> None:
-        if bad:
-            found.append(text)
-
-    early, late = slice(0, third), slice(-third, None)
-    worst = max(rows, key=lambda row: row["kl"])
-    warn(worst["kl"] > 10, f"KL reached {worst['kl']:.1f} nats per text at step {worst['step']}: the policy breaks away; raise kl_coef or lower learning_rate")
-    fall = mean("eos_rate", early) - mean("eos_rate", late)
-    warn(fall > 0.15, f"the share of finished texts fell by {fall:.2f}: the policy forgets to stop; raise missing_eos_penalty")
-    warn(mean("eos_rate", late) < 0.7, f"{1 - mean('eos_rate', late):.0%} of the latest texts are cut off: raise max_new_tokens or missing_eos_penalty")
-    if all("entropy" in row for row in rows):
-        kept = mean("entropy", late) / max(mean("entropy", early), 1e-8)
-        warn(kept < 0.25, f"entropy collapsed to {kept:.0%} of its start: the policy says one thing only; raise kl_coef")
-    if "explained_variance" in last:
-        warn(mean("explained_variance", late) < -1, f"the values explain {mean('explained_variance', late):.1f} of the returns' variance: worse than a constant; lower value_lr")
-    if "clip_fraction" in last:
-        warn(mean("clip_fraction", late) > 0.2, f"{mean('clip_fraction', late):.0%} of the ratios are clipped: lower learning_rate")
-    if "ratio_first_minibatch_max_dev" in last:
-        deviation = max(row["ratio_first_minibatch_max_dev"] for row in rows)
-        warn(deviation > 1e-3, f"the first ratio was off 1 by {deviation:.2g}: sampling and training disagree")
-    return found
+    early, late = rows.head(third).mean(numeric_only=True), rows.tail(third).mean(numeric_only=True)
+    worst = rows.loc[rows["kl"].idxmax()]
+    fall = early["eos_rate"] - late["eos_rate"]
+    found = [
+        (worst["kl"] > 10, f"KL reached {worst['kl']:.1f} nats per text at step {worst['step']:.0f}: the policy breaks away; raise kl_coef"),
+        (fall > 0.15, f"the share of finished texts fell by {fall:.2f}: the policy forgets to stop; raise missing_eos_penalty"),
+        (late["eos_rate"] < 0.7, f"{1 - late['eos_rate']:.0%} of the latest texts are cut off: raise max_new_tokens or missing_eos_penalty"),
+    ]
+    if "entropy" in rows:
+        kept = late["entropy"] / max(early["entropy"], 1e-8)
+        found.append((kept < 0.25, f"entropy collapsed to {kept:.0%} of its start: the policy has one thing to say; raise kl_coef"))
+    if "explained_variance" in rows:
+        known = late["explained_variance"]
+        found.append((known < -1, f"the values explain {known:.1f} of the returns' variance, less than a constant would: lower value_lr"))
+    if "clip_fraction" in rows:
+        clipped = late["clip_fraction"]
+        found.append((clipped > 0.2, f"{clipped:.0%} of the ratios are clipped: lower learning_rate"))
+    return [text for bad, text in found if bad]
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -80,15 +85,18 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def summary(rows) -> dict[str, float]:
-    """The figures of ``metrics/ppo.json`` from one arm's table of ``step()`` rows."""
+def summary(rows: pd.DataFrame) -> dict[str, float]:
+    """The figures of ``metrics/ppo.json`` from one arm's table of steps."""
     first, last = rows.iloc[0], rows.iloc[-1]
+    # TRL's trainers report neither: their first ratio is 1 by construction, their sampling is part of the step.
+    deviation = rows["ratio_first_minibatch_max_dev"].max() if "ratio_first_minibatch_max_dev" in rows else 0.0
+    tokens = rows["length"] * last["episodes"] / last["step"]
+    speed = rows.get("generated_tokens_per_second", tokens / rows["step_seconds"])
     return {
         "steps": int(last["step"]), "episodes": int(last["episodes"]),
         "reward_first": float(first["reward"]), "reward_last": float(last["reward"]),
         "kl_last": float(last["kl"]), "kl_max": float(rows["kl"].max()), "eos_rate_last": float(last["eos_rate"]),
-        "clip_fraction_last": float(last["clip_fraction"]),
-        "ratio_first_minibatch_max_dev": float(rows["ratio_first_minibatch_max_dev"].max()),
+        "clip_fraction_last": float(last["clip_fraction"]), "ratio_first_minibatch_max_dev": float(deviation),
         "shield_seconds": float(rows["shield_seconds"].mean()), "step_seconds": float(rows["step_seconds"].mean()),
-        "generated_tokens_per_second": float(rows["generated_tokens_per_second"].mean()),
+        "generated_tokens_per_second": float(speed.mean()),
     }
