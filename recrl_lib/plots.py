@@ -356,7 +356,7 @@ def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
     curve = _columns(curve, "curves/ppo.csv", "arm", "step", "shield_seconds", *_PPO_NEEDED)
     panels = [p for p in _PPO_PANELS if p[0] in curve]
     columns = (len(panels) + 1) // 2
-    fig, axes = _axes(2, columns, 3.1 * columns, 4.8, sharex=True)
+    fig, axes = _axes(2, columns, 2.7 * columns, 4.4, sharex=True)
     every = 1 + curve["step"].nunique() // 8  # a marker on every point of a long run hides the line
     arms = list(dict.fromkeys(curve["arm"]))
     for ax, (column, title, label) in zip(axes.flat, panels):
