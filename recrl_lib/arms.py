@@ -43,11 +43,6 @@ class Arm:
     frozen_intact: bool  # training itself never touched a frozen weight
 
 
-def scorer(params: Params, world: Study) -> rewards.Reward:
-    """The run's reward."""
-    return rewards.Reward(params.reward, world.catalogue)
-
-
 def checkpoints(stage: runs.StageRun, name: str) -> Store:
     """Where arm ``name`` of the run keeps what it has reached, bound to parameters, code and inputs."""
     key = runs.stage_key(stage.name, stage.params)
@@ -149,7 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
     if stage.device.type == "cuda":
         stage.device = accelerator.device
     world = study.load(stage)
-    train(given.arm, stage, world, sh.from_tensors(stage.load_tensors("subspaces")), scorer(params, world))
+    scorer = rewards.Reward(params.reward, world.catalogue)
+    train(given.arm, stage, world, sh.from_tensors(stage.load_tensors("subspaces")), scorer)
     accelerator.end_training()
 
 
