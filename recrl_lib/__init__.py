@@ -12,7 +12,8 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     shield      protected subspaces, and the shield that hooks any torch optimizer
     rewards     the training reward, in TRL's signature
     warmstart   supervised warm start (TRL) under the arm's own shield     references   composed explanations
-    ppo         Shielded PPO: rollout, advantages, losses, update
+    ppo         Shielded PPO: rollout, advantages, losses, update          vitals       what its steps log, and warnings
+    checkpoint  an arm's state on disk     arms       one arm: warm start, merge, PPO (or TRL), resume
     simulator   the click model          judge   measures never used as a reward
     claims      what a text claims: titles, genres, years, names (shared by rewards and judge)
     metrics     ranking, churn and text metrics       stats   bootstrap intervals

@@ -1,19 +1,30 @@
-"""One arm of the study, from the base model to its final adapter: warm start, merge, Shielded PPO.
+"""One arm of the study, from the base model to its final adapter: warm start, merge, reinforcement learning.
 
 An arm is stored as one adapter on the *base* model (``load_tuned``), whatever happened on the way, so
 that its leak, its item vectors and its KL are all measured against the same model.
+
+A run that was killed goes on: the warm start is kept as ``runs/<run>/checkpoints/<arm>/warm.safetensors`` and
+Shielded PPO from its newest checkpoint beside it. With ``processes`` > 1 the PPO of an arm runs in as many
+processes (``accelerate launch ... -m recrl_lib.arms --run RUN --arm ARM``), which leave their result as the
+last checkpoint; this process picks it up there and finds nothing left to do.
 """
 
+import argparse
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, device as Device
 
 from recrl_lib import explainer as ex
-from recrl_lib import ppo, warmstart
+from recrl_lib import paths, ppo, rewards, runs, shield as sh, study, warmstart
+from recrl_lib.checkpoint import Store
 from recrl_lib.config import Params
 from recrl_lib.explainer import Explainer
-from recrl_lib.shield import Shield, Subspace, leak
+from recrl_lib.shield import Shield, Subspace
 from recrl_lib.study import Study
 
 TRAINED = ("unshielded", "shielded")
@@ -21,51 +32,122 @@ TRAINED = ("unshielded", "shielded")
 
 @dataclass
 class Arm:
-    """What training left: ``adapter`` for ``load_tuned``, a row per PPO iteration, a row per warm-start step."""
+    """What training left: an adapter for ``load_tuned``, a row per iteration, a row per warm-start step."""
 
     name: str
     adapter: dict[str, Tensor]
+    warm_adapter: dict[str, Tensor] | None  # the policy as the reinforcement learning met it
     curve: list[dict]
     warm_curve: list[dict]
     leak: float          # of the whole update, against the subspaces given, shielded or not
     frozen_intact: bool  # training itself never touched a frozen weight
 
 
-def train(
-    name: str, world: Study, params: Params, protected: dict[str, Subspace], reward, seeds: dict[str, int],
-    device: torch.device | str = "cpu",
-) -> Arm:
-    """Tune arm ``name``, ``unshielded`` or ``shielded``. ``seeds``: lora, warm, ppo; equal seeds make arms comparable."""
+def checkpoints(stage: runs.StageRun, name: str) -> Store:
+    """Where arm ``name`` of the run keeps what it has reached, bound to parameters, code and inputs."""
+    key = runs.stage_key(stage.name, stage.params)
+    return Store(stage.folder / "checkpoints" / name, key, stage.params.checkpoint_keep)
+
+
+def forget(stage: runs.StageRun) -> None:
+    """Delete the checkpoints of every arm: the stage has finished."""
+    shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+
+
+def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Subspace], reward) -> Arm:
+    """Tune arm ``name``, ``unshielded`` or ``shielded``; arms share their seeds, so that they are comparable."""
     if name not in TRAINED:
         raise ValueError(f"arm {name!r}: only {', '.join(TRAINED)} are trained")
-    explainer = ex.load_for(params, seeds["lora"], device)
+    params, store = stage.params, checkpoints(stage, name)
+    seeds = {phase: stage.torch_seed(phase) % 2**32 for phase in ("lora", "warm", "ppo")}
+    explainer = ex.load_for(params, seeds["lora"], stage.device)
     records = world.training_records()
 
     def guard() -> Shield | None:
         return Shield(explainer, protected, params.shield_mode) if name == "shielded" else None
 
-    before = ex.weights_sha256(explainer)
-    first, warm_curve, intact = None, [], True
+    first, warm = None, {"curve": [], "intact": True}
     if params.warm_start:
-        fresh = explainer.adapter_state()
-        warm_curve = warmstart.fit(
-            explainer, records, params.warm_steps, params.warm_batch, params.warm_lr, seeds["warm"], guard(), f"warm start, {name}"
-        )
-        intact = ex.weights_sha256(explainer) == before
-        first = warmstart.merge(explainer, fresh)
-        before = ex.weights_sha256(explainer)
-    curve = ppo.PPO(explainer, reward, records, params, seeds["ppo"], guard()).train(params.ppo_steps, f"ppo, {name}")
-    intact = intact and ex.weights_sha256(explainer) == before
+        fresh, before = explainer.adapter_state(), ex.weights_sha256(explainer)
+        found = store.load("warm")
+        if found is None:
+            curve = warmstart.fit(
+                explainer, records, params.warm_steps, params.warm_batch, params.warm_lr, seeds["warm"], guard(), f"warm start, {name}"
+            )
+            found = explainer.adapter_state(), {"curve": curve, "intact": ex.weights_sha256(explainer) == before}
+            store.save("warm", *found)
+        first, warm = found
+        explainer.load_adapter(first)
+        warmstart.merge(explainer, fresh)
+    before, shield, desc = ex.weights_sha256(explainer), guard(), f"{params.algorithm}, {name}"
+    if params.algorithm == "ppo":
+        if params.processes > 1 and not dist.is_initialized():
+            _launch(name, stage)
+        curve = ppo.PPO(explainer, reward, records, params, seeds["ppo"], shield).train(params.ppo_steps, desc, store)
+        if shield:
+            shield.detach()
+    else:
+        from recrl_lib import trl_arms  # TRL takes seconds to import
+
+        curve = trl_arms.train(explainer, reward, records, params, seeds["ppo"], shield)
+    intact = warm["intact"] and ex.weights_sha256(explainer) == before
     second = explainer.adapter_state()
-    adapter = warmstart.stack(first, second) if first else second
-    del explainer
-    return Arm(name, adapter, curve, warm_curve, leak(load_tuned(params, adapter, device), protected), intact)
+    adapter, warm_adapter = second, None
+    if first is not None:
+        nothing = {key: tensor.new_zeros(tensor.shape) for key, tensor in second.items()}
+        adapter, warm_adapter = warmstart.stack(first, second), warmstart.stack(first, nothing)
+    del explainer, shield
+    return Arm(name, adapter, warm_adapter, curve, warm["curve"], sh.leak(load_tuned(params, adapter, stage.device), protected), intact)
 
 
-def load_tuned(params: Params, adapter: dict[str, Tensor] | None = None, device: torch.device | str = "cpu") -> Explainer:
+def load_tuned(params: Params, adapter: dict[str, Tensor] | None = None, device: Device | str = "cpu") -> Explainer:
     """The base model with adapters of an arm's final shape: rank 2r after a warm start, else r. B = 0 without ``adapter``."""
     parts = 2 if params.warm_start else 1
     explainer = ex.load(params.llm, device).add_lora(params.lora_rank * parts, params.lora_alpha * parts, params.lora_layers, seed=0)
     if adapter is not None:
         explainer.load_adapter(adapter)
     return explainer
+
+
+# --- several processes --------------------------------------------------------------------------
+
+def _launch(name: str, stage: runs.StageRun) -> None:
+    """Train one arm's PPO in ``processes`` processes. ``RuntimeError`` names the log if one of them fails."""
+    # --multi_gpu is what makes accelerate start several processes, on a CPU (gloo) too: with --cpu it starts one.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(stage.params.processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "recrl_lib.arms", "--run", stage.params.run, "--arm", name]
+    log = stage.folder / "logs" / f"ppo_{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as out:
+        done = subprocess.run(command, stdout=out, stderr=out, cwd=paths.ROOT, env={"RECRL_PROGRESS": "off", **os.environ})
+    if done.returncode:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise RuntimeError(f"arm {name!r} in {stage.params.processes} processes: exit code {done.returncode}, see {runs.display(log)}: {''.join(last)}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """One of the processes. The run's parameters, inputs and warm start lie in its folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--arm", required=True, choices=TRAINED)
+    given = parser.parse_args(arguments)
+    params = runs.read_params(given.run)
+    if params is None:
+        parser.error(f"run {given.run!r} does not exist")
+    from accelerate import Accelerator
+
+    stage = runs.start("shielded_ppo", params.as_dict())
+    accelerator = Accelerator(cpu=stage.device.type == "cpu")  # joins the other processes
+    if accelerator.process_index:
+        os.environ["RECRL_PROGRESS"] = "off"
+    if stage.device.type == "cuda":
+        stage.device = accelerator.device
+    world = study.load(stage)
+    scorer = rewards.Reward(params.reward, world.catalogue)
+    train(given.arm, stage, world, sh.from_tensors(stage.load_tensors("subspaces")), scorer)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

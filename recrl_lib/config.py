@@ -118,6 +118,15 @@ class Params:
     gae_lambda: float = _p(1.0, "shielded_ppo", "GAE lambda (gamma is 1)", 0.0, 1.0)
     max_grad_norm: float = _p(1.0, "shielded_ppo", "gradient norm clip, before the shield", 0.0)
     missing_eos_penalty: float = _p(0.2, "shielded_ppo", "subtracted from the score of an explanation cut off before its end", 0.0)
+    algorithm: str = _p("ppo", "shielded_ppo", "what tunes the policy: ours, or TRL's RLOO or GRPO", choices=("ppo", "rloo", "grpo"))
+    micro_batch: int = _p(8, "shielded_ppo", "explanations in memory at once; changes memory and speed, not the update", 1)
+    kl_target: float = _p(0.0, "shielded_ppo", "KL per explanation in nats that an adaptive kl_coef steers to; 0 = fixed kl_coef", 0.0)
+    stop_kl: float = _p(0.0, "shielded_ppo", "skip a rollout's remaining passes above this approximate KL per token; 0 = never", 0.0)
+    lr_schedule: str = _p("constant", "shielded_ppo", "learning rates over the planned optimizer steps", choices=("constant", "linear"))
+    dtype: str = _p("auto", "shielded_ppo", "precision of the forward passes; auto = bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    checkpoint_every: int = _p(1, "shielded_ppo", "iterations between checkpoints", 1)
+    checkpoint_keep: int = _p(2, "shielded_ppo", "checkpoints kept of each arm while it trains", 1)
+    processes: int = _p(1, "shielded_ppo", "data-parallel processes (accelerate launch); must divide prompts_per_step", 1)
 
     eval_users: int = _p(24, "evaluation", "held-out users whose explanations are judged", 2)
     bootstrap: int = _p(2000, "evaluation", "bootstrap resamples of users", 100)
@@ -149,6 +158,10 @@ class Params:
         samples = self.prompts_per_step * self.samples_per_prompt
         if samples % self.minibatches:
             raise ValueError(f"parameter minibatches={self.minibatches}: must divide prompts_per_step x samples_per_prompt = {samples}")
+        if self.prompts_per_step % self.processes:
+            raise ValueError(f"parameter processes={self.processes}: must divide prompts_per_step={self.prompts_per_step}")
+        if self.processes > 1 and self.algorithm != "ppo":
+            raise ValueError(f"parameter processes={self.processes}: only algorithm='ppo' trains data-parallel, not {self.algorithm!r}")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -170,13 +183,14 @@ PROFILES: dict[str, dict[str, Any]] = {
     "laptop": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
         lora_layers=10, max_new_tokens=40, explain_users=12,
-        warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4,
+        warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
         eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,
         lora_layers=0, max_new_tokens=64, explain_users=32,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
+        micro_batch=32, checkpoint_every=10,
         eval_users=377, bootstrap=10_000,
     ),
     "paper": dict(
@@ -184,6 +198,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         ranker_dim=128, ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=100, ranker_patience=10,
         lora_layers=0, max_new_tokens=40, explain_users=32,
         warm_start=False, ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
+        micro_batch=16, checkpoint_every=25,
         eval_users=377, bootstrap=10_000, reward="paper",
     ),
 }

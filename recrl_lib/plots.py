@@ -342,19 +342,24 @@ _PPO_PANELS = (
     ("reward", "Reward", "mean reward, in [0, 1]"),
     ("kl", "KL to the reference", "nats per explanation"),
     ("length", "Length", "tokens per explanation"),
-    ("clip_fraction", "Clipped ratios", "share of tokens"),
     ("eos_rate", "Finished explanations", "share with an end token"),
+    ("entropy", "Entropy of the policy", "nats per token"),
+    ("clip_fraction", "Clipped ratios", "share of tokens"),
+    ("explained_variance", "Explained by the values", "share of the variance"),
     ("step_seconds", "Time of a step", "seconds"),
 )
+_PPO_NEEDED = ("reward", "kl", "length", "eos_rate", "step_seconds")  # the other panels are PPO's own: TRL's trainers lack them
 
 
 def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
-    """Six statistics of the rollouts by PPO step, a line an arm; the last panel also shows the shield's own time."""
-    curve = _columns(curve, "curves/ppo.csv", "arm", "step", "shield_seconds", *(p[0] for p in _PPO_PANELS))
-    fig, axes = _axes(2, 3, 9.5, 4.8, sharex=True)
+    """Statistics of the rollouts and updates by step, a line an arm; the last panel also shows the shield's own time."""
+    curve = _columns(curve, "curves/ppo.csv", "arm", "step", "shield_seconds", *_PPO_NEEDED)
+    panels = [p for p in _PPO_PANELS if p[0] in curve]
+    columns = (len(panels) + 1) // 2
+    fig, axes = _axes(2, columns, 2.7 * columns, 4.4, sharex=True)
     every = 1 + curve["step"].nunique() // 8  # a marker on every point of a long run hides the line
     arms = list(dict.fromkeys(curve["arm"]))
-    for ax, (column, title, label) in zip(axes.flat, _PPO_PANELS):
+    for ax, (column, title, label) in zip(axes.flat, panels):
         for arm, look in zip(arms, _looks(arms)):
             part = curve[curve["arm"] == arm]
             ax.plot(
@@ -370,14 +375,19 @@ def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
             )
         ax.set(title=title, ylabel=label)
         _whole_ticks(ax.xaxis)
-    for column in ("clip_fraction", "eos_rate"):
-        axes.flat[[p[0] for p in _PPO_PANELS].index(column)].yaxis.set_major_formatter(PercentFormatter(1))
+        if column in ("clip_fraction", "eos_rate"):
+            ax.yaxis.set_major_formatter(PercentFormatter(1))
+        elif column == "explained_variance":
+            ax.set_ylim(bottom=max(ax.get_ylim()[0], -2))  # a value head that knows nothing yet may be far below
+    for ax in axes.flat[len(panels):]:
+        ax.remove()
+    last = axes.flat[len(panels) - 1]
     guarded = curve[curve["shield_seconds"] > 0]
     if len(guarded):
-        axes[1, 2].plot(guarded["step"], guarded["shield_seconds"], ":", color="black", label="shield alone")
-    axes[1, 2].set_ylim(bottom=0)
+        last.plot(guarded["step"], guarded["shield_seconds"], ":", color="black", label="shield alone")
+    last.set_ylim(bottom=0)
     axes[0, 0].legend(loc="best")
-    axes[1, 2].legend(loc="best")
+    last.legend(loc="best")
     for ax in axes[1]:
         ax.set_xlabel("PPO step")
     return fig

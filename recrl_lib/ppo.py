@@ -9,46 +9,83 @@ One iteration, in the order of ``step()``:
 4. *Update*: ``ppo_epochs`` x ``minibatches`` real optimizer steps on the clipped surrogate and the
    clipped value loss; gradient clipping, then the shield (its hooks sit on the optimizer).
 
+What each statistic of a step means is said once, in ``recrl_lib.vitals``.
+
 Conventions, after Huang et al. 2024 (arXiv 2403.17031) where not argued otherwise:
 
 * One boolean mask marks response tokens (EOS included); every mean is over it. Losses are sums over a
-  minibatch's tokens divided by its token count, so a long answer does not weigh less per token.
+  minibatch's tokens divided by its token count, so a long answer does not weigh less per token, and
+  neither micro-batches nor processes change the update.
 * A response cut off before its EOS pays ``missing_eos_penalty``; its end counts as terminal (no
   bootstrap), as in the reference implementations.
-* The value head reads the hidden state before each token, starts at zero, and is detached from the
-  trunk: the shield then sees the policy gradient and nothing else.
+* The value head reads the hidden state before each token and is detached from the trunk: the shield
+  then sees the policy gradient and nothing else. It starts at the first rollout's mean score. From 0
+  it would have to climb by that much, and what a rising linear head says of single tokens meanwhile is
+  noise larger than the differences between scores (``test_ppo`` measures it).
 * The logged KL is k3, ``exp(-x) - 1 + x`` with ``x = logp - logp_ref``, which is never negative (Schulman,
   "Approximating KL Divergence"); the reward uses k1, which is unbiased.
 * The reward is in [0, 1] by construction, so it is not normalised again.
-* Adam's eps is 1e-5 and there is no weight decay.
-* lambda is 1 by default: with a value head that starts at zero, a smaller one would credit late tokens for
+* lambda is 1 by default: with a value head that knows little, a smaller one would credit late tokens for
   nothing but being late.
+* In float32 the sampler's log-probs are those of the training code (``ratio_first_minibatch_max_dev``
+  watches it). In bfloat16 they are not, and are computed anew by the training code.
 
-Not here yet: checkpoints and resume, micro-batches, an adaptive KL coefficient, several processes.
+Data parallel: every process holds the model, samples its share of the prompts with the uniforms that one
+process would have drawn for them, and takes its rows of each minibatch; token counts, gradients and means
+are summed over the processes (plain ``torch.distributed``). So n processes do the update of one.
+
+The usual checklist of PPO for language models (Huang et al. and the trainers that came after), item by item:
+
+=====================  ====================================================================================
+tokens and masks       PAD != EOS, asserted; masks from lengths; EOS looked for in the response alone; left-padded
+                       prompts, one position helper; missing EOS costs, in one place; texts decoded without
+                       specials; the score on the last real token (EOS, or the cut). SFT's extra newline after
+                       EOS is never scored: sampling stops at EOS.
+distributions          one temperature, no top-p, top-k or other processor; old log-probs from the sampler in
+                       float32, recomputed in bfloat16; dropout asserted 0; float32 log-softmax; first ratio 1
+                       (tested); nothing merged during rollouts.
+rewards                k1 in the reward, no KL in the loss; log-ratios clamped to +-20; no whitening of rewards (in
+                       [0, 1] already); advantages whitened over the rollout, raw spread logged.
+advantages, values     GAE against a double loop; cut off = ended, no bootstrap; head read before the token, in
+                       float32; trunk detached; value clip; no value-only warm-up: starting at the mean does its work.
+optimisation           clip .2; steps counted in a test; no dual clip (the ratio is clamped, epochs are few);
+                       minibatch token count before splitting; token mean; norm clip, then shield; AdamW, eps
+                       1e-5, no decay; linear or constant rate by optimizer step; fixed or adaptive KL;
+                       approximate-KL early stop by epoch, logged.
+housekeeping           entropy logged, no bonus; separate generators; checkpoints hold everything (``state``).
+=====================  ====================================================================================
 """
 
-import resource
-import sys
+from contextlib import nullcontext
 from time import perf_counter
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from recrl_lib.explainer import (
-    Explainer, Rollout, messages, prompt_ids, response_hidden, sample, token_logprobs,
-)
+from recrl_lib.checkpoint import Store
+from recrl_lib.explainer import Explainer, Rollout, messages, prompt_ids, response_hidden, sample, token_logprobs
 from recrl_lib.progress import track
 from recrl_lib.shield import Shield
+from recrl_lib.vitals import autocasts
 
 
 # --- the pieces ---------------------------------------------------------------------------------
 
+def total(x: Tensor) -> Tensor:
+    """Sum of ``x`` over the processes, in place; with one process, ``x``."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum() / mask.sum()
+    """Mean of the masked entries on all processes."""
+    return total((x * mask).sum()) / total(mask.sum())
 
 
 def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the masked entries; 0 elsewhere."""
+    """Mean 0 and variance 1 over the masked entries (of all processes); 0 elsewhere."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean).square(), mask)
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
@@ -76,11 +113,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
 
 
 def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the clipped surrogate over tokens, clipped share, ratios (B, R)) (Schulman et al. 2017, eq. 7)."""
+    """(sum of the clipped surrogate over tokens, number of clipped tokens, ratios (B, R)) (Schulman et al. 2017, eq. 7)."""
     ratio = (new - old).clamp(-20, 20).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = -(torch.minimum(plain, clipped) * mask).sum()
-    return loss, masked_mean((clipped < plain).float(), mask), ratio.detach()
+    return loss, ((clipped < plain) & mask).sum(), ratio.detach()
 
 
 def value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
@@ -95,8 +132,25 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(-x) + x
 
 
+def adapted(kl_coef: float, kl: float, target: float) -> float:
+    """The next KL coefficient: proportional control with the error cut to +-.2 (Ziegler et al. 2019, sec. 2.2)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + 0.1 * error)
+
+
+def part_of(rollout: Rollout, rows: Tensor) -> Rollout:
+    """The given rows, without the columns that only longer prompts and responses need. No texts."""
+    start = int(rollout.prompt_mask[rows].int().argmax(-1).min())
+    length = int(rollout.mask[rows].sum(-1).max())
+    prompt = rollout.prompt_mask[rows, start:]
+    return Rollout(
+        prompt, rollout.response[rows, :length], rollout.mask[rows, :length], rollout.logprobs[rows, :length],
+        rollout.values[rows, :length], rollout.states[rows, start:start + prompt.shape[1] + length - 1], rollout.ended[rows], [],
+    )
+
+
 class ValueHead(nn.Linear):
-    """V(state) from a detached hidden state; starts at 0 everywhere."""
+    """V(state) from a detached hidden state, in float32; starts at 0 everywhere."""
 
     def __init__(self, width: int):
         super().__init__(width, 1)
@@ -104,7 +158,8 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden.detach().float())
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.detach().float())
 
 
 # --- the trainer --------------------------------------------------------------------------------
@@ -114,14 +169,12 @@ class PPO:
 
     ``params`` is a ``config.Params``; ``shield`` is attached to the optimizer for the trainer's life.
     Three generators (prompt order, sampling, minibatches) come from ``seed``, so two arms with equal
-    seeds meet the same prompts and the same random numbers.
+    seeds meet the same prompts and the same random numbers. Raises ``ValueError`` for a model without
+    adapters, with dropout or with PAD = EOS, and for too few prompts.
     """
 
     def __init__(self, explainer: Explainer, reward, records: list[dict], params, seed: int, shield: Shield | None = None):
-        if not explainer.adapter_parameters():
-            raise ValueError("the explainer has nothing to train; call add_lora first")
-        if len(records) < params.prompts_per_step:
-            raise ValueError(f"prompts_per_step={params.prompts_per_step}, but there are only {len(records)} prompts")
+        _check(explainer, records, params)
         self.explainer, self.reward, self.records, self.params = explainer, reward, records, params
         self.value_head = ValueHead(explainer.lm.config.hidden_size).to(explainer.device)
         self.optimizer = torch.optim.AdamW(
@@ -132,126 +185,228 @@ class PPO:
             eps=1e-5, weight_decay=0.0,
         )
         self.shield = shield.attach(self.optimizer) if shield else None
-        self._order, self._sampling, self._minibatch = (
-            torch.Generator().manual_seed(seed * 3 + n) for n in range(3)
-        )
+        self._generators = {name: torch.Generator().manual_seed(seed * 3 + n) for n, name in enumerate(("order", "sampling", "minibatch"))}
         self._queue: list[int] = []
+        self.kl_coef = params.kl_coef
+        self.rows: list[dict] = []
         self.steps_done = self.optimizer_steps = 0
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+        half = autocasts(params, explainer.device)
+        self._precision = (lambda: torch.autocast(explainer.device.type, torch.bfloat16)) if half else nullcontext
 
-    def train(self, steps: int, desc: str = "ppo") -> list[dict]:
-        """``steps`` iterations; one row of statistics each. The shield stays on the optimizer."""
-        return [self.step() for _ in track(range(steps), desc)]
+    def train(self, steps: int, desc: str = "ppo", store: Store | None = None) -> list[dict]:
+        """Go on until ``steps`` iterations are done, from the newest checkpoint of ``store``; a row of statistics each.
+
+        The shield stays on the optimizer.
+        """
+        if store and (found := store.latest()):
+            self.load_state(*found)
+        for _ in track(range(self.steps_done, steps), desc):
+            self.step()
+            due = self.steps_done % self.params.checkpoint_every == 0 or self.steps_done == steps
+            if store and due and self.rank == 0:
+                store.save_step(self.steps_done, *self.state())
+        return self.rows
 
     def step(self) -> dict:
         start, shield_before = perf_counter(), self.shield.seconds if self.shield else 0.0
-        records = self._next_records()
-        prompts = [prompt_ids(self.explainer, messages(r)) for r in records]
-        repeated = [r for r in records for _ in range(self.params.samples_per_prompt)]
-        rollout = sample(
-            self.explainer, prompts, self.params.samples_per_prompt, self.params.max_new_tokens,
-            self.params.temperature, self._sampling, self.value_head,
-        )
+        rollout, repeated = self._roll_out()
         sampled = perf_counter()
-        total, parts = self.reward(repeated, rollout.texts)
-        score = torch.as_tensor(total, dtype=torch.float32, device=self.explainer.device)
-        score = score - self.params.missing_eos_penalty * ~rollout.ended
-        with torch.no_grad(), self.explainer.reference():
-            reference = token_logprobs(self.explainer, rollout, self.params.temperature)
-        rewards = token_rewards(score, rollout.logprobs, reference, rollout.mask, self.params.kl_coef)
-        advantages = gae(rewards, rollout.values, rollout.mask, self.params.gae_lambda)
+        total_reward, parts = self.reward(repeated, rollout.texts)
+        mask, every = rollout.mask, torch.ones_like(rollout.ended)  # every: to take means over responses
+        reward = torch.as_tensor(total_reward, dtype=torch.float32, device=mask.device)
+        score = reward - self.params.missing_eos_penalty * ~rollout.ended
+        if self.steps_done == 0:
+            with torch.no_grad():
+                self.value_head.bias.fill_(masked_mean(score, every))
+            rollout.values = self.value_head.bias.detach() * mask
+        with self.explainer.reference():
+            reference = self._logprobs(rollout)
+        rewards = token_rewards(score, rollout.logprobs, reference, mask, self.kl_coef)
+        advantages = gae(rewards, rollout.values, mask, self.params.gae_lambda)
         returns = advantages + rollout.values
-        update = self._update(rollout, masked_whiten(advantages, rollout.mask), returns)
+        update = self._update(rollout, masked_whiten(advantages, mask), returns)
         self.steps_done += 1
-        seconds = perf_counter() - start
-        tokens = int(rollout.mask.sum())
-        residual = masked_mean((returns - rollout.values).square(), rollout.mask)
-        spread = masked_mean((returns - masked_mean(returns, rollout.mask)).square(), rollout.mask)
-        return {
+        center = masked_mean(returns, mask)
+        spread, residual = masked_mean((returns - center).square(), mask), masked_mean(advantages.square(), mask)
+        texts = len(repeated) * self.processes
+        tokens = int(total(mask.sum()))
+        self.rows.append({
             "step": self.steps_done,
-            "episodes": self.steps_done * len(repeated),
-            "reward": float(total.mean()),
-            "score": float(score.mean()),  # the reward less missing_eos_penalty: what is optimised
-            **{f"reward_{name}": float(part.mean()) for name, part in parts.items()},
-            "kl": float((k3(rollout.logprobs, reference) * rollout.mask).sum(-1).mean()),
-            "surprisal": float(-masked_mean(rollout.logprobs, rollout.mask)),
-            "length": tokens / len(repeated),
-            "eos_rate": float(rollout.ended.float().mean()),
-            "advantage_std": float(advantages[rollout.mask].std()),  # before whitening
+            "episodes": self.steps_done * texts,
+            "reward": float(masked_mean(reward, every)),
+            "score": float(masked_mean(score, every)),
+            **{f"reward_{name}": float(masked_mean(torch.as_tensor(part, device=mask.device), every)) for name, part in parts.items()},
+            "kl": float(masked_mean((k3(rollout.logprobs, reference) * mask).sum(-1), every)),
+            "kl_coef": self.kl_coef,
+            "surprisal": float(-masked_mean(rollout.logprobs, mask)),
+            "length": tokens / texts,
+            "eos_rate": float(masked_mean(rollout.ended.float(), every)),
+            "advantage_std": float((residual - masked_mean(advantages, mask).square()).clamp(min=0).sqrt()),
             "explained_variance": float(1 - residual / spread.clamp(min=1e-8)),
             **update,
             "generated_tokens_per_second": tokens / (sampled - start),
             "shield_seconds": (self.shield.seconds if self.shield else 0.0) - shield_before,
-            "step_seconds": seconds,
-        }
+            "step_seconds": perf_counter() - start,
+        })
+        if self.params.kl_target:
+            self.kl_coef = adapted(self.kl_coef, self.rows[-1]["kl"], self.params.kl_target)
+        return self.rows[-1]
+
+    # Rollout
 
     def _next_records(self) -> list[dict]:
-        """The next prompts of a random order that is drawn anew when it runs out."""
+        """The next prompts, of all processes, of a random order that is drawn anew when it runs out."""
         n = self.params.prompts_per_step
         if len(self._queue) < n:
-            self._queue = torch.randperm(len(self.records), generator=self._order).tolist()
+            self._queue = torch.randperm(len(self.records), generator=self._generators["order"]).tolist()
         chosen, self._queue = self._queue[:n], self._queue[n:]
         return [self.records[i] for i in chosen]
 
+    def _roll_out(self) -> tuple[Rollout, list[dict]]:
+        """This process's share of the rollout, and the record of each of its rows."""
+        share, samples = self.params.prompts_per_step // self.processes, self.params.samples_per_prompt
+        records = self._next_records()[self.rank * share:(self.rank + 1) * share]
+        prompts = [prompt_ids(self.explainer, messages(r)) for r in records]
+        self._skip_uniforms(self.rank * share * samples)
+        with self._precision():
+            rollout = sample(
+                self.explainer, prompts, samples, self.params.max_new_tokens, self.params.temperature,
+                self._generators["sampling"], self.value_head,
+            )
+        self._skip_uniforms((self.processes - 1 - self.rank) * share * samples)
+        if self._precision is not nullcontext:
+            rollout.logprobs = self._logprobs(rollout)
+        return rollout, [r for r in records for _ in range(samples)]
+
+    def _skip_uniforms(self, rows: int) -> None:
+        """Pass over what ``sample`` would draw for rows of other processes."""
+        torch.rand(rows, self.params.max_new_tokens, generator=self._generators["sampling"], dtype=torch.float64)
+
+    @torch.no_grad()
+    def _logprobs(self, rollout: Rollout) -> Tensor:
+        """``token_logprobs`` (B, R) by micro-batches, with the training code's precision."""
+        found = torch.zeros_like(rollout.logprobs)
+        for rows in torch.arange(len(found), device=found.device).split(self.params.micro_batch):
+            part = part_of(rollout, rows)
+            with self._precision():
+                found[rows, :part.mask.shape[1]] = token_logprobs(self.explainer, part, self.params.temperature)
+        return found
+
+    # Update
+
     def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict:
-        rows, sums, first_dev = len(rollout.response), [], None
-        size = rows // self.params.minibatches
-        for _ in range(self.params.ppo_epochs):
-            order = torch.randperm(rows, generator=self._minibatch).to(self.explainer.device)
-            for n in range(self.params.minibatches):
-                chosen = order[n * size:(n + 1) * size]
-                statistics, deviation = self._minibatch_step(rollout, chosen, advantages, returns)
-                sums.append(statistics)
-                if first_dev is None:
-                    first_dev = deviation  # sampler and training code must agree: ratio 1 before any step
-        means = {key: sum(s[key] for s in sums) / len(sums) for key in sums[0]}
-        return {**means, "ratio_first_minibatch_max_dev": first_dev}
+        params, mine, steps, first_deviation = self.params, len(rollout.response), [], None
+        size = mine * self.processes // params.minibatches
+        for epoch in range(params.ppo_epochs):
+            order = torch.randperm(mine * self.processes, generator=self._generators["minibatch"])
+            for n, chosen in enumerate(order.split(size)):
+                rows = chosen[chosen // mine == self.rank] % mine  # of this process; perhaps none
+                self._set_rates((self.steps_done * params.ppo_epochs + epoch) * params.minibatches + n)
+                statistics, deviation = self._minibatch_step(rollout, rows.to(advantages.device), advantages, returns)
+                steps.append(statistics)
+                if first_deviation is None:
+                    first_deviation = deviation  # sampler and training code must agree: ratio 1 before any step
+            if params.stop_kl and sum(s["approx_kl"] for s in steps[-params.minibatches:]) / params.minibatches > params.stop_kl:
+                break
+        means = {key: sum(s[key] for s in steps) / len(steps) for key in steps[0]}
+        return {
+            **means, "epochs_skipped": params.ppo_epochs - 1 - epoch, "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "ratio_first_minibatch_max_dev": first_deviation,
+        }
+
+    def _set_rates(self, planned: int) -> None:
+        """Learning rates of optimizer step ``planned``, counted from 0 as if no epoch were ever skipped."""
+        whole = self.params.ppo_steps * self.params.ppo_epochs * self.params.minibatches
+        factor = max(1 - planned / whole, 0.0) if self.params.lr_schedule == "linear" else 1.0
+        for group, rate in zip(self.optimizer.param_groups, (self.params.learning_rate, self.params.value_lr)):
+            group["lr"] = rate * factor
 
     def _minibatch_step(self, rollout: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor) -> tuple[dict, float]:
-        part = Rollout(
-            rollout.prompt_mask[rows], rollout.response[rows], rollout.mask[rows], rollout.logprobs[rows],
-            rollout.values[rows], rollout.states[rows], rollout.ended[rows], [],
-        )
-        mask, tokens = part.mask, part.mask.sum()
-        hidden = response_hidden(self.explainer, part)
-        logp = self.explainer.log_softmax(hidden, self.params.temperature)
-        new = logp.gather(-1, part.response[..., None])[..., 0].masked_fill(~mask, 0.0)
-        pg, clipped, ratio = policy_loss(new, part.logprobs, advantages[rows], mask, self.params.clip_range)
-        vf = value_loss(self.value_head(hidden)[..., 0], part.values, returns[rows], mask, self.params.value_clip)
+        names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy")
+        tokens = total(rollout.mask[rows].sum())
+        sums, deviation = torch.zeros(len(names), device=tokens.device), torch.zeros((), device=tokens.device)
         self.optimizer.zero_grad(set_to_none=True)
-        ((pg + vf) / tokens).backward()
-        norm = nn.utils.clip_grad_norm_(self.explainer.adapter_parameters(), self.params.max_grad_norm)
+        for some in rows.split(self.params.micro_batch) if len(rows) else ():
+            part = part_of(rollout, some)
+            mask, cut = part.mask, part.mask.shape[1]
+            with self._precision():
+                hidden = response_hidden(self.explainer, part)
+                logp = self.explainer.log_softmax(hidden, self.params.temperature)
+            new = logp.gather(-1, part.response[..., None])[..., 0].masked_fill(~mask, 0.0)
+            pg, clipped, ratio = policy_loss(new, part.logprobs, advantages[some, :cut], mask, self.params.clip_range)
+            vf = value_loss(self.value_head(hidden)[..., 0], part.values, returns[some, :cut], mask, self.params.value_clip)
+            ((pg + vf) / tokens).backward()
+            with torch.no_grad():
+                drift = ((ratio - 1 - (new - part.logprobs)) * mask).sum()
+                entropy = -((logp.exp() * logp).sum(-1) * mask).sum()
+                sums += torch.stack([pg, vf, clipped, drift, entropy])
+                deviation = torch.maximum(deviation, ((ratio - 1).abs() * mask).max())
+        self._sum_gradients()
+        adapters = self.explainer.adapter_parameters()
+        norm = nn.utils.clip_grad_norm_(adapters, self.params.max_grad_norm)
         if not torch.isfinite(norm):
             raise RuntimeError(f"step {self.steps_done + 1}: the gradient is not finite; lower learning_rate or kl_coef")
         nn.utils.clip_grad_norm_(self.value_head.parameters(), self.params.max_grad_norm)
         self.optimizer.step()
         self.optimizer_steps += 1
-        statistics = {
-            "policy_loss": float(pg.detach() / tokens),
-            "value_loss": float(vf.detach() / tokens),
-            "clip_fraction": float(clipped),
-            "approx_kl": float(masked_mean(ratio - 1 - (new - part.logprobs).detach(), mask)),
-            "gradient_norm": float(norm),
+        return {**dict(zip(names, (total(sums) / tokens).tolist())), "gradient_norm": float(norm)}, float(_largest(deviation))
+
+    def _sum_gradients(self) -> None:
+        """Over the processes, in one message; a process without rows contributes zeros."""
+        if self.processes == 1:
+            return
+        parameters = [*self.explainer.adapter_parameters(), *self.value_head.parameters()]
+        flat = total(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = grad.view_as(p)
+
+    # Checkpoints: all that decides the next step
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, JSON) for ``load_state``: adapter, value head, optimizer, generators; counters, queue, rows."""
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {
+            **{f"adapter/{k}": v for k, v in self.explainer.adapter_state().items()},
+            **{f"value/{k}": v for k, v in self.value_head.state_dict().items()},
+            **{f"optimizer/{n}/{k}": v for n, entry in moments.items() for k, v in entry.items()},
+            **{f"generator/{k}": g.get_state() for k, g in self._generators.items()},
         }
-        return statistics, float(((ratio - 1).abs() * mask).max())
+        return tensors, {
+            "steps_done": self.steps_done, "optimizer_steps": self.optimizer_steps, "kl_coef": self.kl_coef,
+            "queue": self._queue, "rows": self.rows,
+        }
+
+    def load_state(self, tensors: dict[str, Tensor], plain: dict) -> None:
+        parts = {kind: {} for kind in ("adapter", "value", "optimizer", "generator")}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            parts[kind][rest] = tensor
+        self.explainer.load_adapter(parts["adapter"])
+        self.value_head.load_state_dict(parts["value"])
+        moments: dict[int, dict] = {}
+        for name, tensor in parts["optimizer"].items():
+            n, key = name.split("/")
+            moments.setdefault(int(n), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for name, generator in self._generators.items():
+            generator.set_state(parts["generator"][name])
+        self.steps_done, self.optimizer_steps, self.kl_coef = plain["steps_done"], plain["optimizer_steps"], plain["kl_coef"]
+        self._queue, self.rows = plain["queue"], plain["rows"]
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far: of this process on a CPU, of its tensors on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def _check(explainer: Explainer, records: list[dict], params) -> None:
+    if not explainer.adapter_parameters():
+        raise ValueError("the explainer has nothing to train; call add_lora first")
+    if len(records) < params.prompts_per_step:
+        raise ValueError(f"prompts_per_step={params.prompts_per_step}, but there are only {len(records)} prompts")
+    if explainer.pad_id == explainer.eos_id:
+        raise ValueError("the padding token is the end token: a policy could not learn to stop; choose another pad_id")
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in explainer.lm.modules()) or getattr(explainer.lm.config, "attention_dropout", 0):
+        raise ValueError("the model has dropout: old and new log-probabilities would differ by chance; set it to 0")
 
 
-def summary(rows) -> dict[str, float]:
-    """The figures of ``metrics/ppo.json`` from one arm's table of ``step()`` rows."""
-    first, last = rows.iloc[0], rows.iloc[-1]
-    return {
-        "steps": int(last["step"]), "episodes": int(last["episodes"]),
-        "reward_first": float(first["reward"]), "reward_last": float(last["reward"]),
-        "kl_last": float(last["kl"]), "kl_max": float(rows["kl"].max()), "eos_rate_last": float(last["eos_rate"]),
-        "clip_fraction_last": float(last["clip_fraction"]),
-        "ratio_first_minibatch_max_dev": float(rows["ratio_first_minibatch_max_dev"].max()),
-        "shield_seconds": float(rows["shield_seconds"].mean()), "step_seconds": float(rows["step_seconds"].mean()),
-        "generated_tokens_per_second": float(rows["generated_tokens_per_second"].mean()),
-    }
+def _largest(x: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x

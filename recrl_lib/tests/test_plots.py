@@ -73,6 +73,8 @@ def ppo_curve(steps: int = 12) -> pd.DataFrame:
                     "length": 30 + rng.normal(),
                     "clip_fraction": 0.02 + 0.01 * rng.random(),
                     "eos_rate": 0.5 + 0.02 * step,
+                    "entropy": 1.2 - 0.05 * step,
+                    "explained_variance": -20 / step,
                     "step_seconds": 9 + rng.random(),
                     "shield_seconds": 0.2 if arm == "shielded" else 0.0,
                 }

@@ -1,0 +1,110 @@
+"""Whole arms on a tiny model saved to disk, from the base to the stored adapter."""
+
+import types
+
+import pytest
+import torch
+
+from recrl_lib import arms, config, paths, runs, shield as sh, vitals, warmstart
+from recrl_lib.config import resolve
+from recrl_lib.explainer import ItemTexts, messages, prompt_ids, sample
+from recrl_lib.explainer import load_for
+from recrl_lib.tests.test_checkpoint import RECORDS, red
+from recrl_lib.tests.tiny import tiny_explainer
+
+WORLD = types.SimpleNamespace(training_records=lambda: RECORDS)
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch) -> runs.StageRun:
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    tiny = tiny_explainer()
+    for part in (tiny.lm, tiny.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    params = resolve(
+        "smoke", run="t", llm=str(tmp_path / "model"), lora_rank=4, lora_alpha=4, lora_layers=1, max_new_tokens=8, temperature=1.0,
+        warm_steps=2, warm_batch=2, warm_lr=1e-2, learning_rate=3e-2,
+    )
+    return runs.StageRun(config.stage_named("shielded_ppo"), params, torch.device("cpu"), "key")
+
+
+def protected(stage) -> dict[str, sh.Subspace]:
+    explainer = load_for(stage.params, 0)
+    return sh.subspaces(sh.item_grams(explainer, ItemTexts(explainer, ["good film", "the red film and a blue film"]))[0], 0.9)
+
+
+def timeless(curve):
+    return [{k: v for k, v in row.items() if k not in vitals.TIMES} for row in curve]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_arm_is_sealed_or_leaks_and_leaves_frozen_weights_alone(stage):
+    spaces = protected(stage)
+    both = {name: arms.train(name, stage, WORLD, spaces, red) for name in arms.TRAINED}
+    assert both["shielded"].leak <= 1e-6 < 0.1 < both["unshielded"].leak
+    for arm in both.values():
+        assert arm.frozen_intact and len(arm.curve) == stage.params.ppo_steps and len(arm.warm_curve) == stage.params.warm_steps
+        assert arm.curve[0]["kl"] < 1e-6 and {t.shape[0] for k, t in arm.adapter.items() if "lora_A" in k} == {8}
+    assert (stage.folder / "checkpoints" / "shielded" / "warm.safetensors").is_file()
+    arms.forget(stage)
+    assert not (stage.folder / "checkpoints").exists()
+
+
+def test_stored_adapters_are_the_policies_that_were_trained(stage, monkeypatch):
+    """The warm adapter on the base is the policy that PPO met; the whole adapter is the one that it left."""
+    seen = []
+    real = arms.ppo.PPO.train
+
+    def watched(self, *args):
+        prompts = [prompt_ids(self.explainer, messages(r)) for r in RECORDS]
+        said = lambda: sample(self.explainer, prompts, 2, 8, 1.0, torch.Generator().manual_seed(5)).texts
+        seen.append(said())
+        rows = real(self, *args)
+        seen.append(said())
+        return rows
+
+    monkeypatch.setattr(arms.ppo.PPO, "train", watched)
+    arm = arms.train("unshielded", stage, WORLD, protected(stage), red)
+    again = []
+    for adapter in (arm.warm_adapter, arm.adapter):
+        explainer = arms.load_tuned(stage.params, adapter)
+        prompts = [prompt_ids(explainer, messages(r)) for r in RECORDS]
+        again.append(sample(explainer, prompts, 2, 8, 1.0, torch.Generator().manual_seed(5)).texts)
+    assert again == seen and seen[0] != seen[1]
+
+
+def test_a_second_call_goes_on_from_what_is_stored(stage, monkeypatch):
+    spaces = protected(stage)
+    whole = arms.train("shielded", stage, WORLD, spaces, red)
+    arms.forget(stage)
+    calls = iter(range(9))
+
+    def cut_off(records, texts):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return red(records, texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        arms.train("shielded", stage, WORLD, spaces, cut_off)
+    monkeypatch.setattr(warmstart, "fit", lambda *a: pytest.fail("the warm start was repeated"))
+    resumed = arms.train("shielded", stage, WORLD, spaces, red)
+    assert same(resumed.adapter, whole.adapter) and same(resumed.warm_adapter, whole.warm_adapter)
+    assert timeless(resumed.curve) == timeless(whole.curve) and resumed.warm_curve == whole.warm_curve
+    assert resumed.leak == whole.leak and resumed.frozen_intact
+
+
+def test_without_warm_start_the_adapter_has_its_own_rank(stage):
+    stage.params = resolve("smoke", **{**stage.params.as_dict(), "warm_start": False})
+    arm = arms.train("unshielded", stage, WORLD, protected(stage), red)
+    assert arm.warm_adapter is None and not arm.warm_curve and {t.shape[0] for k, t in arm.adapter.items() if "lora_A" in k} == {4}
+
+
+def test_unknown_arm_and_failed_processes_are_clear_errors(stage):
+    with pytest.raises(ValueError, match="arm 'separate'"):
+        arms.train("separate", stage, WORLD, {}, red)
+    stage.params = resolve("smoke", **{**stage.params.as_dict(), "processes": 2, "run": "no-such-run"})
+    with pytest.raises(RuntimeError, match="2 processes: exit code .*ppo_unshielded.log"):
+        arms._launch("unshielded", stage)
