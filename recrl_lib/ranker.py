@@ -14,7 +14,7 @@ The ranker holds no text vectors: text is an argument, so one frozen ranker can 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ from recrl_lib.metrics import ndcg_at
 from recrl_lib.progress import track
 
 Chunks = Iterable[tuple[int, Tensor]]  # (index of the first user, scores (b, I+1) float32, column 0 = -inf)
+
+USERS, ITEMS = 256, 2**14  # scored at a time in a ranking: 16 MiB of scores, whatever the numbers of users and items
 
 
 class SASRec(nn.Module):
@@ -87,6 +89,11 @@ class SASRec(nn.Module):
                 raise RuntimeError("SASRec.item_table: call fit_text with the base LLM's vectors first")
             table = table + self.text((text - self.text_mean) / self.text_std)
         return torch.cat([torch.zeros_like(table[:1]), table[1:]])
+
+    @torch.no_grad()
+    def frozen_table(self, text: Tensor | None) -> Tensor:
+        """``item_table`` without a gradient, on the model's device."""
+        return self.item_table(None if text is None else text.to(self.device))
 
     def _check_text(self, text: Tensor) -> None:
         if self.text is None:
@@ -231,19 +238,28 @@ def _windows(sequences: list[np.ndarray], width: int, rng: np.random.Generator) 
 
 
 @torch.no_grad()
+def _last_states(
+    model: SASRec, sequences: Sequence[np.ndarray], table: Tensor, chunk: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(first user, states (b, dim) after each user's last item), ``chunk`` users at a time, in eval mode."""
+    model.eval()
+    for start in range(0, len(sequences), chunk):
+        histories = pad_sequences(sequences[start : start + chunk], model.max_len).to(model.device)
+        yield start, model(histories, table)[:, -1]
+
+
+@torch.no_grad()
 def score_chunks(
-    model: SASRec, sequences: Sequence[np.ndarray], text: Tensor | None, chunk: int = 256
+    model: SASRec, sequences: Sequence[np.ndarray], text: Tensor | None, chunk: int = USERS
 ) -> Iterator[tuple[int, Tensor]]:
     """Scores of all items, ``chunk`` users at a time: yields (first user, float32 (b, I+1) on the CPU).
 
     Column 0, padding, is -inf. Items already seen are NOT masked, so that score changes can be taken; for a
     ranking apply ``mask_seen``. Switches the model to eval mode.
     """
-    model.eval()
-    table = model.item_table(None if text is None else text.to(model.device))
-    for start in range(0, len(sequences), chunk):
-        histories = pad_sequences(sequences[start : start + chunk], model.max_len).to(model.device)
-        scores = (model(histories, table)[:, -1] @ table.T).float().cpu()
+    table = model.frozen_table(text)
+    for start, states in _last_states(model, sequences, table, chunk):
+        scores = (states @ table.T).float().cpu()
         scores[:, 0] = -torch.inf
         yield start, scores
 
@@ -253,6 +269,20 @@ def mask_seen(scores: Tensor, sequences: Sequence[np.ndarray]) -> Tensor:
     rows = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
     scores[torch.from_numpy(rows), torch.from_numpy(np.concatenate(sequences))] = -torch.inf
     return scores
+
+
+def _item_blocks(states: Tensor, table: Tensor, sequences: Sequence[np.ndarray]) -> Iterator[tuple[int, Tensor]]:
+    """(first item, scores (b, w) float32) of ``ITEMS`` items at a time, with padding and seen items at -inf."""
+    items, users = np.concatenate(sequences), np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
+    order = np.argsort(items)
+    items, users = items[order], users[order]
+    for first in range(0, len(table), ITEMS):
+        scores = (states @ table[first : first + ITEMS].T).float()
+        seen = slice(*np.searchsorted(items, [first, first + ITEMS]))
+        scores[torch.from_numpy(users[seen]), torch.from_numpy(items[seen] - first)] = -torch.inf
+        if first == 0:
+            scores[:, 0] = -torch.inf
+        yield first, scores
 
 
 def ranks_of(chunks: Chunks, sequences: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
@@ -265,35 +295,94 @@ def ranks_of(chunks: Chunks, sequences: Sequence[np.ndarray], targets: np.ndarra
     ranks = np.empty(len(sequences), dtype=np.int64)
     for start, scores in chunks:
         stop = start + len(scores)
-        if scores.isnan().any():
-            raise RuntimeError(f"ranker: NaN scores for users {start}..{stop - 1}; training diverged, lower ranker_lr")
-        scores = mask_seen(scores, sequences[start:stop])
-        target_scores = scores.gather(1, torch.from_numpy(targets[start:stop])[:, None])
-        if target_scores.isneginf().any():
-            user = start + int(target_scores.isneginf().any(1).int().argmax())
-            raise ValueError(f"ranker: target item {targets[user]} of user {user} is padding or in the user's history")
-        ranks[start:stop] = (scores >= target_scores).sum(1)  # the target itself gives the 1
+        blocks = [(0, mask_seen(scores, sequences[start:stop]))]
+        ranks[start:stop] = _ranks_in(lambda: blocks, targets[start:stop], start)
     return ranks
 
 
 def target_ranks(
     model: SASRec, sequences: Sequence[np.ndarray], targets: np.ndarray, text: Tensor | None
 ) -> np.ndarray:
-    """``ranks_of`` the model's scores. For the test item ``sequences`` is ``split.with_valid``."""
-    return ranks_of(score_chunks(model, sequences, text), sequences, targets)
+    """``ranks_of`` the model's scores. For the test item ``sequences`` is ``split.with_valid``.
+
+    At most ``USERS`` x ``ITEMS`` scores exist at a time, whatever the size of the catalogue.
+    """
+    table = model.frozen_table(text)
+    ranks = np.empty(len(sequences), dtype=np.int64)
+    for start, states in _last_states(model, sequences, table, USERS):
+        part = slice(start, start + len(states))
+        ranks[part] = _ranks_in(lambda: _item_blocks(states, table, sequences[part]), targets[part], start)
+    return ranks
+
+
+def _ranks_in(blocks: Callable[[], Chunks], targets: np.ndarray, first_user: int) -> np.ndarray:
+    """Ranks (b,) of ``targets`` in the scores of ``blocks()``, which is gone through twice.
+
+    The target's own score comes from the same products as the scores it is compared with: another order of
+    summation could break a tie.
+    """
+    own = torch.full((len(targets),), -torch.inf)
+    for first, scores in blocks():
+        if scores.isnan().any():
+            users = f"{first_user}..{first_user + len(targets) - 1}"
+            raise RuntimeError(f"ranker: NaN scores for users {users}; training diverged, lower ranker_lr")
+        here = np.flatnonzero((targets >= first) & (targets < first + scores.shape[1]))
+        own[here] = scores[torch.from_numpy(here), torch.from_numpy(targets[here] - first)].cpu()
+    if own.isneginf().any():
+        row = int(own.isneginf().int().argmax())
+        user = first_user + row
+        raise ValueError(f"ranker: target item {targets[row]} of user {user} is padding, unknown or in the user's history")
+    # The target itself gives the 1.
+    return sum((scores >= own.to(scores.device)[:, None]).sum(1).cpu() for _, scores in blocks()).numpy()
+
+
+def rank(
+    model: SASRec, histories: Sequence[Sequence[int]], k: int, text: Tensor | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(items, scores), int64 and float32 (U, k): the ``k`` best unseen items of each history, best first.
+
+    The histories may be of users that training never saw. Ties go to the lower item id. Raises ``ValueError`` for an
+    empty history, an item that is not in the catalogue, or a history that leaves fewer than ``k`` items.
+    """
+    last = model.items.num_embeddings - 1
+    sequences = [np.asarray(history, dtype=np.int64) for history in histories]
+    for row, items in enumerate(sequences):
+        if items.size == 0 or items.min() < 1 or items.max() > last:
+            raise ValueError(f"rank: history {row} must hold at least one item, all of them in 1..{last}")
+        if last - len(np.unique(items)) < k:
+            raise ValueError(f"rank: history {row} leaves fewer than k={k} unseen items; choose a smaller k")
+    table, best_items, best_scores = model.frozen_table(text), [], []
+    for start, states in _last_states(model, sequences, table, USERS):
+        top = None
+        for first, scores in _item_blocks(states, table, sequences[start : start + len(states)]):
+            block = _top(scores, min(k, scores.shape[1]), first)
+            top = block if top is None else _merge(top, block, k)
+        best_scores.append(top[0])
+        best_items.append(top[1])
+    return torch.cat(best_items).cpu().numpy(), torch.cat(best_scores).cpu().numpy()
+
+
+def _top(scores: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
+    """(scores, items) (b, k) of the best of each row, ties by lower item; column 0 is item ``first``."""
+    values, columns = scores.topk(k)
+    tied = (scores >= values[:, -1:]).sum(1) > k  # topk may have kept any of the items that tie for the last place
+    if tied.any():
+        columns[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    columns = columns.sort(dim=1).values
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order) + first
+
+
+def _merge(best: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` best of two results of ``_top``; items of ``best`` have the lower ids and win ties."""
+    values, items = (torch.cat(pair, 1) for pair in zip(best, block))
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], items.gather(1, order[:, :k])
 
 
 def top_k(model: SASRec, sequences: Sequence[np.ndarray], text: Tensor | None, k: int) -> np.ndarray:
-    """The ``k`` best unseen items of each user, best first, ties by lower item id: int64 (U, k)."""
-    lists = []
-    for start, scores in score_chunks(model, sequences, text):
-        scores = mask_seen(scores, sequences[start : start + len(scores)])
-        best, items = scores.sort(dim=1, descending=True, stable=True)
-        if k > best.shape[1] or best[:, k - 1].isneginf().any():
-            users = f"{start}..{start + len(scores) - 1}"
-            raise ValueError(f"top_k: a user among {users} has fewer than k={k} unseen items; choose a smaller k")
-        lists.append(items[:, :k].clone())
-    return torch.cat(lists).numpy()
+    """The items of ``rank`` alone: int64 (U, k)."""
+    return rank(model, sequences, k, text)[0]
 
 
 def scores_sha256(model: SASRec, sequences: Sequence[np.ndarray], text: Tensor | None) -> str:
@@ -342,37 +431,3 @@ def load(path: Path) -> SASRec:
     except RuntimeError as error:
         raise ValueError(f"{path}: weights do not fit the stored arguments ({error})") from None
     return freeze(model)
-
-
-def popularity_chunks(
-    train: Sequence[np.ndarray], n_items: int, n_users: int, chunk: int = 256
-) -> Iterator[tuple[int, Tensor]]:
-    """Popularity baseline, in the form of ``score_chunks``: how often an item occurs in ``train``, for every user."""
-    row = _popularity(train, n_items)
-    for start in range(0, n_users, chunk):
-        yield start, row.repeat(min(chunk, n_users - start), 1)
-
-
-def markov_chunks(
-    train: Sequence[np.ndarray], n_items: int, sequences: Sequence[np.ndarray], chunk: int = 256
-) -> Iterator[tuple[int, Tensor]]:
-    """First-order Markov baseline, in the form of ``score_chunks``.
-
-    Scores count how often an item followed, in ``train``, the last item of the user's sequence; popularity, scaled
-    below 1, breaks ties.
-    """
-    popularity = _popularity(train, n_items)
-    previous = np.concatenate([s[:-1] for s in train])
-    following = np.concatenate([s[1:] for s in train])
-    order = np.argsort(previous, kind="stable")
-    followers = np.split(following[order], np.cumsum(np.bincount(previous, minlength=n_items + 1))[:-1])
-    for start in range(0, len(sequences), chunk):
-        last = [s[-1] for s in sequences[start : start + chunk]]
-        counts = np.stack([np.bincount(followers[item], minlength=n_items + 1) for item in last])
-        yield start, torch.from_numpy(counts).float() + popularity / (popularity.max() + 1)
-
-
-def _popularity(train: Sequence[np.ndarray], n_items: int) -> Tensor:
-    counts = torch.from_numpy(np.bincount(np.concatenate(train), minlength=n_items + 1)).float()
-    counts[0] = -torch.inf
-    return counts

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from recrl_lib import ranker
+from recrl_lib import baselines, ranker
 from recrl_lib.datasets import Split
 from recrl_lib.metrics import hr_at
 from recrl_lib.ranker import SASRec
@@ -286,9 +286,9 @@ def test_load_names_what_is_wrong(tmp_path):
 
 def test_baselines_by_hand():
     train = [np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([3, 1, 4])]
-    (_, popularity), = ranker.popularity_chunks(train, 5, n_users=3)
+    (_, popularity), = baselines.popularity_chunks(train, 5, n_users=3)
     assert popularity.tolist() == [[-math.inf, 3, 2, 2, 2, 0]] * 3
-    chunks = list(ranker.markov_chunks(train, 5, [np.array([3, 1]), np.array([5])], chunk=1))
+    chunks = list(baselines.markov_chunks(train, 5, [np.array([3, 1]), np.array([5])], chunk=1))
     assert [start for start, _ in chunks] == [0, 1]
     after_1 = torch.tensor([-math.inf, 0 + 3 / 4, 2 + 2 / 4, 0 + 2 / 4, 1 + 2 / 4, 0])
     assert torch.equal(chunks[0][1][0], after_1)
