@@ -11,6 +11,7 @@ tuned LLM are standardised by the same constants: a drift of the text vectors re
 The ranker holds no text vectors: text is an argument, so one frozen ranker can be asked with either.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -28,10 +29,12 @@ from recrl_lib.datasets import Split
 from recrl_lib.files import write_atomic
 from recrl_lib.metrics import ndcg_at
 from recrl_lib.progress import track
+from recrl_lib.softmax import full_softmax, sampled_softmax
 
 Chunks = Iterable[tuple[int, Tensor]]  # (index of the first user, scores (b, I+1) float32, column 0 = -inf)
 
-USERS, ITEMS = 256, 2**14  # scored at a time in a ranking: 16 MiB of scores, whatever the numbers of users and items
+FULL_SOFTMAX_ITEMS, NEGATIVES = 100_000, 4096  # larger catalogues train on a sample of this many items a step
+USERS, ITEMS = 256, 2**12  # scored at a time in a ranking: 4 MiB of scores, whatever the numbers of users and items
 
 
 class SASRec(nn.Module):
@@ -52,7 +55,7 @@ class SASRec(nn.Module):
             n_items=n_items, dim=dim, layers=layers, heads=heads, max_len=max_len,
             dropout=dropout, text_dim=text_dim, seed=seed,
         )
-        self.max_len = max_len
+        self.n_items, self.max_len = n_items, max_len
         self.items = nn.Embedding(n_items + 1, dim, padding_idx=0)
         self.positions = nn.Embedding(max_len, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
@@ -80,13 +83,17 @@ class SASRec(nn.Module):
         self.text_mean.copy_(rows.mean(0))
         self.text_std.copy_(rows.std(0, correction=0).clamp_min(1e-6))  # a constant feature stays 0, not 0/0
 
-    def item_table(self, text: Tensor | None) -> Tensor:
-        """Item vectors (I+1, dim), row 0 zero. ``text=None`` leaves W norm(t) out: the ranking without the LLM."""
-        table = self.items.weight
+    def item_table(self, text: Tensor | None, items: Tensor | None = None) -> Tensor:
+        """Item vectors (I+1, dim), row 0 zero. ``text=None`` leaves W norm(t) out: the ranking without the LLM.
+
+        With ``items``, int64 (n,) whose first is 0, only their rows: (n, dim).
+        """
+        table = self.items.weight if items is None else self.items(items)
         if text is not None:
             self._check_text(text)
             if self.text_mean.isnan().any():
                 raise RuntimeError("SASRec.item_table: call fit_text with the base LLM's vectors first")
+            text = text if items is None else text[items]
             table = table + self.text((text - self.text_mean) / self.text_std)
         return torch.cat([torch.zeros_like(table[:1]), table[1:]])
 
@@ -155,35 +162,54 @@ def pad_sequences(sequences: Sequence[np.ndarray], max_len: int) -> Tensor:
 
 def train(
     model: SASRec, split: Split, text: Tensor | None, *, lr: float, batch: int, epochs: int, patience: int,
-    seed: int, device: str | torch.device = "cpu", weight_decay: float = 0.0,
+    seed: int, device: str | torch.device = "cpu", weight_decay: float = 0.0, average: float = 0.0,
 ) -> list[dict[str, float]]:
     """Fit ``model`` to ``split.train`` and leave it in eval mode with the weights of the best validation NDCG@10.
 
-    Full-softmax cross-entropy at every position. Each epoch cuts every history into windows of ``max_len + 1``
-    items at a random offset, so that long histories are used whole and the cuts differ between epochs. Stops after
-    ``patience`` epochs without a better NDCG@10. Returns one row an epoch: epoch, loss, valid_ndcg@10. The result
-    depends on the arguments only; the global random state is left as it was.
+    Softmax cross-entropy at every position: over all items, or above ``FULL_SOFTMAX_ITEMS`` over a sample. Each epoch
+    cuts every history into windows of ``max_len + 1`` items at a random offset, so that long histories are used whole
+    and the cuts differ between epochs. What is validated and kept is the moving average of the weights (Polyak &
+    Juditsky 1992) with decay ``average`` a step; 0 is no average. Stops after ``patience`` epochs without a better
+    NDCG@10. Returns one row an epoch: epoch, loss, valid_ndcg@10. The result depends on the arguments only; the
+    global random state is left as it was.
     """
     model.to(device)
     text = None if text is None else text.to(device)
     optimizer = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=lr)
+    noise = _noise(split.train, model.n_items).to(device) if model.n_items > FULL_SOFTMAX_ITEMS else None
+    kept = copy.deepcopy(model)  # the average
     rng = np.random.default_rng(seed)
-    best, best_state, curve = -1.0, {}, []
+    best, best_state, curve, steps = -1.0, {}, [], 0
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(cuda):  # dropout draws from the global generator
         torch.manual_seed(seed)
         for epoch in track(range(1, epochs + 1), "ranker"):
-            loss = _epoch(model, split.train, text, optimizer, batch, rng)
-            ndcg = float(ndcg_at(target_ranks(model, split.train, split.valid, text), 10).mean())
-            curve.append({"epoch": epoch, "loss": loss, "valid_ndcg@10": ndcg})
+            total, count = 0.0, 0
+            for rows in _batches(split.train, model.max_len + 1, batch, rng):
+                loss, positions = _loss(model.train(), rows.to(device), text, noise)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                steps += 1
+                # The first steps are forgotten sooner, or the random start would be most of the average.
+                _average(kept, model, min(average, steps / (steps + 9)))
+                total, count = total + loss.item() * positions, count + positions
+            ndcg = float(ndcg_at(target_ranks(kept, split.train, split.valid, text), 10).mean())
+            curve.append({"epoch": epoch, "loss": total / count, "valid_ndcg@10": ndcg})
             if ndcg > best:
                 best, best_epoch = ndcg, epoch
-                best_state = {name: value.clone() for name, value in model.state_dict().items()}
+                best_state = {name: value.clone() for name, value in kept.state_dict().items()}
             if epoch - best_epoch >= patience:
                 break
     model.load_state_dict(best_state)
     model.eval()
     return curve
+
+
+@torch.no_grad()
+def _average(kept: SASRec, model: SASRec, decay: float) -> None:
+    """``kept`` = ``decay`` x ``kept`` + (1 - ``decay``) x ``model``, in place."""
+    torch._foreach_lerp_(list(kept.parameters()), list(model.parameters()), 1.0 - decay)
 
 
 def _decay_groups(model: SASRec, weight_decay: float) -> list[dict]:
@@ -193,26 +219,39 @@ def _decay_groups(model: SASRec, weight_decay: float) -> list[dict]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def _epoch(
-    model: SASRec, sequences: list[np.ndarray], text: Tensor | None, optimizer: torch.optim.Optimizer,
-    batch: int, rng: np.random.Generator,
-) -> float:
-    """One pass over all windows; mean loss a position."""
-    model.train()
-    windows = _windows(sequences, model.max_len + 1, rng)
-    windows = windows[torch.from_numpy(rng.permutation(len(windows)))].to(model.device)
-    total, count = 0.0, 0
-    for rows in windows.split(batch):
+def _batches(sequences: list[np.ndarray], width: int, batch: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    """All windows of the sequences in random order, ``batch`` at a time."""
+    windows = _windows(sequences, width, rng)
+    return windows[torch.from_numpy(rng.permutation(len(windows)))].split(batch)
+
+
+def _loss(model: SASRec, windows: Tensor, text: Tensor | None, noise: Tensor | None) -> tuple[Tensor, int]:
+    """(mean cross-entropy a position, number of positions) of ``windows`` (b, width).
+
+    ``noise`` None: over all items. Else over a sample from ``noise``, and no more item vectors than those of the
+    windows and the sample are computed.
+    """
+    if noise is None:
         table = model.item_table(text)
-        inputs, targets = rows[:, :-1], rows[:, 1:]
-        real = inputs > 0
-        logits = model(inputs, table)[real] @ table[1:].T  # column 0, padding, is no item
-        loss = F.cross_entropy(logits, targets[real] - 1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total, count = total + loss.item() * len(logits), count + len(logits)
-    return total / count
+    else:
+        drawn = torch.multinomial(noise, NEGATIVES, replacement=True)
+        used, places = torch.cat([drawn.new_zeros(1), windows.flatten(), drawn]).unique(return_inverse=True)
+        table = model.item_table(text, used)  # a small catalogue, with 0 as padding still
+        windows, negatives = places[1 : 1 + windows.numel()].view_as(windows), places[-NEGATIVES:]
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    real = inputs > 0
+    states, targets = model(inputs, table)[real], targets[real]
+    if noise is None:
+        return full_softmax(states, table, targets), len(targets)
+    log_expected = (NEGATIVES * noise[drawn]).log()
+    return sampled_softmax(states, table, targets, negatives, log_expected), len(targets)
+
+
+def _noise(sequences: list[np.ndarray], n_items: int) -> Tensor:
+    """Probabilities (I+1,) that negatives are drawn with: popularity, plus one so that every item has a chance."""
+    counts = np.bincount(np.concatenate(sequences), minlength=n_items + 1) + 1.0
+    counts[0] = 0.0
+    return torch.from_numpy(counts / counts.sum()).float()
 
 
 def _windows(sequences: list[np.ndarray], width: int, rng: np.random.Generator) -> Tensor:
@@ -344,7 +383,7 @@ def rank(
     The histories may be of users that training never saw. Ties go to the lower item id. Raises ``ValueError`` for an
     empty history, an item that is not in the catalogue, or a history that leaves fewer than ``k`` items.
     """
-    last = model.items.num_embeddings - 1
+    last = model.n_items
     sequences = [np.asarray(history, dtype=np.int64) for history in histories]
     for row, items in enumerate(sequences):
         if items.size == 0 or items.min() < 1 or items.max() > last:

@@ -3,10 +3,7 @@
 Both take the table of all items, (I+1, dim) with row 0 = padding, and never score padding.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -47,3 +44,19 @@ def full_softmax(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     Value and gradient equal ``F.cross_entropy`` on the whole (N, I) logits, of which ``BLOCK`` exist at a time.
     """
     return _FullSoftmax.apply(states, table, targets)
+
+
+def sampled_softmax(
+    states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, log_expected: Tensor
+) -> Tensor:
+    """Mean cross-entropy with the sum over all items estimated from ``negatives``, int64 (n,), shared by all rows.
+
+    ``log_expected`` (n,): log(n q_j), how often item j was expected in the draw; subtracting it from the logits (the
+    logQ correction, Bengio & Senecal 2008) makes the estimate of the sum unbiased,
+    E[exp(s_y) + sum_{j != y} exp(s_j) / (n q_j)] = sum_i exp(s_i), for any q > 0. The target is always in the sum and
+    is not corrected; its accidental draws are left out.
+    """
+    own = (states * table[targets]).sum(1, keepdim=True)
+    logits = states @ table[negatives].T - log_expected
+    logits = logits.masked_fill(targets[:, None] == negatives, -torch.inf)
+    return (torch.cat([own, logits], 1).logsumexp(1, keepdim=True) - own).mean()
