@@ -1,4 +1,4 @@
-"""SASRec (Kang & McAuley 2018), its training, and ranking of all items; popularity and Markov baselines.
+"""SASRec (Kang & McAuley 2018), its training, and ranking of all items.
 
 A causal transformer reads a user's history; the score of item i is the dot product of the last state with
 the item's vector, which is also the input embedding (tied). With item texts::
@@ -6,7 +6,8 @@ the item's vector, which is also the input embedding (tied). With item texts::
     v_i = e_i + W norm(t_i)
 
 ``t_i`` is the text vector of item i from the LLM. ``norm`` standardises each feature by mean and standard
-deviation over items 1..I of the *base* LLM's vectors. Those constants are stored in the model, so vectors of a
+deviation over items 1..I of the *base* LLM's vectors, and divides by the root of the number of features: |norm(t)| is
+about 1, so that W and e start alike and learn at one rate. Those constants are stored in the model, so vectors of a
 tuned LLM are standardised by the same constants: a drift of the text vectors reaches the ranking unhidden.
 The ranker holds no text vectors: text is an argument, so one frozen ranker can be asked with either.
 """
@@ -40,22 +41,23 @@ USERS, ITEMS = 256, 2**12  # scored at a time in a ranking: 4 MiB of scores, wha
 class SASRec(nn.Module):
     """``layers`` pre-norm causal blocks of width ``dim`` over the last ``max_len`` items.
 
-    Positions count from the end of the history, so the amount of padding on the left changes nothing. All
-    weights are drawn from ``seed``. With ``text_dim`` > 0 call ``fit_text`` before the first use.
+    Positions count from the end of the history, so the amount of padding on the left changes nothing. In training a
+    share ``item_dropout`` of the items read is blanked to a bare position. All weights are drawn from ``seed``. With
+    ``text_dim`` > 0 call ``fit_text`` before the first use.
     """
 
     def __init__(
         self, n_items: int, dim: int = 64, layers: int = 2, heads: int = 2, max_len: int = 50,
-        dropout: float = 0.3, text_dim: int = 0, seed: int = 0,
+        dropout: float = 0.3, text_dim: int = 0, seed: int = 0, item_dropout: float = 0.0,
     ):
         super().__init__()
         if dim % heads:
             raise ValueError(f"SASRec: dim={dim} must be a multiple of heads={heads}")
         self.arguments = dict(
             n_items=n_items, dim=dim, layers=layers, heads=heads, max_len=max_len,
-            dropout=dropout, text_dim=text_dim, seed=seed,
+            dropout=dropout, text_dim=text_dim, seed=seed, item_dropout=item_dropout,
         )
-        self.n_items, self.max_len = n_items, max_len
+        self.n_items, self.max_len, self.item_dropout = n_items, max_len, item_dropout
         self.items = nn.Embedding(n_items + 1, dim, padding_idx=0)
         self.positions = nn.Embedding(max_len, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
@@ -64,7 +66,7 @@ class SASRec(nn.Module):
         self.text = nn.Linear(text_dim, dim, bias=False) if text_dim else None
         if text_dim:
             self.register_buffer("text_mean", torch.full((text_dim,), math.nan))
-            self.register_buffer("text_std", torch.full((text_dim,), math.nan))
+            self.register_buffer("text_scale", torch.full((text_dim,), math.nan))
         self._initialise(torch.Generator().manual_seed(seed))
 
     def _initialise(self, generator: torch.Generator) -> None:
@@ -81,7 +83,8 @@ class SASRec(nn.Module):
         self._check_text(text)
         rows = text[1:].double()
         self.text_mean.copy_(rows.mean(0))
-        self.text_std.copy_(rows.std(0, correction=0).clamp_min(1e-6))  # a constant feature stays 0, not 0/0
+        std = rows.std(0, correction=0).clamp_min(1e-6)  # a constant feature stays 0, not 0/0
+        self.text_scale.copy_(std * text.shape[1] ** 0.5)
 
     def item_table(self, text: Tensor | None, items: Tensor | None = None) -> Tensor:
         """Item vectors (I+1, dim), row 0 zero. ``text=None`` leaves W norm(t) out: the ranking without the LLM.
@@ -94,7 +97,7 @@ class SASRec(nn.Module):
             if self.text_mean.isnan().any():
                 raise RuntimeError("SASRec.item_table: call fit_text with the base LLM's vectors first")
             text = text if items is None else text[items]
-            table = table + self.text((text - self.text_mean) / self.text_std)
+            table = table + self.text((text - self.text_mean) / self.text_scale)
         return torch.cat([torch.zeros_like(table[:1]), table[1:]])
 
     @torch.no_grad()
@@ -122,8 +125,10 @@ class SASRec(nn.Module):
         itself = torch.eye(length, dtype=torch.bool, device=histories.device)  # a padded row needs one key, or is NaN
         mask = (causal & real[:, None, :] | itself)[:, None]
         # Vectors start near 0; the factor (Vaswani et al. 2017, §3.4) lifts them above the positions.
-        x = F.embedding(histories, table) * table.shape[1] ** 0.5 + self.positions.weight[self.max_len - length :]
-        x = self.dropout(x)
+        x = F.embedding(histories, table) * table.shape[1] ** 0.5
+        if self.training and self.item_dropout:
+            x = x * (torch.rand(histories.shape, device=x.device) >= self.item_dropout)[..., None]
+        x = self.dropout(x + self.positions.weight[self.max_len - length :])
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
@@ -390,15 +395,15 @@ def rank(
             raise ValueError(f"rank: history {row} must hold at least one item, all of them in 1..{last}")
         if last - len(np.unique(items)) < k:
             raise ValueError(f"rank: history {row} leaves fewer than k={k} unseen items; choose a smaller k")
-    table, best_items, best_scores = model.frozen_table(text), [], []
+    table = model.frozen_table(text)
+    best_items, best_scores = np.empty((len(sequences), k), dtype=np.int64), np.empty((len(sequences), k), dtype=np.float32)
     for start, states in _last_states(model, sequences, table, USERS):
         top = None
         for first, scores in _item_blocks(states, table, sequences[start : start + len(states)]):
             block = _top(scores, min(k, scores.shape[1]), first)
             top = block if top is None else _merge(top, block, k)
-        best_scores.append(top[0])
-        best_items.append(top[1])
-    return torch.cat(best_items).cpu().numpy(), torch.cat(best_scores).cpu().numpy()
+        best_scores[start : start + len(states)], best_items[start : start + len(states)] = top[0].cpu(), top[1].cpu()
+    return best_items, best_scores
 
 
 def _top(scores: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
@@ -422,6 +427,22 @@ def _merge(best: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor], k: int) ->
 def top_k(model: SASRec, sequences: Sequence[np.ndarray], text: Tensor | None, k: int) -> np.ndarray:
     """The items of ``rank`` alone: int64 (U, k)."""
     return rank(model, sequences, k, text)[0]
+
+
+def add_items(model: SASRec, text: Tensor, rows: Tensor) -> tuple[SASRec, Tensor]:
+    """A frozen copy of ``model`` that also ranks len(``rows``) items it never saw, and ``text`` with ``rows`` below it.
+
+    ``rows`` (n, text_dim) are the new items' text vectors from the base LLM; their ids follow on from I. With nothing
+    learned from behaviour, e = 0: a new item stands where its text puts it.
+    """
+    model._check_text(text)
+    if rows.ndim != 2 or rows.shape[1] != text.shape[1]:
+        raise ValueError(f"add_items: rows have shape {tuple(rows.shape)}, expected (n, text_dim) = (n, {text.shape[1]})")
+    larger = SASRec(**{**model.arguments, "n_items": model.n_items + len(rows)})
+    state = model.state_dict()
+    state["items.weight"] = F.pad(state["items.weight"], (0, 0, 0, len(rows)))
+    larger.load_state_dict(state)
+    return freeze(larger.to(model.device)), torch.cat([text, rows.to(text)])
 
 
 def scores_sha256(model: SASRec, sequences: Sequence[np.ndarray], text: Tensor | None) -> str:
