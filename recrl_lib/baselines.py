@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+EASE_ITEMS = 20_000  # the largest catalogue whose item-to-item matrices (3.2 GB each) fit an ordinary machine
+
 
 def popularity_chunks(
     train: Sequence[np.ndarray], n_items: int, n_users: int, chunk: int = 256

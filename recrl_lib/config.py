@@ -74,6 +74,10 @@ class Params:
     ranker_batch: int = _p(16, "ranker", "users in a batch", 1)
     ranker_epochs: int = _p(4, "ranker", "most epochs", 1)
     ranker_patience: int = _p(4, "ranker", "evaluations without a better validation NDCG@10 before stopping", 1)
+    ranker_item_dropout: float = _p(0.2, "ranker", "share of the history blanked in training", 0.0, 0.9)
+    ranker_average: float = _p(0.99, "ranker", "decay a step of the moving average of the weights, which is what is kept; 0 = none", 0.0, 1.0)
+    ranker_seeds: int = _p(1, "ranker", "rankers trained with and without text, for the spread over seeds; the first one with text is used", 1)
+    cold_items: float = _p(0.1, "ranker", "share of items held out of a second training to measure cold start; 0 = skip", 0.0, 0.5)
 
     lora_rank: int = _p(16, "explainer", "rank of the LoRA adapters (paper: 16)", 1)
     lora_alpha: int = _p(16, "explainer", "LoRA alpha; the update is scaled by alpha / rank", 1)

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from recrl_lib.config import Params
 from recrl_lib.datasets import Split
 from recrl_lib.files import write_atomic
 from recrl_lib.metrics import ndcg_at
@@ -163,6 +164,23 @@ def pad_sequences(sequences: Sequence[np.ndarray], max_len: int) -> Tensor:
         if tail := len(items[-max_len:]):
             row[-tail:] = items[-max_len:]
     return torch.from_numpy(out)
+
+
+def fit(
+    params: Params, split: Split, n_items: int, text: Tensor | None, seed: int, device: str | torch.device = "cpu"
+) -> tuple[SASRec, list[dict[str, float]]]:
+    """(the ranker of a run's parameters, trained and frozen, on the CPU; its curve). ``text`` None: plain SASRec."""
+    model = SASRec(
+        n_items, params.ranker_dim, params.ranker_layers, params.ranker_heads, params.ranker_max_len, params.ranker_dropout,
+        text_dim=0 if text is None else text.shape[1], seed=seed, item_dropout=params.ranker_item_dropout,
+    )
+    if text is not None:
+        model.fit_text(text)
+    curve = train(
+        model, split, text, lr=params.ranker_lr, batch=params.ranker_batch, epochs=params.ranker_epochs,
+        patience=params.ranker_patience, seed=seed, device=device, average=params.ranker_average,
+    )
+    return freeze(model.cpu()), curve
 
 
 def train(
