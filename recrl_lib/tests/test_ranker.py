@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from recrl_lib import ranker
+from recrl_lib import config, ranker
 from recrl_lib.datasets import Split
 from recrl_lib.metrics import hr_at
 from recrl_lib.ranker import SASRec
@@ -192,6 +192,20 @@ def test_blanked_items_leave_evaluation_alone():
     everything = small(item_dropout=1.0, dropout=0.0).train()
     others = torch.tensor([[7, 7, 1, 1, 2, 2]])
     assert torch.equal(everything(histories, table), everything(others, table))
+
+
+def test_fit_is_the_ranker_of_the_parameters():
+    params = config.Params(ranker_dim=8, ranker_layers=1, ranker_max_len=6, ranker_epochs=2, ranker_item_dropout=0.3)
+    split, text = cycles(), some_text()
+    model, curve = ranker.fit(params, split, N_ITEMS, text, seed=3)
+    twin = SASRec(N_ITEMS, 8, 1, 2, 6, params.ranker_dropout, TEXT_DIM, seed=3, item_dropout=0.3)
+    twin.fit_text(text)
+    rows = fit(twin, split, text, seed=3, lr=params.ranker_lr, batch=params.ranker_batch, epochs=2, weight_decay=0.0,
+               average=params.ranker_average)
+    assert curve == rows and ranker.state_sha256(model) == ranker.state_sha256(twin)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    plain, _ = ranker.fit(params, split, N_ITEMS, None, seed=3)
+    assert plain.text is None
 
 
 def test_training_stops_early():
