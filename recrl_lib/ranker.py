@@ -198,7 +198,7 @@ def train(
     """
     model.to(device)
     text = None if text is None else text.to(device)
-    optimizer = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=lr)
+    optimizer = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=lr, fused=True)
     noise = _noise(split.train, model.n_items).to(device) if model.n_items > FULL_SOFTMAX_ITEMS else None
     kept = copy.deepcopy(model)  # the average
     rng = np.random.default_rng(seed)

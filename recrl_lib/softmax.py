@@ -21,9 +21,11 @@ class _FullSoftmax(torch.autograd.Function):
         rows = max(1, BLOCK // len(items))
         for part, target, grad in zip(states.split(rows), (targets - 1).split(rows), grad_states.split(rows)):
             logits = part @ items.T
-            log_sum = logits.logsumexp(1, keepdim=True)
-            total += (log_sum - logits.gather(1, target[:, None])).sum()
-            error = logits.sub_(log_sum).exp_()  # softmax - one-hot, the gradient of the sum by the logits
+            highest, own = logits.amax(1, keepdim=True), logits.gather(1, target[:, None])
+            weights = logits.sub_(highest).exp_()
+            sums = weights.sum(1, keepdim=True)
+            total += (sums.log() + highest - own).sum()
+            error = weights.div_(sums)  # softmax - one-hot, the gradient of the sum by the logits
             error[torch.arange(len(target), device=error.device), target] -= 1.0
             torch.mm(error, items, out=grad)
             grad_table[1:].addmm_(error.T, part)
