@@ -7,7 +7,8 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     progress    track(): a bar in a terminal or notebook, a side channel under the runner
     assets      fetch, verify (sha256) and cache models and data sets      download  over HTTP, resumed
     datasets    one loader a format -> the same three tables; splits
-    ranker      SASRec: training, scoring all items, top-k
+    ranker      SASRec: training, scoring all items, top-k          softmax   its loss, in bounded memory
+    baselines   popularity, Markov, EASE^R          coldstart   items that training never saw
     explainer   the LLM, LoRA, prompts, batched sampling, item vectors
     shield      protected subspaces, and the shield that hooks any torch optimizer
     rewards     the training reward, in TRL's signature
@@ -20,7 +21,7 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     evaluation  arms side by side          audit     toxicity, popularity, parity, privacy
     study       one run's tables, ranker and base ranking, as notebooks 03-10 share them
     demonstration  small real trainings that show what the shield forbids
-    environment is this machine ready?     bench     `make bench`
+    environment is this machine ready?     bench, bench_ranker   `make bench`
     runs        the run folder: parameters, manifest, metrics, artifacts, all atomic
     runner      strict papermill runner with resume
     plots       figures in one style     report  the HTML page     widgets  the chat

@@ -87,6 +87,10 @@ class Params:
     ranker_batch: int = _p(16, "ranker", "users in a batch", 1)
     ranker_epochs: int = _p(4, "ranker", "most epochs", 1)
     ranker_patience: int = _p(4, "ranker", "evaluations without a better validation NDCG@10 before stopping", 1)
+    ranker_item_dropout: float = _p(0.2, "ranker", "share of the history blanked in training", 0.0, 0.9)
+    ranker_average: float = _p(0.99, "ranker", "decay a step of the average of weights that is kept; 0 = none", 0.0, 1.0)
+    ranker_seeds: int = _p(1, "ranker", "rankers trained with text and without, to show their spread; the first is used", 1)
+    cold_items: float = _p(0.1, "ranker", "share of items held out of a second training to measure cold start; 0 = skip", 0.0, 0.5)
 
     lora_rank: int = _p(16, "explainer", "rank of the LoRA adapters (paper: 16)", 1)
     lora_alpha: int = _p(16, "explainer", "LoRA alpha; the update is scaled by alpha / rank", 1)
@@ -181,13 +185,13 @@ def _typed(name: str, value, kind: type):
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
     "laptop": dict(
-        ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
+        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=16, ranker_patience=6,
         lora_layers=10, max_new_tokens=40, explain_users=12,
         warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
         eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(
-        ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,
+        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=10, ranker_seeds=5,
         lora_layers=0, max_new_tokens=64, explain_users=32,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         micro_batch=32, checkpoint_every=10,

@@ -265,6 +265,24 @@ def ranker_comparison(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return fig
 
 
+def ranker_spread(values: Mapping[str, Sequence[float]], reference: Mapping[str, float]) -> Figure:
+    """Test NDCG@10 of trained rankers, a dot a seed and a bar at their mean, beside ``reference`` rankers without seeds."""
+    if not values or not all(len(seeds) for seeds in values.values()):
+        raise ValueError("ranker_spread: every ranker needs the value of at least one seed")
+    fig, ax = _axes(1, 1, 7.5, 1.4 + 0.5 * len(values))
+    for y, (seeds, look) in enumerate(zip(values.values(), _looks(list(values)))):
+        ax.plot(seeds, np.full(len(seeds), y), look.marker, color=look.colour, markersize=8, alpha=0.7)
+        ax.plot([np.mean(seeds)] * 2, [y - 0.3, y + 0.3], "-", color="black", linewidth=2)
+    for (name, value), dash in zip(reference.items(), (":", "--", "-.")):
+        ax.axvline(value, color="black", linestyle=dash, linewidth=1.2, label=name)
+    ax.set_yticks(range(len(values)), values)
+    ax.set_ylim(len(values) - 0.5, -0.5)
+    ax.set(title="Spread over seeds (bar: mean)", xlabel="test NDCG@10")
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return fig
+
+
 # --- 04 shield ---------------------------------------------------------------------------------------
 
 

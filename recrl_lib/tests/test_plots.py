@@ -138,6 +138,7 @@ def every_figure(steps: int = 12) -> dict:
         "data_overview": plots.data_overview(interactions, items),
         "ranker_training": plots.ranker_training(training),
         "ranker_comparison": plots.ranker_comparison(rankers()),
+        "ranker_spread": plots.ranker_spread({"with text": [0.1, 0.11], "plain": [0.1]}, {"EASE^R": 0.097, "Markov chain": 0.077}),
         "spectrum": plots.spectrum(subspaces()),
         "overlap_by_layer": plots.overlap_by_layer(overlap()),
         "bars": plots.bars(rows, "relative change", "What a few steps do", reference=0.1),

@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
-from recrl_lib import ranker
+from recrl_lib import config, ranker
 from recrl_lib.datasets import Split
 from recrl_lib.metrics import hr_at
 from recrl_lib.ranker import SASRec
@@ -91,7 +92,7 @@ def test_item_table_by_hand():
     table = model.item_table(text)
     rows = text[1:].numpy()
     e, w = model.items.weight[1:].detach().numpy(), model.text.weight.detach().numpy()
-    expected = e + (rows - rows.mean(0)) / rows.std(0) @ w.T
+    expected = e + (rows - rows.mean(0)) / rows.std(0) / math.sqrt(TEXT_DIM) @ w.T
     np.testing.assert_allclose(table[1:].detach().numpy(), expected, atol=1e-5)
     assert table[0].abs().max() == 0
     assert torch.equal(model.item_table(None)[1:], model.items.weight[1:])
@@ -102,7 +103,7 @@ def test_tuned_text_is_normalised_by_the_constants_of_the_base():
     model.fit_text(text)
     shifted = text + 1.0  # its own mean would take the drift away again
     shift = (model.item_table(shifted) - model.item_table(text))[1:]
-    expected = model.text(1.0 / model.text_std)
+    expected = model.text(1.0 / model.text_scale)
     assert expected.abs().max() > 1e-3 and torch.allclose(shift, expected.expand_as(shift), atol=1e-6)
 
 
@@ -158,6 +159,53 @@ def test_training_learns_and_keeps_the_best_epoch():
     assert ranker.ndcg_at(ranks, 10).mean() == best
     assert hr_at(ranker.target_ranks(model, split.with_valid, split.test, None), 1).mean() > 0.5
     assert not model.training
+
+
+def test_training_on_a_sample_of_the_items_learns_too(monkeypatch):
+    monkeypatch.setattr(ranker, "FULL_SOFTMAX_ITEMS", N_ITEMS - 1)
+    monkeypatch.setattr(ranker, "NEGATIVES", 6)
+    split, text, model = cycles(), some_text(), small(TEXT_DIM)
+    model.fit_text(text)
+    curve = fit(model, split, text, epochs=12, patience=12)
+    assert max(row["valid_ndcg@10"] for row in curve) > 0.6
+
+
+def test_the_noise_gives_every_item_a_chance_and_padding_none():
+    noise = ranker._noise([np.array([1, 3]), np.array([3])], 4)
+    assert torch.allclose(noise, torch.tensor([0, 2, 1, 3, 1]) / 7)
+
+
+def test_the_average_by_hand():
+    kept, model = small(), small(seed=1)
+    expected = {n: 0.75 * a + 0.25 * b for (n, a), b in zip(kept.named_parameters(), model.parameters())}
+    ranker._average(kept, model, 0.75)
+    for name, value in kept.named_parameters():
+        assert torch.allclose(value, expected[name], atol=1e-7), name
+
+
+def test_blanked_items_leave_evaluation_alone():
+    model = small(item_dropout=0.9, dropout=0.0)
+    table, histories = model.item_table(None), torch.tensor([[3, 1, 4, 5, 9, 2]])
+    assert torch.equal(model.eval()(histories, table), small(dropout=0.0).eval()(histories, table))
+    torch.manual_seed(0)
+    assert not torch.equal(model.train()(histories, table), model.eval()(histories, table))
+    everything = small(item_dropout=1.0, dropout=0.0).train()
+    others = torch.tensor([[7, 7, 1, 1, 2, 2]])
+    assert torch.equal(everything(histories, table), everything(others, table))
+
+
+def test_fit_is_the_ranker_of_the_parameters():
+    params = config.Params(ranker_dim=8, ranker_layers=1, ranker_max_len=6, ranker_epochs=2, ranker_item_dropout=0.3)
+    split, text = cycles(), some_text()
+    model, curve = ranker.fit(params, split, N_ITEMS, text, seed=3)
+    twin = SASRec(N_ITEMS, 8, 1, 2, 6, params.ranker_dropout, TEXT_DIM, seed=3, item_dropout=0.3)
+    twin.fit_text(text)
+    rows = fit(twin, split, text, seed=3, lr=params.ranker_lr, batch=params.ranker_batch, epochs=2, weight_decay=0.0,
+               average=params.ranker_average)
+    assert curve == rows and ranker.state_sha256(model) == ranker.state_sha256(twin)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    plain, _ = ranker.fit(params, split, N_ITEMS, None, seed=3)
+    assert plain.text is None
 
 
 def test_training_stops_early():
@@ -240,6 +288,77 @@ def test_top_k_breaks_ties_by_item_id():
     assert ranker.top_k(model, [np.array([2])], None, 3).tolist() == [[1, 3, 4]]
 
 
+class Tied(SASRec):
+    """Scores from small whole numbers, so that they are exact and often tie: a state for each history, at random."""
+
+    def __init__(self, n_items, seed):
+        super().__init__(n_items, 3, 1, 1, max_len=n_items)
+        self.seed = seed
+        self.table = torch.randint(-1, 2, (n_items + 1, 3), generator=torch.Generator().manual_seed(seed)).float()
+
+    def frozen_table(self, text):
+        return self.table
+
+    def forward(self, histories, table):
+        seeds = [[self.seed, *h[h > 0]] for h in histories.numpy()]
+        return torch.from_numpy(np.stack([np.random.default_rng(s).integers(-1, 2, (1, 3)) for s in seeds])).float()
+
+
+@given(n_items=st.integers(4, 30), seed=st.integers(0, 10**6), users=st.integers(1, 10), items=st.integers(1, 35), k=st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_ranking_in_blocks_equals_the_full_matrix(n_items, seed, users, items, k):
+    rng, model = np.random.default_rng(seed), Tied(n_items, seed)
+    drawn = [rng.permutation(np.arange(1, n_items + 1))[: rng.integers(2, n_items)] for _ in range(8)]
+    sequences, targets = [d[:-1] for d in drawn], np.array([d[-1] for d in drawn])
+    scores = (model(ranker.pad_sequences(sequences, n_items), None)[:, 0] @ model.table.T).numpy()
+    unseen = [[i for i in range(1, n_items + 1) if i not in s] for s in sequences]
+    best = [sorted(rest, key=lambda i: (-row[i], i))[:k] for row, rest in zip(scores, unseen)]
+    enough = [u for u in range(8) if len(unseen[u]) >= k]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranker, "USERS", users)
+        patch.setattr(ranker, "ITEMS", items)
+        ranks = ranker.target_ranks(model, sequences, targets, None)
+        top, top_scores = ranker.rank(model, [sequences[u] for u in enough], k, None)
+    assert ranks.tolist() == [sum(row[i] >= row[t] for i in rest) for row, rest, t in zip(scores, unseen, targets)]
+    assert top.tolist() == [best[u] for u in enough]
+    assert top_scores.tolist() == [[scores[u, i] for i in best[u]] for u in enough]
+
+
+def test_blocks_give_the_ranks_of_the_whole_rows(monkeypatch):
+    model, split = small().eval(), cycles()
+    whole = ranker.ranks_of(ranker.score_chunks(model, split.train, None), split.train, split.valid)
+    monkeypatch.setattr(ranker, "ITEMS", 5)
+    assert ranker.target_ranks(model, split.train, split.valid, None).tolist() == whole.tolist()
+
+
+def test_rank_takes_users_that_training_never_saw():
+    model = small().eval()
+    items, scores = ranker.rank(model, [[3, 4], [1]], 2, None)
+    assert items.shape == scores.shape == (2, 2) and (np.diff(scores) <= 0).all()
+    assert not set(items[0]) & {3, 4} and items.dtype == np.int64
+    for history in ([], [0], [13], [-1]):
+        with pytest.raises(ValueError, match=r"history 1 must hold at least one item, all of them in 1\.\.12"):
+            ranker.rank(model, [[1], history], 2, None)
+
+
+def test_a_new_item_enters_by_its_text(tmp_path):
+    model, split, text = small(TEXT_DIM), cycles(), some_text()
+    model.fit_text(text)
+    ranker.freeze(model)
+    rows = torch.stack([text[3], text[8] + 1])
+    larger, more = ranker.add_items(model, text, rows)
+    table = larger.item_table(more)
+    assert torch.equal(table[: N_ITEMS + 1], model.item_table(text)) and larger.n_items == N_ITEMS + 2
+    assert torch.allclose(table[13], model.text((text[3] - model.text_mean) / model.text_scale), atol=1e-6)
+    ranker.save(larger, tmp_path / "larger.safetensors")
+    again = ranker.load(tmp_path / "larger.safetensors")
+    assert ranker.rank(again, [[1, 13]], 3, more)[0].tolist() == ranker.rank(larger, [[1, 13]], 3, more)[0].tolist()
+    with pytest.raises(ValueError, match=r"expected \(n, text_dim\) = \(n, 5\)"):
+        ranker.add_items(model, text, rows[:, :3])
+    with pytest.raises(ValueError, match="text_dim=0"):
+        ranker.add_items(small(), text, rows)
+
+
 def test_hashes_see_one_bit():
     model, split, text = small(TEXT_DIM), cycles(), some_text()
     model.fit_text(text)
@@ -279,18 +398,3 @@ def test_load_names_what_is_wrong(tmp_path):
     path.write_bytes(ranker.safetensors_bytes({"x": torch.zeros(2)}, metadata={"sasrec": '{"n_items": 3}'}))
     with pytest.raises(ValueError, match="weights do not fit"):
         ranker.load(path)
-
-
-# baselines
-
-
-def test_baselines_by_hand():
-    train = [np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([3, 1, 4])]
-    (_, popularity), = ranker.popularity_chunks(train, 5, n_users=3)
-    assert popularity.tolist() == [[-math.inf, 3, 2, 2, 2, 0]] * 3
-    chunks = list(ranker.markov_chunks(train, 5, [np.array([3, 1]), np.array([5])], chunk=1))
-    assert [start for start, _ in chunks] == [0, 1]
-    after_1 = torch.tensor([-math.inf, 0 + 3 / 4, 2 + 2 / 4, 0 + 2 / 4, 1 + 2 / 4, 0])
-    assert torch.equal(chunks[0][1][0], after_1)
-    assert chunks[1][1].tolist() == [[-math.inf, 0.75, 0.5, 0.5, 0.5, 0]]  # nothing follows item 5: popularity decides
-    assert ranker.ranks_of(chunks, [np.array([3, 1]), np.array([5])], np.array([2, 4])).tolist() == [1, 4]

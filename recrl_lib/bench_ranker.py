@@ -1,0 +1,83 @@
+"""``make bench``, the ranker's part: quality and CPU time beside the baselines, and ranking at scale.
+
+``main`` prints all of it. Ranking at scale runs in a process of its own, so that its peak memory is its own.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from recrl_lib import assets, baselines, config, datasets, explainer, metrics, ranker
+
+USERS, ITEMS, HISTORY, K = 20_000, 200_000, 50, 10
+MIB = 2**20
+
+
+def main() -> None:
+    print("\nMovieLens-100K, leave-one-out, all items ranked, seen ones masked")
+    print(f"{'':<28}{'CPU-s':>8}{'NDCG@10':>10}{'HR@10':>8}", flush=True)
+    quality()
+    command = [sys.executable, "-m", "recrl_lib.bench_ranker"]
+    print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="", flush=True)
+
+
+def quality() -> None:
+    """The laptop profile's ranker, one seed, and the baselines: CPU-seconds to train and to rank all users, test metrics."""
+    params = config.resolve("laptop")
+    data = datasets.load("ml-100k", assets.ml100k_folder())
+    n_items = len(data.items)
+    split = datasets.split_leave_one_out(data.interactions, len(data.users))
+    text = explainer.ItemTexts(explainer.load_for(params, 0), data.items["text"].tolist()).base_vectors()
+
+    def trained(vectors) -> np.ndarray:
+        model, _ = ranker.fit(params, split, n_items, vectors, 0)
+        return ranker.target_ranks(model, split.with_valid, split.test, vectors)
+
+    def counted(chunks: Callable, *arguments) -> np.ndarray:
+        return ranker.ranks_of(chunks(split.train, n_items, *arguments), split.with_valid, split.test)
+
+    for name, ranks in (
+        ("popularity", lambda: counted(baselines.popularity_chunks, len(split.test))),
+        ("Markov chain", lambda: counted(baselines.markov_chunks, split.with_valid)),
+        ("EASE^R", lambda: counted(baselines.ease_chunks, split.with_valid)),
+        ("SASRec, no text", lambda: trained(None)),
+        ("SASRec, with text", lambda: trained(text)),
+    ):
+        start = time.process_time()
+        r = ranks()
+        seconds = time.process_time() - start
+        print(f"{name:<28}{seconds:>8.1f}{metrics.ndcg_at(r, 10).mean():>10.4f}{metrics.hr_at(r, 10).mean():>8.4f}", flush=True)
+
+
+def scale() -> None:
+    """Rank a random catalogue with an untrained model: what ranking costs does not depend on the weights."""
+    rng = np.random.default_rng(0)
+    model = ranker.freeze(ranker.SASRec(ITEMS))
+    histories = list(rng.integers(1, ITEMS, (USERS, HISTORY)))
+    targets = np.full(USERS, ITEMS)  # the one item that no history holds
+    before = peak_mib()
+    print(f"\n{USERS:,} users x {ITEMS:,} items; all scores at once would be {USERS * (ITEMS + 1) * 4 / MIB:,.0f} MiB")
+    for what, function in (
+        ("rank of the test item", lambda: ranker.target_ranks(model, histories, targets, None)),
+        (f"top {K}", lambda: ranker.rank(model, histories, K, None)),
+    ):
+        start = time.process_time()
+        function()
+        speed = USERS / (time.process_time() - start)
+        print(f"{what:<28}{speed:>8,.0f} users a CPU-second, peak memory {before:,.0f} + {peak_mib() - before:,.0f} MiB")
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / MIB if sys.platform == "darwin" else peak / 1024
+
+
+if __name__ == "__main__":
+    os.environ["RECRL_PROGRESS"] = "off"
+    scale()
