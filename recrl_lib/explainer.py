@@ -25,8 +25,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save as safetensors_bytes
 from torch import Tensor
 
-from recrl_lib import assets
+from recrl_lib import assets, decoding
 from recrl_lib.claims import NOUNS
+from recrl_lib.decoding import causal_mask, left_pad, position_ids
 from recrl_lib.files import write_atomic
 from recrl_lib.paths import cache_dir
 from recrl_lib.progress import track
@@ -37,7 +38,7 @@ transformers.utils.logging.set_verbosity_error()
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 PACKAGED = {"smollm2-135m-instruct": assets.smollm2_folder}
-SUPPORTED = ("llama",)  # model types whose layers the two-part forward below knows
+SPLIT = ("llama",)  # model types that can be run in two parts and decoded by our own loop; others run whole
 SYSTEM = (
     "You recommend {noun}s. Explain each recommendation in one or two short sentences: "
     "name the {noun}, and link it to {noun}s the {person} {did} and to its genres."
@@ -50,16 +51,13 @@ class Explainer:
     """A causal LM, its tokenizer, and (after ``add_lora``) adapters on its layers from ``cut`` up."""
 
     def __init__(self, lm, tokenizer, device: torch.device | str = "cpu", name: str = "model"):
-        if lm.config.model_type not in SUPPORTED:
-            raise ValueError(
-                f"llm={name!r} is a {lm.config.model_type!r} model; the two-part forward knows {', '.join(SUPPORTED)}. "
-                "Choose a Llama-type model."
-            )
+        self.split = lm.config.model_type in SPLIT
         self.lm = lm.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.peft: PeftModel | None = None
         self._base_sha256: str | None = None
+        self._fused: decoding.Fused | None = None
         self.cut = self.n_layers
         # PAD must not be EOS: this tokenizer ships with pad == eos == <|im_end|>, which also ends
         # every turn inside the prompt. Masks come from lengths, never from `ids != pad`.
@@ -115,7 +113,13 @@ class Explainer:
 
     def forget_hash(self) -> None:
         """After a change of the frozen weights: what is cached for the old ones must not be found for these."""
-        self._base_sha256 = None
+        self._base_sha256 = self._fused = None
+
+    def fused(self) -> decoding.Fused:
+        """The frozen weights in the form that decoding likes, made at first use."""
+        if self._fused is None:
+            self._fused = decoding.Fused(self)
+        return self._fused
 
     def count_parameters(self) -> tuple[int, int]:
         """(trainable, total) parameters."""
@@ -141,19 +145,6 @@ class Explainer:
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
         """Log-probabilities (..., V) in float32 of the policy at ``temperature``."""
         return torch.log_softmax(self.lm.lm_head(hidden).float() / temperature, dim=-1)
-
-
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions (B, T) that start at 0 at each row's first real token, whatever its left padding."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def causal_mask(mask: Tensor) -> Tensor:
-    """Boolean attention mask (B, 1, T, T): real, not later. A padding row sees itself, or softmax would be 0/0."""
-    length = mask.shape[1]
-    lower = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    allowed = lower & mask.bool()[:, None, :]
-    return (allowed | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Explainer:
@@ -215,17 +206,6 @@ def prompt_ids(explainer: Explainer, chat: list[dict]) -> list[int]:
     return explainer.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def left_pad(prompts: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, P), padded on the left."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt):] = torch.tensor(prompt)
-        mask[row, width - len(prompt):] = True
-    return ids.to(device), mask.to(device)
-
-
 # --- sampling -----------------------------------------------------------------------------------
 
 @dataclass
@@ -247,95 +227,18 @@ class Rollout:
         return torch.cat([self.prompt_mask, self.mask[:, :-1]], dim=1)
 
 
-class _Cache:
-    """Preallocated keys and values of every layer, in the form that transformers' attention calls."""
-
-    def __init__(self, explainer: Explainer, rows: int, length: int):
-        config = explainer.lm.config
-        heads, width = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, rows, heads, length, width)
-        self.data = torch.empty(shape, device=explainer.device, dtype=explainer.lm.dtype)
-        self.length = 0
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        end = self.length + keys.shape[2]
-        self.data[layer, 0, :, :, self.length:end] = keys
-        self.data[layer, 1, :, :, self.length:end] = values
-        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        self.data = self.data[:, :, rows]
-
-
-def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Sample a token a row by inverse CDF: logprobs (B, V), uniform (B,) in [0, 1) -> ids (B,).
-
-    ``torch.multinomial`` takes 25 times as long at V = 49,152 on a CPU. The cumulative sum is in
-    float64, so that no probability above 1e-16 is lost.
-    """
-    cdf = logprobs.double().exp().cumsum(-1)
-    ids = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)
-    return ids.squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
-
-
-@torch.no_grad()
 def sample(
     explainer: Explainer, prompts: list[list[int]], samples: int, max_new_tokens: int, temperature: float,
     generator: torch.Generator | None, value_head: torch.nn.Module | None = None,
 ) -> Rollout:
     """``samples`` responses to each prompt (rows of one prompt are adjacent); greedy if ``generator`` is None.
 
-    The prompt is read once per unique prompt. The uniforms are drawn on the CPU for all rows and
-    positions before anything else, so two policies given equal generators see common random numbers.
+    Equal generators give common random numbers, whatever the policy (see ``recrl_lib.decoding``).
     """
-    rows, device = len(prompts) * samples, explainer.device
-    ids, prompt_mask = left_pad(prompts, explainer.pad_id, device)
-    uniforms = None if generator is None else torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
-    cache = _Cache(explainer, len(prompts), ids.shape[1] + max_new_tokens)
-    h, state = _both_parts(explainer, ids, causal_mask(prompt_mask), position_ids(prompt_mask), cache)
-    repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-    cache.select(repeat)
-    h, prompt_mask, states = h[repeat, -1], prompt_mask[repeat], [state[repeat]]
-
-    response = torch.full((rows, max_new_tokens), explainer.pad_id, device=device)
-    mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
-    logprobs, values = torch.zeros(rows, max_new_tokens, device=device), torch.zeros(rows, max_new_tokens, device=device)
-    alive = torch.arange(rows, device=device)  # rows of the batch still being computed
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        logp = explainer.log_softmax(h, temperature)
-        token = logp.argmax(-1) if uniforms is None else draw(logp, uniforms[alive, t])
-        going = ~ended[alive]
-        response[alive, t] = torch.where(going, token, explainer.pad_id)
-        mask[alive, t] = going
-        logprobs[alive, t] = torch.where(going, logp.gather(-1, token[:, None])[:, 0], 0.0)
-        if value_head is not None:
-            values[alive, t] = torch.where(going, value_head(h)[:, 0], 0.0)
-        ended[alive] |= token == explainer.eos_id
-        if ended.all() or t == max_new_tokens - 1:
-            break
-        if ended[alive].float().mean() > 0.25:  # drop finished rows, not at every step: it copies the cache
-            keep = (~ended[alive]).nonzero()[:, 0]
-            cache.select(keep)
-            alive, token = alive[keep], token[keep]
-        seen = torch.cat([prompt_mask, mask[:, : t + 1]], dim=1)[alive]
-        h, state = _both_parts(explainer, token[:, None], seen[:, None, None, :], seen.sum(-1, keepdim=True) - 1, cache)
-        h = h[:, -1]
-        full = torch.zeros(rows, 1, state.shape[-1], device=device, dtype=state.dtype)
-        full[alive] = state
-        states.append(full)
-    length = t + 1
-    response, mask = response[:, :length], mask[:, :length]
-    texts = [decode(explainer, row[keep]) for row, keep in zip(response, mask)]
-    return Rollout(prompt_mask, response, mask, logprobs[:, :length], values[:, :length], torch.cat(states, 1), ended, texts)
-
-
-def _both_parts(explainer, ids, mask, positions, cache) -> tuple[Tensor, Tensor]:
-    """(final hidden, trunk states), both (B, T, d), of new tokens, whose keys and values go to the cache."""
-    state = explainer._run(explainer.lm.model.embed_tokens(ids), 0, explainer.cut, mask, positions, cache)
-    h = explainer._run(state, explainer.cut, explainer.n_layers, mask, positions, cache)
-    cache.length += ids.shape[1]
-    return explainer.lm.model.norm(h), state
+    out = decoding.decode(explainer, prompts, samples, max_new_tokens, temperature, generator, value_head)
+    ended = (out.response.masked_fill(~out.mask, explainer.pad_id) == explainer.eos_id).any(-1)
+    texts = [decode(explainer, row[keep]) for row, keep in zip(out.response, out.mask)]
+    return Rollout(*out, ended, texts)
 
 
 def decode(explainer: Explainer, ids: Tensor) -> str:

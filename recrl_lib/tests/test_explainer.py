@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from recrl_lib import explainer as ex
+from recrl_lib import decoding, explainer as ex
 from recrl_lib.tests.tiny import tiny_explainer, tune_randomly
 
 PROMPTS = [[1, 5, 6, 2, 1], [1, 5, 6, 7, 8, 9, 2, 1], [1, 4, 2, 1]]
@@ -75,14 +75,14 @@ def test_greedy_equals_generate(tuned):
 def test_sampler_draws_from_softmax():
     logp = torch.log_softmax(torch.tensor([0.0, 1.0, -1.0, 2.0, -30.0]), -1)
     uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    counts = torch.bincount(ex.draw(logp.expand(20_000, -1), uniforms), minlength=5) / 20_000
+    counts = torch.bincount(decoding.draw(logp.expand(20_000, -1), uniforms), minlength=5) / 20_000
     torch.testing.assert_close(counts, logp.exp(), atol=0.012, rtol=0)  # 3 standard errors
 
 
 def test_sampler_never_draws_a_token_of_probability_zero():
     logp = torch.log(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]))
     for u in (0.0, 0.25, 0.5, 1 - 1e-12):
-        assert ex.draw(logp, torch.tensor([u], dtype=torch.float64)).item() in (1, 3)
+        assert decoding.draw(logp, torch.tensor([u], dtype=torch.float64)).item() in (1, 3)
 
 
 def test_equal_generators_give_equal_rollouts_and_new_ones_do_not(tuned):
