@@ -44,6 +44,35 @@ def score_change(study: Study, text: Tensor | None) -> dict[str, float]:
     return {"max_abs_score_delta": largest, "mean_abs_score_delta": total / count, "item_vector_change": moved}
 
 
+def change_by_group(study: Study, text: Tensor, top: np.ndarray, held: set[int]) -> dict[str, float]:
+    """What moved among items that bases were built from (``seen``) and those kept out (``held``, item numbers).
+
+    For both groups: relative change of the item vectors, max and mean |score - base score| over all users x the
+    group's items, and the share of the group's places in the base top 10 that it kept in ``top`` (U, 10).
+    """
+    mask = torch.zeros(len(study.items) + 1, dtype=torch.bool)
+    mask[sorted(held)] = True
+    groups = {"seen": ~mask, "held": mask}
+    groups["seen"][0] = False
+    history, out = study.split.with_valid, {}
+    largest, total = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0.0)
+    for (_, before), (_, after) in zip(
+        ranker.score_chunks(study.ranker, history, study.text), ranker.score_chunks(study.ranker, history, text), strict=True
+    ):
+        for name, rows in groups.items():
+            delta = (after[:, rows] - before[:, rows]).abs()
+            largest[name], total[name] = max(largest[name], float(delta.max())), total[name] + float(delta.double().sum())
+    stayed = (study.top[:, :, None] == top[:, None, :]).any(2)
+    for name, rows in groups.items():
+        entries = rows.numpy()[study.top]
+        out |= {
+            f"item_change_{name}": float((text[rows] - study.text[rows]).norm() / study.text[rows].norm()),
+            f"max_abs_score_delta_{name}": largest[name], f"mean_abs_score_delta_{name}": total[name] / (len(history) * int(rows.sum())),
+            f"overlap_{name}": float(stayed[entries].mean()) if entries.any() else 1.0,
+        }
+    return out
+
+
 def explanation_table(
     arm: str, study: Study, explainer: Explainer, records: list[dict], reward, encoder, params, seed: int,
 ) -> pd.DataFrame:

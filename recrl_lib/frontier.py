@@ -1,48 +1,94 @@
 """The frontier of learning against ranking moved: one short training and one measurement a point.
 
 The signal is fixed and supervised: the likelihood of explanations composed from metadata
-(``references.reference_line``), with Adam, a fixed number of steps, and the run's own layers, prompts
-and item texts. It is the warm start's signal without its trainer, so a point costs a minute and a half
-of one CPU core and not the quarter of an hour of PPO. What is measured is the same as in notebook 06.
+(``references.reference_line``) under Adam for a fixed number of steps, on the run's own layers, prompts and
+item texts. It is the signal of the warm start without its trainer, so a point costs minutes and not the quarter of
+an hour of PPO. What is measured is what notebook 06 measures.
 
-A seed draws the adapters' first values and the order of the explanations; texts of the held-out users and
-the held-out items are the same for all points. Every finished point is a row of a CSV, rewritten
-atomically, so that an interrupted frontier goes on where it stopped.
+A seed draws the adapters' first values and the order of the explanations; held-out users and held-out items
+are the same for all points. Every finished point is a row of a CSV that is rewritten atomically, so an
+interrupted frontier goes on where it stopped.
 """
 
-from dataclasses import asdict, dataclass, field
+import io
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from math import sqrt
 from pathlib import Path
-from time import perf_counter, process_time
+from time import process_time
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from recrl_lib import evaluation, explainer as ex, rewards, stats
+from recrl_lib import evaluation, explainer as ex, rewards, shield as sh, stats
 from recrl_lib.explainer import Explainer, ItemTexts
 from recrl_lib.files import write_atomic
 from recrl_lib.progress import track
 from recrl_lib.references import reference_line
+from recrl_lib.shield import Evidence, Shield
 from recrl_lib.study import Study
+
+BATCH, LR = 4, 3e-3        # the warm start's
+MAX_NORM = 1.0             # gradient clipping, before the shield
+TEXT_TOKENS = 40           # longest explanation when the reward is measured
+MODES = (*sh.MODES, "alora")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the frontier and its seed. ``rank`` > 0 fixes the strength by rank and overrides ``energy``."""
+    """One setting and its seed. Strength is ``energy``, or ``rank`` where that is above 0."""
 
     mode: str = "update"
     basis: str = "activation"
     energy: float = 0.99
     rank: int = 0
     penalty: float = 0.0
-    steps: int = 30
+    steps: int = 20
     seed: int = 0
 
+    @property
+    def curve(self) -> str:
+        """The line of the figure this point lies on: its strength varies along it."""
+        if self.mode in ("none", "penalty", "align", "alora"):
+            return {"none": "no shield, stopped early", "penalty": "replay penalty"}.get(self.mode, self.mode)
+        return f"{self.mode}, {self.basis}" + (f", replay {self.penalty:g}" if self.penalty else "")
+
+
+def named(name: str, seeds: int, steps: int, width: int = 576) -> list[Point]:
+    """The points of set ``name`` (``none``, ``small`` or ``full``) for inputs ``width`` wide, in an order that is useful if cut short."""
+    if name not in SETS:
+        raise ValueError(f"frontier_points={name!r}: choose one of {', '.join(SETS)}")
+    settings = [{**s, **({"rank": width - s["free"]} if "free" in s else {})} for s in SETS[name]]
+    return [
+        Point(**{k: v for k, v in s.items() if k not in ("free", "share")}, steps=max(1, round(steps * s.get("share", 1))), seed=seed)
+        for seed in range(seeds) for s in settings
+    ]
+
+
+_FREE = {"mode": "none", "energy": 0.0}
+SETS: dict[str, list[dict]] = {  # ``free``: directions not protected; ``share``: of the steps
+    "none": [],
+    "small": [_FREE, {"energy": 0.99}, {"basis": "contrastive", "free": 16}],
+    "full": [
+        _FREE, {"energy": 0.99}, {"basis": "contrastive", "free": 16}, {"basis": "contrastive", "free": 64},
+        {"energy": 0.999}, {"mode": "penalty", "penalty": 100.0}, {"mode": "penalty", "penalty": 10.0},
+        {"basis": "contrastive", "free": 16, "penalty": 100.0}, {"energy": 0.99, "penalty": 100.0}, {**_FREE, "share": 0.25},
+        {"energy": 0.9}, {"energy": 0.9999}, {"basis": "contrastive", "free": 4}, {"basis": "contrastive", "free": 160},
+        {"mode": "penalty", "penalty": 1000.0}, {"basis": "sensitivity", "energy": 0.99}, {"basis": "sensitivity", "energy": 0.999},
+        {"basis": "readout", "rank": 64}, {"basis": "random", "rank": 311}, {"mode": "gradient"}, {"mode": "frozen_a"},
+        {"mode": "frozen_a", "basis": "contrastive", "free": 16}, {"mode": "restart"}, {"mode": "align", "energy": 0.0},
+        {"mode": "alora", "energy": 0.0}, {**_FREE, "share": 0.5}, {**_FREE, "share": 0.1},
+    ],
+}
+
+
+# --- the signal -----------------------------------------------------------------------------------
 
 @dataclass
 class Lesson:
-    """Prompts followed by their explanations, as trunk states: what one supervised step reads."""
+    """Prompts followed by their explanations, as trunk states: what supervised steps read."""
 
     states: list[Tensor]  # (T_i, d) trunk states of every pair
     ids: list[list[int]]  # token ids, prompt and answer
@@ -74,9 +120,203 @@ def lesson(explainer: Explainer, records: list[dict], batch: int = 16) -> Lesson
     return out
 
 
+@torch.no_grad()
+def lesson_grams(explainer: Explainer, given: Lesson, batch: int = 16) -> dict[str, Tensor]:
+    """Grams of the adapted layers' inputs over prompts with their explanations, under the base model."""
+    with explainer.reference(), sh.GramCollector(explainer) as collector:
+        for start in track(range(0, len(given.ids), batch), "explanation Grams"):
+            rows = range(start, min(start + batch, len(given.ids)))
+            states, mask, _ = given.batch(rows, explainer.pad_id, explainer.device)
+            collector.masked(mask)
+            explainer.top(states, mask)
+    return collector.grams
+
+
 def answer_loss(explainer: Explainer, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Mean negative log-likelihood of a batch's answer tokens, at temperature 1."""
     states, mask, labels = batch
     target = labels[:, 1:]
     hidden = explainer.top(states, mask)[:, :-1][target != -100]
     return torch.nn.functional.cross_entropy(explainer.lm.lm_head(hidden).float(), target[target != -100])
+
+
+# --- one point ------------------------------------------------------------------------------------
+
+@dataclass
+class Lab:
+    """What all points of a frontier share."""
+
+    explainer: Explainer
+    study: Study
+    items: ItemTexts
+    held: set[int]       # items that no basis, penalty or alignment has seen
+    evidence: Evidence
+    taught: Lesson       # of PPO users
+    asked: Lesson        # of held-out users
+    records: list[dict]  # of the same held-out users
+    n_boot: int = 2000
+
+    @property
+    def seen(self) -> set[int]:
+        return set(range(1, self.items.n_items + 1)) - self.held
+
+
+def prepare(
+    explainer: Explainer, study: Study, items: ItemTexts, held: set[int], evidence: Evidence, rng: np.random.Generator,
+    taught: int = 160, asked: int = 32,
+) -> Lab:
+    """A ``Lab`` whose explanations are ``taught`` records of PPO users and ``asked`` of held-out users."""
+    records = study.training_records()
+    chosen = lesson(explainer, [records[i] for i in rng.permutation(len(records))[:taught]])
+    held_records = study.heldout_records(asked, rng)
+    return Lab(explainer, study, items, held, evidence, chosen, lesson(explainer, held_records), held_records)
+
+
+@torch.no_grad()
+def restart_adapters(explainer: Explainer, seed: int) -> None:
+    """B = 0 and A drawn anew, from PEFT's own distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in explainer.lm.named_parameters():
+        if "lora_A" in name:
+            parameter.copy_(torch.nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=sqrt(5), generator=generator))
+        elif "lora_B" in name:
+            parameter.zero_()
+
+
+def learn(lab: Lab, point: Point, guard: Shield | None, invoke=None) -> float:
+    """Tune the adapters for ``point.steps``; the CPU seconds spent."""
+    explainer, start = lab.explainer, process_time()
+    parameters = explainer.adapter_parameters()
+    optimizer = torch.optim.Adam(parameters, lr=LR)
+    if guard:
+        guard.attach(optimizer)
+    rng = np.random.default_rng(point.seed)
+    order: list[int] = []
+    for _ in track(range(point.steps), "frontier steps"):
+        if len(order) < BATCH:
+            order = rng.permutation(len(lab.taught.ids)).tolist()
+        rows, order = order[:BATCH], order[BATCH:]
+        if invoke:
+            invoke([lab.taught.answers[r] for r in rows])
+        optimizer.zero_grad(set_to_none=True)
+        answer_loss(explainer, lab.taught.batch(rows, explainer.pad_id, explainer.device)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+    if guard:
+        guard.detach()
+    return process_time() - start
+
+
+def run_point(lab: Lab, point: Point) -> dict:
+    """Train and measure one point: its fields, then every measure, as one flat row."""
+    if point.mode not in MODES:
+        raise ValueError(f"frontier: mode {point.mode!r}; choose one of {', '.join(MODES)}")
+    explainer = lab.explainer
+    restart_adapters(explainer, point.seed)
+    protected = sh.protect(lab.evidence, point.basis, point.energy, point.rank)
+    replay = None
+    if point.penalty:
+        readout = sh.readout_of(lab.study.ranker)
+        replay = sh.Replay(explainer, lab.items, lab.study.text, readout, point.penalty, point.seed, lab.seen)
+    if point.mode == "alora":
+        with activated(explainer) as invoke:
+            seconds = learn(lab, point, None, invoke)
+            row = measure(lab, point, invoke)
+    else:
+        guard = None if point.mode == "none" else Shield(explainer, protected, point.mode, replay)
+        seconds = learn(lab, point, guard)
+        row = measure(lab, point)
+    ranks = [s.rank for s in protected.values()]
+    return {
+        **asdict(point), "curve": point.curve, "rank_mean": float(np.mean(ranks)),
+        "leak": sh.leak(explainer, protected), **row, "train_cpu_seconds": seconds,
+    }
+
+
+@torch.no_grad()
+def measure(lab: Lab, point: Point, invoke=None) -> dict:
+    """Learning (held-out loss, reward of greedy texts) and ranking moved, of the adapters as they are."""
+    explainer, study, rng = lab.explainer, lab.study, np.random.default_rng(0)
+    if invoke:
+        invoke(None)
+    text = lab.items.vectors()
+    if point.mode == "align":
+        text = sh.fit_alignment(text, study.text, np.array(sorted(lab.seen)), np.random.default_rng(point.seed))(text)
+    losses = []
+    for start in range(0, len(lab.asked.ids), 16):
+        rows = range(start, min(start + 16, len(lab.asked.ids)))
+        if invoke:
+            invoke([lab.asked.answers[r] for r in rows])
+        losses.append((float(answer_loss(explainer, lab.asked.batch(rows, explainer.pad_id, explainer.device))), sum(lab.asked.answers[r] for r in rows)))
+    if invoke:
+        invoke(0)
+    prompts = [ex.prompt_ids(explainer, ex.messages(r)) for r in lab.records]
+    texts = ex.sample(explainer, prompts, 1, TEXT_TOKENS, 1.0, None).texts
+    reward, _ = rewards.Reward("grounded", study.catalogue)(lab.records, texts)
+    base, _ = evaluation.ranking_table(study, study.text)
+    table, top = evaluation.ranking_table(study, text)
+    change, lo, hi, _ = stats.paired_bootstrap_diff(table["ndcg"].to_numpy(), base["ndcg"].to_numpy(), lab.n_boot, rng)
+    groups = evaluation.change_by_group(study, text, top, lab.held)
+    return {
+        "loss": float(np.average([loss for loss, _ in losses], weights=[n for _, n in losses])),
+        "reward": float(reward.mean()), "reward_se": float(reward.std(ddof=1) / sqrt(len(reward))),
+        **{name: float(table[name].mean()) for name in ("overlap", "set_same", "exact", "top1_same", "rbo", "kendall_tau")},
+        "ndcg": float(table["ndcg"].mean()), "ndcg_base": float(base["ndcg"].mean()),
+        "ndcg_change": change, "ndcg_change_lo": lo, "ndcg_change_hi": hi,
+        **evaluation.score_change(study, text), **groups,
+    }
+
+
+@contextmanager
+def activated(explainer: Explainer):
+    """Within: the adapters are activated LoRA (Greenewald et al. 2025, arXiv 2504.12397) through PEFT's own layers.
+
+    They act from the template's last turn header on. The two-part forward calls the layers itself, so what PEFT
+    would work out from token ids is told here: yields ``invoke(answers)``, with the number of tokens after the header
+    in every row (or in all), or None for texts without a header, which the base weights read.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.variants import ALoraLinearVariant
+
+    with_header, without = (
+        explainer.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=True, return_dict=False, add_generation_prompt=more)
+        for more in (True, False)
+    )
+    header, told = len(with_header) - len(without), [None]
+    layers = [m for m in explainer.lm.modules() if isinstance(m, LoraLayer)]
+
+    def offsets(module, args, kwargs):
+        rows = len(args[0])
+        after = told[0] if isinstance(told[0], list) else [told[0]] * rows
+        return args, {**kwargs, "alora_offsets": [None if a is None else a + header for a in after]}
+
+    handles = [m.register_forward_pre_hook(offsets, with_kwargs=True) for m in layers]
+    before = [dict(m.lora_variant) for m in layers]
+    for m in layers:
+        m.lora_variant["default"] = ALoraLinearVariant
+    try:
+        yield lambda answers: told.__setitem__(0, answers)
+    finally:
+        for handle, m, variant in zip(handles, layers, before):
+            handle.remove()
+            m.lora_variant.clear()
+            m.lora_variant.update(variant)
+
+
+# --- many points ----------------------------------------------------------------------------------
+
+def sweep(lab: Lab, points: list[Point], path: Path) -> pd.DataFrame:
+    """All rows of ``points``, running those that the CSV at ``path`` does not hold yet; each is added when it is finished."""
+    rows = pd.read_csv(path).to_dict("records") if Path(path).exists() else []
+    done = {_key(row) for row in rows}
+    for point in track([p for p in points if _key(asdict(p)) not in done], "frontier"):
+        rows.append(run_point(lab, point))
+        out = io.StringIO()
+        pd.DataFrame(rows).to_csv(out, index=False, lineterminator="\n")
+        write_atomic(path, out.getvalue())
+    wanted = {_key(asdict(p)) for p in points}
+    return pd.DataFrame([row for row in rows if _key(row) in wanted])
+
+
+def _key(row: dict) -> tuple:
+    return tuple(str(row[f.name]) for f in fields(Point))
