@@ -5,13 +5,19 @@ explain the same items to the same users with the same random numbers (a fixed s
 model scores items with the *base* ranker, so a lift can come from the words alone.
 """
 
+import copy
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save as safetensors_bytes
 from torch import Tensor
 
 from recrl_lib import judge, metrics, ranker, simulator, stats
-from recrl_lib.explainer import Explainer, explain
+from recrl_lib.explainer import ADAPTED, Explainer, ItemTexts, explain
+from recrl_lib.files import write_atomic
 from recrl_lib.study import TOP_K, Study
 
 TEXT_ARMS = ("base", "unshielded", "shielded")  # `separate` speaks with the unshielded policy
@@ -71,6 +77,32 @@ def change_by_group(study: Study, text: Tensor, top: np.ndarray, held: set[int])
             f"overlap_{name}": float(stayed[entries].mean()) if entries.any() else 1.0,
         }
     return out
+
+
+@torch.no_grad()
+def served_vectors(tuned: Explainer, fresh: Explainer, items: ItemTexts) -> Tensor:
+    """Item vectors (I+1, d) by ``fresh`` after it has read ``tuned``'s weights, adapters merged, from a safetensors file.
+
+    ``fresh``: the same base model without adapters, changed in place. ``items`` belong to ``tuned``; their trunk
+    states are used again, since no adapter lies below them.
+    """
+    name = "{}.self_attn.{}.weight".format
+    layers = range(tuned.cut, tuned.n_layers)
+    merged = {
+        name(n, m): module.base_layer.weight + module.get_delta_weight("default")
+        for n in layers for m in ADAPTED for module in [getattr(tuned.lm.model.layers[n].self_attn, m)]
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "merged.safetensors"
+        write_atomic(path, safetensors_bytes({k: v.cpu().contiguous() for k, v in merged.items()}))
+        for key, weight in load_file(path).items():
+            fresh.lm.model.layers.get_parameter(key).copy_(weight)
+    fresh.cut = tuned.cut
+    fresh.forget_hash()
+    items.states()
+    again = copy.copy(items)
+    again.explainer = fresh
+    return again.vectors()
 
 
 def explanation_table(

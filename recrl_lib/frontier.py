@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from recrl_lib import evaluation, explainer as ex, rewards, shield as sh, stats
+from recrl_lib import evaluation, explainer as ex, ranker, rewards, shield as sh, stats
 from recrl_lib.explainer import Explainer, ItemTexts
 from recrl_lib.files import write_atomic
 from recrl_lib.progress import track
@@ -68,7 +68,7 @@ def named(name: str, seeds: int, steps: int) -> list[Point]:
 
 SETS: dict[str, list[dict]] = {  # fields of ``Point``; ``share``: of the steps, for training stopped early
     "none": [],
-    "small": [{"mode": "none"}, {"energy": 0.99}, {"basis": "contrastive", "energy": 0.999}],
+    "small": [{"mode": "none"}, {"basis": "contrastive", "energy": 0.999}],
     "full": [
         {"mode": "none"}, {"energy": 0.99}, {"basis": "contrastive", "energy": 0.999}, {"mode": "penalty", "penalty": 100.0},
         {"energy": 0.999}, {"basis": "contrastive", "energy": 0.9999}, {"basis": "contrastive", "energy": 0.99},
@@ -151,6 +151,8 @@ class Lab:
     taught: Lesson       # of PPO users
     asked: Lesson        # of held-out users
     records: list[dict]  # of the same held-out users
+    loss_base: float     # of the untuned model, on ``asked``
+    reward_base: float
     n_boot: int = 2000
 
     @property
@@ -158,15 +160,39 @@ class Lab:
         return set(range(1, self.items.n_items + 1)) - self.held
 
 
+def user_states(study: Study) -> Tensor:
+    """(U, d_rank): what the ranker multiplies every item vector with, for all users."""
+    model, rows = study.ranker, study.split.with_valid
+    with torch.no_grad():
+        table = model.item_table(study.text)
+        chunks = [model(ranker.pad_sequences(rows[n:n + 256], model.max_len), table)[:, -1] for n in range(0, len(rows), 256)]
+    return torch.cat(chunks)
+
+
+def gather(
+    explainer: Explainer, study: Study, items: ItemTexts, seen: set[int], grams: dict[str, Tensor], taught: Lesson,
+    bases: set[str], rng: np.random.Generator, seed: int,
+) -> Evidence:
+    """What ``bases`` need, from ``seen`` items and ``taught`` explanations only; ``grams`` are the seen items'."""
+    readout = sh.readout_of(study.ranker) if study.text is not None and bases & {"sensitivity", "readout"} else None
+    return Evidence(
+        items=grams,
+        prompts=lesson_grams(explainer, taught) if "contrastive" in bases else None,
+        sensitivity=sh.sensitivity_grams(explainer, items, readout, user_states(study), rng, seen) if readout is not None and "sensitivity" in bases else None,
+        readout=sh.readout_rows(explainer, readout) if readout is not None and "readout" in bases else None,
+        seed=seed,
+    )
+
+
 def prepare(
-    explainer: Explainer, study: Study, items: ItemTexts, held: set[int], evidence: Evidence, rng: np.random.Generator,
-    taught: int = 160, asked: int = 24,
+    explainer: Explainer, study: Study, items: ItemTexts, held: set[int], evidence: Evidence, taught: Lesson, records: list[dict],
 ) -> Lab:
-    """A ``Lab`` whose explanations are ``taught`` records of PPO users and ``asked`` of held-out users."""
-    records = study.training_records()
-    chosen = lesson(explainer, [records[i] for i in rng.permutation(len(records))[:taught]])
-    held_records = study.heldout_records(asked, rng)
-    return Lab(explainer, study, items, held, evidence, chosen, lesson(explainer, held_records), held_records)
+    """A ``Lab`` that measures on ``records`` of held-out users; reads what the untuned model says to them."""
+    lab = Lab(explainer, study, items, held, evidence, taught, lesson(explainer, records), records, 0.0, 0.0)
+    with explainer.reference():
+        lab.loss_base, (reward, _) = _loss(lab), _reward(lab)
+    lab.reward_base = float(reward)
+    return lab
 
 
 @torch.no_grad()
@@ -232,35 +258,46 @@ def run_point(lab: Lab, point: Point) -> dict:
 @torch.no_grad()
 def measure(lab: Lab, point: Point, invoke=None) -> dict:
     """Learning (held-out loss, reward of greedy texts) and ranking moved, of the adapters as they are."""
-    explainer, study, rng = lab.explainer, lab.study, np.random.default_rng(0)
+    study, rng = lab.study, np.random.default_rng(0)
     if invoke:
-        invoke(None)
+        invoke(None)  # an item text holds no turn header
     text = lab.items.vectors()
     if point.mode == "align":
         text = sh.fit_alignment(text, study.text, np.array(sorted(lab.seen)), np.random.default_rng(point.seed))(text)
-    losses = []
-    for start in range(0, len(lab.asked.ids), 16):
-        rows = range(start, min(start + 16, len(lab.asked.ids)))
-        if invoke:
-            invoke([lab.asked.answers[r] for r in rows])
-        losses.append((float(answer_loss(explainer, lab.asked.batch(rows, explainer.pad_id, explainer.device))), sum(lab.asked.answers[r] for r in rows)))
-    if invoke:
-        invoke(0)
-    prompts = [ex.prompt_ids(explainer, ex.messages(r)) for r in lab.records]
-    texts = ex.sample(explainer, prompts, 1, TEXT_TOKENS, 1.0, None).texts
-    reward, _ = rewards.Reward("grounded", study.catalogue)(lab.records, texts)
     base, _ = evaluation.ranking_table(study, study.text)
     table, top = evaluation.ranking_table(study, text)
     change, lo, hi, _ = stats.paired_bootstrap_diff(table["ndcg"].to_numpy(), base["ndcg"].to_numpy(), lab.n_boot, rng)
-    groups = evaluation.change_by_group(study, text, top, lab.held)
+    reward, error = _reward(lab, invoke)
     return {
-        "loss": float(np.average([loss for loss, _ in losses], weights=[n for _, n in losses])),
-        "reward": float(reward.mean()), "reward_se": float(reward.std(ddof=1) / sqrt(len(reward))),
+        "loss_base": lab.loss_base, "loss": _loss(lab, invoke), "reward_base": lab.reward_base, "reward": reward, "reward_se": error,
         **{name: float(table[name].mean()) for name in ("overlap", "set_same", "exact", "top1_same", "rbo", "kendall_tau")},
         "ndcg": float(table["ndcg"].mean()), "ndcg_base": float(base["ndcg"].mean()),
         "ndcg_change": change, "ndcg_change_lo": lo, "ndcg_change_hi": hi,
-        **evaluation.score_change(study, text), **groups,
+        **evaluation.score_change(study, text), **evaluation.change_by_group(study, text, top, lab.held),
     }
+
+
+@torch.no_grad()
+def _loss(lab: Lab, invoke=None) -> float:
+    """Mean over all answer tokens of the held-out users."""
+    explainer, total = lab.explainer, 0.0
+    for start in range(0, len(lab.asked.ids), 16):
+        rows = range(start, min(start + 16, len(lab.asked.ids)))
+        answers = [lab.asked.answers[r] for r in rows]
+        if invoke:
+            invoke(answers)
+        total += float(answer_loss(explainer, lab.asked.batch(rows, explainer.pad_id, explainer.device))) * sum(answers)
+    return total / sum(lab.asked.answers)
+
+
+def _reward(lab: Lab, invoke=None) -> tuple[float, float]:
+    """(mean reward of greedy texts for the held-out users, its standard error over users)."""
+    if invoke:
+        invoke(0)  # a prompt ends with the header
+    prompts = [ex.prompt_ids(lab.explainer, ex.messages(r)) for r in lab.records]
+    texts = ex.sample(lab.explainer, prompts, 1, TEXT_TOKENS, 1.0, None).texts
+    reward, _ = rewards.Reward("grounded", lab.study.catalogue)(lab.records, texts)
+    return float(reward.mean()), float(reward.std(ddof=1) / sqrt(len(reward)))
 
 
 @contextmanager
@@ -301,18 +338,42 @@ def activated(explainer: Explainer):
 
 # --- many points ----------------------------------------------------------------------------------
 
-def sweep(lab: Lab, points: list[Point], path: Path) -> pd.DataFrame:
-    """All rows of ``points``, running those that the CSV at ``path`` does not hold yet; each is added when it is finished."""
+def sweep(lab: Lab, points: list[Point], path: Path, key: str) -> pd.DataFrame:
+    """All rows of ``points``, running those that the CSV at ``path`` does not hold yet; each is added when it is finished.
+
+    Rows with another ``key`` (of the code and parameters they came from: ``runs.stage_key``) are run again.
+    """
     rows = pd.read_csv(path).to_dict("records") if Path(path).exists() else []
-    done = {_key(row) for row in rows}
-    for point in track([p for p in points if _key(asdict(p)) not in done], "frontier"):
-        rows.append(run_point(lab, point))
+    rows = [row for row in rows if row["key"] == key]
+    done = {_setting(row) for row in rows}
+    for point in track([p for p in points if _setting(asdict(p)) not in done], "frontier"):
+        rows.append({**run_point(lab, point), "key": key})
         out = io.StringIO()
         pd.DataFrame(rows).to_csv(out, index=False, lineterminator="\n")
         write_atomic(path, out.getvalue())
-    wanted = {_key(asdict(p)) for p in points}
-    return pd.DataFrame([row for row in rows if _key(row) in wanted])
+    wanted = {_setting(asdict(p)) for p in points}
+    return pd.DataFrame([row for row in rows if _setting(row) in wanted])
 
 
-def _key(row: dict) -> tuple:
+def _setting(row: dict) -> tuple:
     return tuple(str(row[f.name]) for f in fields(Point))
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a setting: mean, least and most over seeds of every measure, and of the gain kept.
+
+    ``gain_loss`` and ``gain_reward`` are shares of what the unshielded point of the same seed and most steps gained.
+    """
+    table = table.copy()
+    free = table[table["mode"] == "none"].sort_values("steps").groupby("seed").last()
+    for name, sign in (("loss", -1), ("reward", 1)):
+        gain = sign * (table[name] - table[f"{name}_base"])
+        whole = sign * (free[name] - free[f"{name}_base"])
+        table[f"gain_{name}"] = gain / table["seed"].map(whole)
+    setting = [f.name for f in fields(Point) if f.name != "seed"] + ["curve"]
+    numbers = [c for c in table.columns if c not in (*setting, "seed", "key")]
+    grouped = table.groupby(setting, sort=False)
+    out = grouped[numbers].mean()
+    for name in ("gain_loss", "gain_reward", "overlap", "top1_same", "set_same"):
+        out[f"{name}_lo"], out[f"{name}_hi"] = grouped[name].min(), grouped[name].max()
+    return out.assign(seeds=grouped.size()).reset_index()
