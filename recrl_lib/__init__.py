@@ -20,6 +20,7 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     metrics     ranking, churn and text metrics       stats   bootstrap intervals
     evaluation  arms side by side          audit     toxicity, popularity, parity, privacy
     study       one run's tables, ranker and base ranking, as notebooks 03-10 share them
+    frontier    many short trainings: learning kept against ranking moved
     demonstration  small real trainings that show what the shield forbids
     environment is this machine ready?     bench, bench_ranker   `make bench`
     runs        the run folder: parameters, manifest, metrics, artifacts, all atomic

@@ -100,9 +100,15 @@ class Params:
     max_new_tokens: int = _p(24, "explainer", "longest explanation", 4)
     explain_users: int = _p(8, "explainer", "users whose base explanations are sampled in notebook 03", 1)
 
-    shield_mode: str = _p("update", "shield", "how the shielded arm is protected", choices=("gradient", "update", "frozen_a"))
-    shield_energy: float = _p(0.99, "shield", "share of the item texts' activation energy to protect, per layer input", 0.0, 1.0)
+    shield_mode: str = _p("update", "shield", "how the shielded arm is protected", choices=("gradient", "update", "frozen_a", "penalty", "restart"))
+    shield_energy: float = _p(0.999, "shield", "share of the item texts' activation energy to protect, per layer input", 0.0, 1.0)
     shield_rank: int = _p(0, "shield", "protect exactly this many directions per layer input; 0 = use shield_energy", 0)
+    shield_basis: str = _p("contrastive", "shield", "which directions are protected", choices=("activation", "sensitivity", "contrastive", "readout", "random"))
+    shield_penalty: float = _p(0.0, "shield", "weight of a replay penalty on item vectors, with or without a projection", 0.0)
+    frontier_points: str = _p("small", "shield", "settings compared in the frontier", choices=("none", "small", "full"))
+    frontier_steps: int = _p(2, "shield", "supervised steps a frontier point", 1)
+    frontier_seeds: int = _p(1, "shield", "seeds of the frontier", 1)
+    frontier_users: int = _p(4, "shield", "held-out users whose explanations measure a point", 2)
 
     reward: str = _p("grounded", "shielded_ppo", "reward variant", choices=("grounded", "paper"))
     warm_start: bool = _p(True, "shielded_ppo", "supervised steps on composed explanations before PPO, under the arm's own shield")
@@ -155,6 +161,8 @@ class Params:
                 raise ValueError(f"parameter {f.name}={value!r}: must be at most {meta['high']}")
         if not self.run or not all(c.isalnum() or c in "-_." for c in self.run) or self.run[0] in ".-":
             raise ValueError(f"parameter run={self.run!r}: use letters, digits, '-', '_' and '.', starting with a letter or digit")
+        if self.shield_mode == "penalty" and not self.shield_penalty:
+            raise ValueError("parameter shield_penalty=0.0: shield_mode='penalty' has nothing else; give it a weight, 100 say")
         if self.run == "reference":
             raise ValueError("parameter run='reference': that folder holds the published runs; choose another name")
         if self.ranker_dim % self.ranker_heads:
@@ -186,13 +194,13 @@ PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
     "laptop": dict(
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=16, ranker_patience=6,
-        lora_layers=10, max_new_tokens=40, explain_users=12,
+        lora_layers=10, max_new_tokens=40, explain_users=12, frontier_steps=20, frontier_users=24,
         warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
         eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=10, ranker_seeds=5,
-        lora_layers=0, max_new_tokens=64, explain_users=32,
+        lora_layers=0, max_new_tokens=64, explain_users=32, frontier_points="full", frontier_steps=60, frontier_seeds=3, frontier_users=64,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         micro_batch=32, checkpoint_every=10,
         eval_users=377, bootstrap=10_000,

@@ -5,13 +5,19 @@ explain the same items to the same users with the same random numbers (a fixed s
 model scores items with the *base* ranker, so a lift can come from the words alone.
 """
 
+import copy
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save as safetensors_bytes
 from torch import Tensor
 
 from recrl_lib import judge, metrics, ranker, simulator, stats
-from recrl_lib.explainer import Explainer, explain
+from recrl_lib.explainer import ADAPTED, Explainer, ItemTexts, explain
+from recrl_lib.files import write_atomic
 from recrl_lib.study import TOP_K, Study
 
 TEXT_ARMS = ("base", "unshielded", "shielded")  # `separate` speaks with the unshielded policy
@@ -42,6 +48,61 @@ def score_change(study: Study, text: Tensor | None) -> dict[str, float]:
         largest, total, count = max(largest, float(delta.max())), total + float(delta.double().sum()), count + delta.numel()
     moved = 0.0 if text is None else float((text - study.text).norm() / study.text.norm())
     return {"max_abs_score_delta": largest, "mean_abs_score_delta": total / count, "item_vector_change": moved}
+
+
+def change_by_group(study: Study, text: Tensor, top: np.ndarray, held: set[int]) -> dict[str, float]:
+    """What moved among items that bases were built from (``seen``) and those kept out (``held``, item numbers).
+
+    For both groups: relative change of the item vectors, max and mean |score - base score| over all users x the
+    group's items, and the share of the group's places in the base top 10 that it kept in ``top`` (U, 10).
+    """
+    mask = torch.zeros(len(study.items) + 1, dtype=torch.bool)
+    mask[sorted(held)] = True
+    groups = {"seen": ~mask, "held": mask}
+    groups["seen"][0] = False
+    history, out = study.split.with_valid, {}
+    largest, total = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0.0)
+    for (_, before), (_, after) in zip(
+        ranker.score_chunks(study.ranker, history, study.text), ranker.score_chunks(study.ranker, history, text), strict=True
+    ):
+        for name, rows in groups.items():
+            delta = (after[:, rows] - before[:, rows]).abs()
+            largest[name], total[name] = max(largest[name], float(delta.max())), total[name] + float(delta.double().sum())
+    stayed = (study.top[:, :, None] == top[:, None, :]).any(2)
+    for name, rows in groups.items():
+        entries = rows.numpy()[study.top]
+        out |= {
+            f"item_change_{name}": float((text[rows] - study.text[rows]).norm() / study.text[rows].norm()),
+            f"max_abs_score_delta_{name}": largest[name], f"mean_abs_score_delta_{name}": total[name] / (len(history) * int(rows.sum())),
+            f"overlap_{name}": float(stayed[entries].mean()) if entries.any() else 1.0,
+        }
+    return out
+
+
+@torch.no_grad()
+def served_vectors(tuned: Explainer, fresh: Explainer, items: ItemTexts) -> Tensor:
+    """Item vectors (I+1, d) by ``fresh`` after it has read ``tuned``'s weights, adapters merged, from a safetensors file.
+
+    ``fresh``: the same base model without adapters, changed in place. ``items`` belong to ``tuned``; their trunk
+    states are used again, since no adapter lies below them.
+    """
+    name = "{}.self_attn.{}.weight".format
+    layers = range(tuned.cut, tuned.n_layers)
+    merged = {
+        name(n, m): module.base_layer.weight + module.get_delta_weight("default")
+        for n in layers for m in ADAPTED for module in [getattr(tuned.lm.model.layers[n].self_attn, m)]
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "merged.safetensors"
+        write_atomic(path, safetensors_bytes({k: v.cpu().contiguous() for k, v in merged.items()}))
+        for key, weight in load_file(path).items():
+            fresh.lm.model.layers.get_parameter(key).copy_(weight)
+    fresh.cut = tuned.cut
+    fresh.forget_hash()
+    items.states()
+    again = copy.copy(items)
+    again.explainer = fresh
+    return again.vectors()
 
 
 def explanation_table(

@@ -354,6 +354,47 @@ def overlap_by_layer(table: pd.DataFrame) -> Figure:
     return fig
 
 
+_MARKERS = "oXDsPv^<>*hpd"
+_LINES = ("-", "--", "-.", ":")
+
+
+def frontier(points: pd.DataFrame) -> Figure:
+    """Gain kept against top-10 places lost, a line a mode and basis; ``points`` from ``frontier.summarise``.
+
+    Up and to the left is better. Bars run from the least to the most of the seeds. Places lost are on a scale that is
+    linear below 1 %, so that an exact method has its place at 0.
+    """
+    points = _columns(points, "frontier", "curve", "overlap", "overlap_lo", "overlap_hi", "gain_loss", "gain_reward", "steps", "penalty", "energy", "rank")
+    fig, axes = _axes(1, 2, 11, 5.2, sharex=True)
+    curves = list(points["curve"].unique())
+    for ax, measure, title in zip(axes, ("gain_loss", "gain_reward"), ("likelihood of held-out explanations", "reward of greedy texts")):
+        for n, curve in enumerate(curves):
+            part = points[points["curve"] == curve].sort_values(["steps", "penalty", "energy", "rank"])
+            lost = 1 - part["overlap"]
+            ax.errorbar(
+                lost,
+                part[measure],
+                xerr=np.maximum([part["overlap_hi"] - part["overlap"], part["overlap"] - part["overlap_lo"]], 0),
+                yerr=np.maximum([part[measure] - part[f"{measure}_lo"], part[f"{measure}_hi"] - part[measure]], 0),
+                fmt=_MARKERS[n % len(_MARKERS)] + _LINES[n % len(_LINES)],
+                color=_PALETTE[n % len(_PALETTE)],
+                capsize=2,
+                linewidth=1.2,
+                elinewidth=0.8,
+                label=curve,
+            )
+        ax.axvline(0.01, color="black", linewidth=0.8, linestyle=":")
+        ax.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
+        ax.set(title=f"Measured by the {title}", xlabel="places of the base top 10 lost", ylabel="share of the unshielded gain kept")
+        ax.set_xscale("symlog", linthresh=0.01)
+        ax.set_xlim(-0.0005, 1.1)
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    fig.suptitle("Learning kept against ranking moved (dotted: the target, 90 % of the gain and 1 % of the places)")
+    return fig
+
+
 # --- 05 PPO ------------------------------------------------------------------------------------------
 
 _PPO_PANELS = (

@@ -23,21 +23,40 @@ Three details decide whether A Q = 0 really holds (each measured in ``tests/test
   ``A <- A - (A Q) Q^T``. Whatever the optimizer did (momentum, decay, stale state), A Q is 0 again.
   The second projection is Adam-NSCL's (Wang et al. 2021, CVPR) and NSPO's (arXiv 2512.11391) idea.
 
-Modes: ``update`` (default), ``gradient`` (the paper's: the gradient alone, and it leaks), ``frozen_a``
-(A fixed in the null space and only B learns, after InfLoRA, Liang & Li 2024, CVPR).
+Modes (one flag, so that they can be compared):
+
+========== =====================================================================================
+none       hooks nothing; the unshielded arm through the same code
+gradient   the gradient of A is projected, and nothing else: the published description; it leaks
+update     the default, above
+frozen_a   A stays fixed in the null space and only B learns, after InfLoRA (Liang & Li 2024, CVPR)
+penalty    no projection: a replay gradient pulls the item vectors back at every step (``Replay``)
+restart    trains freely and projects A once, when the shield is detached
+align      trains freely; afterwards a linear map takes the new item vectors to the old (``fit_alignment``)
+========== =====================================================================================
+
+Bases (what Q is; ``protect``): ``activation`` as above; ``sensitivity``, tokens weighted by how strongly the
+ranking's scores react to the layer's answer, and k chosen so that every layer may do equal damage;
+``contrastive``, generalised eigenvectors of the explanations' Gram against the item texts', so that what stays
+free is where explanations have energy and item texts have little; ``readout``, the ranker's own basis carried
+to the layer inputs; ``random``, a control.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recrl_lib.explainer import ADAPTED, Explainer, ItemTexts, left_pad
 from recrl_lib.progress import track
 
-MODES = ("update", "gradient", "frozen_a")
+MODES = ("none", "gradient", "update", "frozen_a", "penalty", "restart", "align")
+PROJECTING = ("gradient", "update", "frozen_a")  # keep A in the null space from the first step on
+BASES = ("activation", "sensitivity", "contrastive", "readout", "random")
 INPUT_OF = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "o_proj": "output"}
 
 
@@ -109,12 +128,67 @@ def prompt_grams(explainer: Explainer, prompts: list[list[int]], batch: int = 16
     return collector.grams, collector.tokens
 
 
+def sensitivity_grams(
+    explainer: Explainer, items: ItemTexts, readout: Tensor, users: Tensor, rng: np.random.Generator, only: set[int] | None = None,
+    n: int = 256,
+) -> dict[str, Tensor]:
+    """Grams of ``n`` item texts with every token weighted by ``sum |d score / d y|^2`` over the layer's answers y.
+
+    The score is ``u . R t`` with R = ``readout`` (d_rank, d), how the ranker reads text, and u a random row of
+    ``users`` (U, d_rank), its states. The trace of ``G`` outside a subspace is then, up to a factor common to all
+    layers, the squared score change that an isotropic update of the free directions causes: comparable over layers.
+    """
+    grams: dict[str, Tensor] = {}
+    chosen = set((rng.permutation(sorted(only) if only else np.arange(1, items.n_items + 1))[:n]).tolist())
+    inputs, answers = {}, {}
+
+    def hook(key: str, module_name: str):
+        def keep(module, args, output):
+            inputs[key], answers[key, module_name] = args[0], output
+
+        return keep
+
+    layers = [(i, explainer.lm.model.layers[i].self_attn) for i in range(explainer.cut, explainer.n_layers)]
+    handles = [
+        getattr(attention, m).register_forward_hook(hook(f"{i}.{INPUT_OF[m]}", m)) for i, attention in layers for m in ADAPTED
+    ]
+    try:
+        with explainer.reference():
+            for (numbers, ids), states in zip(track(items.batches, "sensitivities"), items.states()):
+                keep = torch.tensor([int(i) in chosen for i in numbers])
+                if not keep.any():
+                    continue
+                states = states[keep].to(explainer.device).requires_grad_(True)
+                text = explainer.top(states, torch.ones(states.shape[:2], dtype=torch.long, device=explainer.device)).mean(1)
+                probe = users[torch.from_numpy(rng.integers(0, len(users), len(text)))].to(text)
+                names = list(answers)
+                gradients = torch.autograd.grad((probe * (text @ readout.to(text).T)).sum(), [answers[k] for k in names])
+                weights: dict[str, Tensor] = {}
+                for (key, _), gradient in zip(names, gradients):
+                    weights[key] = weights.get(key, 0.0) + gradient.square().sum(-1)
+                for key, weight in weights.items():
+                    x, w = inputs[key].detach().flatten(0, 1).double(), weight.flatten().double()
+                    gram = (x * w[:, None]).T @ x
+                    grams[key] = grams[key] + gram if key in grams else gram
+    finally:
+        for handle in handles:
+            handle.remove()
+    return grams
+
+
+# --- protected subspaces --------------------------------------------------------------------------
+
 @dataclass
 class Subspace:
-    """A protected input subspace of one layer."""
+    """A protected input subspace of one layer.
+
+    ``basis`` starts an orthonormal frame of the whole input space, most protected direction first;
+    ``spectrum`` is the item texts' energy ``q^T G q`` along each direction q of that frame. For basis
+    ``activation`` these are the eigenvalues of G, largest first.
+    """
 
     basis: Tensor     # Q (d, k), orthonormal columns, float64
-    spectrum: Tensor  # (d,) eigenvalues of the Gram, largest first
+    spectrum: Tensor  # (d,)
 
     @property
     def rank(self) -> int:
@@ -126,7 +200,7 @@ class Subspace:
 
     @property
     def energy(self) -> float:
-        """Share of the Gram's trace inside the subspace."""
+        """Share of the item texts' energy, the Gram's trace, inside the subspace."""
         return float(self.spectrum[: self.rank].sum() / self.spectrum.sum())
 
     def holds(self, gram: Tensor) -> float:
@@ -134,26 +208,104 @@ class Subspace:
         return float((self.basis * (gram.to(self.basis) @ self.basis)).sum() / gram.to(self.basis).trace())
 
 
-def subspaces(grams: dict[str, Tensor], energy: float, rank: int = 0) -> dict[str, Subspace]:
-    """Top eigenvectors of each Gram: the fewest that hold ``energy`` of its trace, or exactly ``rank``.
+@dataclass
+class Evidence:
+    """What the bases are made of; only ``items`` is needed by all."""
 
-    Raises ``ValueError`` if nothing is left to learn (k = d) or the Gram is not finite.
+    items: Mapping[str, Tensor]                       # Grams of the item texts
+    prompts: Mapping[str, Tensor] | None = None       # of explanation prompts with explanations: contrastive
+    sensitivity: Mapping[str, Tensor] | None = None   # ``sensitivity_grams``: sensitivity
+    readout: Mapping[str, Tensor] | None = None       # (d_rank, d) ``readout_rows``: readout
+    seed: int = 0                                     # random
+
+
+def subspaces(grams: Mapping[str, Tensor], energy: float, rank: int = 0) -> dict[str, Subspace]:
+    """Basis ``activation``: top eigenvectors of each Gram, see ``protect``."""
+    return protect(Evidence(grams), "activation", energy, rank)
+
+
+def protect(evidence: Evidence, basis: str, energy: float, rank: int = 0) -> dict[str, Subspace]:
+    """The protected subspace of every layer input: the fewest directions of the basis that hold ``energy``, or exactly ``rank``.
+
+    The energy is that of the item texts, except for ``sensitivity``: there every layer input may leave the same
+    absolute (1 - energy) of the mean weighted trace outside, so that all do equal damage.
+    Raises ``ValueError`` for an unknown basis, missing evidence, a Gram that is not finite, or if nothing is left
+    to learn (k = d).
     """
-    found = {}
-    for name, gram in grams.items():
+    if basis not in BASES:
+        raise ValueError(f"shield_basis={basis!r}: choose one of {', '.join(BASES)}")
+    needs = {"contrastive": "prompts", "sensitivity": "sensitivity", "readout": "readout"}.get(basis)
+    if needs and getattr(evidence, needs) is None:
+        raise ValueError(f"shield_basis={basis!r} needs Evidence.{needs}")
+    for name, gram in evidence.items.items():
         if not torch.isfinite(gram).all():
             raise ValueError(f"Gram of {name} is not finite: the model gives inf or nan on an item text")
-        values, vectors = torch.linalg.eigh(gram.cpu())  # CPU: float64 eigh differs between GPU libraries
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        share = values.cumsum(0) / values.sum()
-        k = rank or (int((share < energy).sum()) + 1 if energy > 0 else 0)
-        if k >= len(values):
+    weighted = evidence.sensitivity if basis == "sensitivity" else evidence.items
+    allowed = (1 - energy) * sum(float(g.trace()) for g in weighted.values()) / len(weighted)
+    found = {}
+    for number, (name, gram) in enumerate(evidence.items.items()):
+        gram = gram.cpu()  # float64 eigh differs between GPU libraries
+        frame = _frame(evidence, basis, name, gram, number)
+        measured = weighted[name].cpu()
+        along = (frame * (measured @ frame)).sum(0).clamp(min=0)
+        needed = 1 - allowed / float(along.sum()) if basis == "sensitivity" else energy
+        k = rank or (int((along.cumsum(0) / along.sum() < needed).sum()) + 1 if needed > 0 else 0)
+        if k >= len(gram):
             raise ValueError(
-                f"layer input {name}: protecting {k} of {len(values)} directions leaves nothing to learn; "
+                f"layer input {name}: protecting {k} of {len(gram)} directions leaves nothing to learn; "
                 "lower shield_energy or shield_rank"
             )
-        found[name] = Subspace(vectors[:, :k].contiguous(), values)
+        spectrum = along if measured is gram else (frame * (gram @ frame)).sum(0).clamp(min=0)
+        found[name] = Subspace(frame[:, :k].contiguous(), spectrum)
     return found
+
+
+def _frame(evidence: Evidence, basis: str, name: str, gram: Tensor, number: int) -> Tensor:
+    """An orthonormal frame (d, d) of one layer input, the direction to protect first in column 0."""
+    if basis == "activation":
+        return torch.linalg.eigh(gram)[1].flip(1)
+    if basis == "sensitivity":
+        return torch.linalg.eigh(evidence.sensitivity[name].cpu())[1].flip(1)
+    if basis == "contrastive":
+        return contrastive_frame(gram, evidence.prompts[name].cpu())
+    if basis == "readout":
+        rows = evidence.readout[name].cpu().double()
+        return torch.linalg.qr(torch.cat([rows.T, torch.eye(len(gram), dtype=torch.float64)], dim=1))[0]
+    generator = torch.Generator().manual_seed(evidence.seed * 1000 + number)
+    return torch.linalg.qr(torch.randn(gram.shape, generator=generator, dtype=torch.float64))[0]
+
+
+def contrastive_frame(items: Tensor, prompts: Tensor, ridge: float = 1e-3) -> Tensor:
+    """A frame whose last m columns span the m directions with most explanation energy per item-text energy.
+
+    These solve ``P v = l (G + ridge tr(G)/d I) v`` for the largest l; the QR makes them orthonormal, so that no
+    direction is amplified: in the free space the adapter learns at the speed it always has.
+    """
+    d = len(items)
+    values, vectors = torch.linalg.eigh(items * (d / items.trace()))
+    whiten = (vectors * (values.clamp(min=0) + ridge).rsqrt()) @ vectors.T
+    _, directions = torch.linalg.eigh(whiten @ prompts @ whiten)
+    return torch.linalg.qr(whiten @ directions.flip(1))[0].flip(1)
+
+
+def readout_of(ranker) -> Tensor:
+    """R (d_rank, d): how a ranker's item vectors react to text vectors, ``W diag(1 / std)``."""
+    return (ranker.text.weight / ranker.text_std).detach()
+
+
+def readout_rows(explainer: Explainer, readout: Tensor) -> dict[str, Tensor]:
+    """``readout`` carried to every layer input: as it is where the residual stream is read, through W_o for the attention's answer."""
+    rows = {}
+    for number in range(explainer.cut, explainer.n_layers):
+        o_proj = explainer.lm.model.layers[number].self_attn.o_proj
+        weight = getattr(o_proj, "base_layer", o_proj).weight.detach().double()
+        rows |= {f"{number}.attention": readout.double(), f"{number}.output": readout.to(weight) @ weight}
+    return rows
+
+
+def megabytes(protected: Mapping[str, Subspace]) -> float:
+    """Memory of the bases while a shield is attached."""
+    return sum(s.basis.numel() * s.basis.element_size() for s in protected.values()) / 2**20
 
 
 # --- the shield ---------------------------------------------------------------------------------
@@ -166,8 +318,49 @@ class _Target:
     basis: Tensor  # (d, k) float64 on the parameter's device
 
 
+class Replay:
+    """The gradient of a replay penalty: what the item vectors lost, measured where the ranker reads them.
+
+        weight * mean_i |R (t_i' - t_i)|^2 / mean_i |R (t_i - mean t)|^2
+
+    over a random minibatch of item texts, with R = ``readout`` (d_rank, d) and t = ``text`` (I+1, d), the base
+    vectors. The cached trunk states make it cost the adapted layers only.
+    """
+
+    def __init__(
+        self, explainer: Explainer, items: ItemTexts, text: Tensor, readout: Tensor, weight: float, seed: int = 0,
+        only: set[int] | None = None, batch: int = 32,
+    ):
+        if weight <= 0:
+            raise ValueError(f"shield_penalty={weight}: a replay penalty needs a positive weight")
+        self.weight, self.batch = weight, batch
+        self._explainer, self._readout = explainer, readout.to(explainer.device)
+        self._generator = torch.Generator().manual_seed(seed)
+        spread = (text[1:] - text[1:].mean(0)).to(explainer.device) @ self._readout.T
+        self._scale = float(spread.square().sum(-1).mean())
+        self._parts = []  # (trunk states (b, T, d), base vectors (b, d)) of texts of one length
+        for (numbers, _), states in zip(items.batches, items.states()):
+            keep = torch.tensor([only is None or int(n) in only for n in numbers])
+            if keep.any():
+                self._parts.append((states[keep], text[numbers[keep]]))
+        self._sizes = torch.tensor([len(states) for states, _ in self._parts], dtype=torch.float64)
+
+    def loss(self) -> Tensor:
+        """The penalty of one minibatch: texts of one length, a length as often as it has texts."""
+        states, base = self._parts[int(torch.multinomial(self._sizes, 1, generator=self._generator))]
+        rows = torch.randperm(len(states), generator=self._generator)[: self.batch]
+        states, base = states[rows].to(self._explainer.device), base[rows].to(self._explainer.device)
+        text = self._explainer.top(states, torch.ones(states.shape[:2], dtype=torch.long, device=states.device)).mean(1)
+        return self.weight * ((text - base) @ self._readout.T).square().sum(-1).mean() / self._scale
+
+    def add_to(self, parameters: list[nn.Parameter]) -> None:
+        """Add the penalty's gradient to the parameters' ``.grad``; call with autograd on, between backward and step."""
+        for parameter, gradient in zip(parameters, torch.autograd.grad(self.loss(), parameters)):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
 class Shield:
-    """Keeps A Q = 0 for every adapter matrix A, through any ``torch.optim.Optimizer``.
+    """Protects the item texts from the adapters' updates, through any ``torch.optim.Optimizer``.
 
     >>> shield = Shield(explainer, subspaces(item_grams(explainer, items)[0], energy=0.99))
     >>> shield.attach(optimizer)   # projects A now; hooks do the rest at every step
@@ -175,13 +368,16 @@ class Shield:
     >>> shield.detach()
 
     ``optimizer`` may be the wrapper of accelerate or TRL: the torch optimizer inside is used. Hooks
-    fire on real steps only, so clipping comes before and gradient accumulation is no concern.
+    fire on real steps only, so clipping comes before and gradient accumulation is no concern. ``replay`` adds its
+    penalty in any mode (``penalty`` has nothing else); the projection, if any, comes after it.
     """
 
-    def __init__(self, explainer: Explainer, protected: dict[str, Subspace], mode: str = "update"):
+    def __init__(self, explainer: Explainer, protected: Mapping[str, Subspace], mode: str = "update", replay: Replay | None = None):
         if mode not in MODES:
             raise ValueError(f"shield_mode={mode!r}: choose one of {', '.join(MODES)}")
-        self.mode = mode
+        if mode == "penalty" and replay is None:
+            raise ValueError("shield_mode='penalty' needs a replay: set shield_penalty above 0")
+        self.mode, self.replay = mode, replay
         self.seconds = 0.0  # spent in hooks so far
         self._handles = []
         self._targets = list(_targets(explainer, protected))
@@ -192,11 +388,13 @@ class Shield:
             raise RuntimeError("this shield is attached already; detach() it first")
         optimizer = getattr(optimizer, "optimizer", optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [t.name for t in self._targets if id(t.a) not in held]
-        if missing and self.mode != "frozen_a":
+        frozen = self.mode == "frozen_a"
+        missing = [t.name for t in self._targets if id(t.b) not in held or (id(t.a) not in held and not frozen)]
+        if missing:
             raise ValueError(f"the optimizer does not hold {len(missing)} shielded adapters, the first is {missing[0]}")
-        self.project_parameters()
-        if self.mode == "frozen_a":
+        if self.mode in PROJECTING:
+            self.project_parameters()
+        if frozen:
             for target in self._targets:
                 target.a.requires_grad_(False)
                 target.a.grad = None
@@ -205,12 +403,16 @@ class Shield:
         return self
 
     def detach(self) -> None:
+        """Take the hooks off; mode ``restart`` projects now."""
+        attached = bool(self._handles)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         if self.mode == "frozen_a":
             for target in self._targets:
                 target.a.requires_grad_(True)
+        if self.mode == "restart" and attached:
+            self.project_parameters()
 
     @torch.no_grad()
     def project_parameters(self) -> None:
@@ -218,14 +420,16 @@ class Shield:
         for target in self._targets:
             target.a.copy_(_off(target.a, target.basis))
 
-    @torch.no_grad()
     def _before(self, optimizer, args, kwargs) -> None:
         start = perf_counter()
-        for target in self._targets:
-            if self.mode == "frozen_a":
-                target.a.grad = None
-            elif target.a.grad is not None:
-                target.a.grad.copy_(_off(target.a.grad, target.basis))
+        if self.replay:
+            self.replay.add_to([p for t in self._targets for p in (t.a, t.b) if p.requires_grad])
+        with torch.no_grad():
+            for target in self._targets:
+                if self.mode == "frozen_a":
+                    target.a.grad = None
+                elif self.mode in PROJECTING and target.a.grad is not None:
+                    target.a.grad.copy_(_off(target.a.grad, target.basis))
         self.seconds += perf_counter() - start
 
     def _after(self, optimizer, args, kwargs) -> None:
@@ -241,9 +445,12 @@ def _off(matrix: Tensor, basis: Tensor) -> Tensor:
     return wide - (wide @ basis) @ basis.T
 
 
-def _targets(explainer: Explainer, protected: dict[str, Subspace]):
+def _targets(explainer: Explainer, protected: Mapping[str, Subspace]):
     if explainer.peft is None:
         raise ValueError("the explainer has no adapters to shield; call add_lora first")
+    adapted = {f"{n}.{key}" for n in range(explainer.cut, explainer.n_layers) for key in INPUT_OF.values()}
+    if strangers := sorted(set(protected) - adapted):
+        raise ValueError(f"protected subspace {strangers[0]!r} matches no adapter; the subspaces belong to another LoRA setting")
     for number in range(explainer.cut, explainer.n_layers):
         attention = explainer.lm.model.layers[number].self_attn
         for module_name in ADAPTED:
@@ -278,6 +485,46 @@ def initial_overlap(explainer: Explainer, protected: dict[str, Subspace]) -> flo
     inside = sum(float((t.a.double() @ t.basis).square().sum()) for t in _targets(explainer, protected))
     total = sum(float(t.a.double().square().sum()) for t in _targets(explainer, protected))
     return sqrt(inside / total) if total else 0.0
+
+
+# --- afterwards: the linear map of mode align -----------------------------------------------------
+
+@dataclass
+class Alignment:
+    """``t -> mean + (t - mean) M``: takes new item vectors back to where the ranker expects them."""
+
+    matrix: Tensor  # M (d, d)
+    old_mean: Tensor
+    new_mean: Tensor
+    ridge: float    # chosen on items kept out of the fit
+
+    def __call__(self, text: Tensor) -> Tensor:
+        """(I+1, d) -> (I+1, d); row 0, the padding, stays zero."""
+        moved = self.old_mean + (text.double() - self.new_mean) @ self.matrix
+        moved[0] = 0.0
+        return moved.to(text)
+
+
+def fit_alignment(
+    new: Tensor, old: Tensor, items: np.ndarray, rng: np.random.Generator, ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+) -> Alignment:
+    """Ridge regression towards the identity: least ``|X M - Y|^2 + ridge tr(X^T X)/d |M - I|^2`` over ``items``.
+
+    X, Y: centred new and old vectors (bc-emb's aligner, Hu et al. 2022, arXiv 2206.03040, in closed form). The
+    ridge with the least error on a fifth of ``items`` is used for the fit on all of them.
+    """
+    def fit(rows: np.ndarray, ridge: float) -> Alignment:
+        x, y = new[rows].double(), old[rows].double()
+        mean_x, mean_y = x.mean(0), y.mean(0)
+        x, y = x - mean_x, y - mean_y
+        gram = x.T @ x
+        loading = ridge * gram.trace() / len(gram) * torch.eye(len(gram), dtype=torch.float64)
+        return Alignment(torch.linalg.solve(gram + loading, x.T @ y + loading), mean_y, mean_x, ridge)
+
+    shuffled = rng.permutation(items)
+    kept, fitted = shuffled[: len(items) // 5], shuffled[len(items) // 5:]
+    errors = {ridge: float((fit(fitted, ridge)(new)[kept] - old[kept]).norm()) for ridge in ridges}
+    return fit(items, min(errors, key=errors.get))
 
 
 def to_tensors(protected: dict[str, Subspace]) -> dict[str, Tensor]:

@@ -151,3 +151,32 @@ def test_loss_of_the_demonstration_is_on_the_explanation_alone(world):
     _, mask, labels = demonstration.targets(explainer, made, said)
     assert (labels >= 0).sum(-1).tolist() == [3, 2]  # words and the end token
     assert (labels[mask.logical_not()] == -100).all()
+
+
+def test_change_by_group_is_the_naive_one(world):
+    study_, explainer = world
+    tune_randomly(explainer)
+    text = ItemTexts(explainer, study_.items["text"].tolist()).vectors()
+    _, top = evaluation.ranking_table(study_, text)
+    held = {3, 7, 8, 20}
+    found = evaluation.change_by_group(study_, text, top, held)
+    before, after = (torch.cat([s for _, s in ranker.score_chunks(study_.ranker, study_.split.with_valid, t)]) for t in (study_.text, text))
+    for name, numbers in (("held", sorted(held)), ("seen", [i for i in range(1, N_ITEMS + 1) if i not in held])):
+        delta = (after - before)[:, numbers].abs()
+        assert found[f"max_abs_score_delta_{name}"] == pytest.approx(float(delta.max()))
+        assert found[f"mean_abs_score_delta_{name}"] == pytest.approx(float(delta.mean()), rel=1e-5)
+        places = [(u, i) for u, row in enumerate(study_.top) for i in row if i in numbers]
+        assert found[f"overlap_{name}"] == pytest.approx(np.mean([i in top[u] for u, i in places]))
+    same = evaluation.change_by_group(study_, study_.text, study_.top, held)
+    assert same["overlap_held"] == same["overlap_seen"] == 1 and same["item_change_held"] == same["max_abs_score_delta_seen"] == 0
+
+
+def test_served_vectors_are_those_of_the_adapter(world):
+    study_, explainer = world
+    tune_randomly(explainer)
+    items = ItemTexts(explainer, study_.items["text"].tolist())
+    fresh = tiny_explainer()
+    served = evaluation.served_vectors(explainer, fresh, items)
+    torch.testing.assert_close(served, items.vectors(), atol=1e-4, rtol=1e-4)
+    assert (served - study_.text).norm() > 0.01 * study_.text.norm()  # it is the tuned model that was read
+    assert items.explainer is explainer

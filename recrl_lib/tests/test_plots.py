@@ -127,6 +127,16 @@ def tops() -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.minimum(rng.zipf(a, (40, 10)), 80) for a in (1.3, 1.4))
 
 
+def frontier_points() -> pd.DataFrame:
+    rows = [("no shield, stopped early", 20, 0.0, 0.99, 0.1, 1.0), ("no shield, stopped early", 5, 0.0, 0.99, 0.5, 0.4)]
+    rows += [("update, contrastive", 20, 0.0, e, 0.9 + e / 10, 1.9 - e) for e in (0.99, 0.999)] + [("alora", 20, 0.0, 0.99, 1.0, 0.6)]
+    table = pd.DataFrame(rows, columns=["curve", "steps", "penalty", "energy", "overlap", "gain_loss"]).assign(rank=0)
+    table["gain_reward"] = table["gain_loss"] ** 2
+    for name in ("overlap", "gain_loss", "gain_reward"):
+        table[f"{name}_lo"], table[f"{name}_hi"] = table[name] - 0.02, table[name] + 0.02
+    return table
+
+
 def every_figure(steps: int = 12) -> dict:
     interactions, items = interactions_and_items()
     training = [{"epoch": e, "loss": 7 - 0.1 * e, "valid_ndcg@10": 0.08 - 0.001 * (e - 8) ** 2} for e in range(1, 13)]
@@ -141,6 +151,7 @@ def every_figure(steps: int = 12) -> dict:
         "ranker_spread": plots.ranker_spread({"with text": [0.1, 0.11], "plain": [0.1]}, {"EASE^R": 0.097, "Markov chain": 0.077}),
         "spectrum": plots.spectrum(subspaces()),
         "overlap_by_layer": plots.overlap_by_layer(overlap()),
+        "frontier": plots.frontier(frontier_points()),
         "bars": plots.bars(rows, "relative change", "What a few steps do", reference=0.1),
         "ppo_curves": plots.ppo_curves(ppo_curve(steps)),
         "reward_parts": plots.reward_parts(explanations()),

@@ -1,0 +1,379 @@
+"""The frontier of learning against ranking moved: one short training and one measurement a point.
+
+The signal is fixed and supervised: the likelihood of explanations composed from metadata
+(``references.reference_line``) under Adam for a fixed number of steps, on the run's own layers, prompts and
+item texts. It is the signal of the warm start without its trainer, so a point costs minutes and not the quarter of
+an hour of PPO. What is measured is what notebook 06 measures.
+
+A seed draws the adapters' first values and the order of the explanations; held-out users and held-out items
+are the same for all points. Every finished point is a row of a CSV that is rewritten atomically, so an
+interrupted frontier goes on where it stopped.
+"""
+
+import io
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from math import sqrt
+from pathlib import Path
+from time import process_time
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from recrl_lib import evaluation, explainer as ex, ranker, rewards, shield as sh, stats
+from recrl_lib.explainer import Explainer, ItemTexts
+from recrl_lib.files import write_atomic
+from recrl_lib.progress import track
+from recrl_lib.references import reference_line
+from recrl_lib.shield import Evidence, Shield
+from recrl_lib.study import Study
+
+BATCH, LR = 4, 3e-3        # the warm start's
+MAX_NORM = 1.0             # gradient clipping, before the shield
+TEXT_TOKENS = 40           # longest explanation when the reward is measured
+MODES = (*sh.MODES, "alora")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting and its seed. Strength is ``energy``, or ``rank`` where that is above 0."""
+
+    mode: str = "update"
+    basis: str = "activation"
+    energy: float = 0.99
+    rank: int = 0
+    penalty: float = 0.0
+    steps: int = 20
+    seed: int = 0
+
+    @property
+    def curve(self) -> str:
+        """The line of the figure this point lies on: its strength varies along it."""
+        if self.mode in ("none", "penalty", "align", "alora"):
+            return {"none": "no shield, stopped early", "penalty": "replay penalty"}.get(self.mode, self.mode)
+        return f"{self.mode}, {self.basis}" + (f", replay {self.penalty:g}" if self.penalty else "")
+
+
+def named(name: str, seeds: int, steps: int) -> list[Point]:
+    """The points of set ``name``, most telling first and all settings of a seed before the next seed, so that a part is of use."""
+    if name not in SETS:
+        raise ValueError(f"frontier_points={name!r}: choose one of {', '.join(SETS)}")
+    return [
+        Point(**{k: v for k, v in setting.items() if k != "share"}, steps=max(1, round(steps * setting.get("share", 1))), seed=seed)
+        for seed in range(seeds) for setting in SETS[name]
+    ]
+
+
+SETS: dict[str, list[dict]] = {  # fields of ``Point``; ``share``: of the steps, for training stopped early
+    "none": [],
+    "small": [{"mode": "none"}, {"basis": "contrastive", "energy": 0.999}],
+    "full": [
+        {"mode": "none"}, {"energy": 0.99}, {"basis": "contrastive", "energy": 0.999}, {"mode": "penalty", "penalty": 100.0},
+        {"energy": 0.999}, {"basis": "contrastive", "energy": 0.9999}, {"basis": "contrastive", "energy": 0.99},
+        {"basis": "contrastive", "energy": 0.999, "penalty": 100.0}, {"mode": "none", "share": 0.25}, {"mode": "penalty", "penalty": 1000.0},
+        {"energy": 0.9}, {"energy": 0.9999}, {"energy": 0.99, "penalty": 100.0}, {"mode": "penalty", "penalty": 10.0},
+        {"mode": "alora"}, {"mode": "align"}, {"basis": "sensitivity", "energy": 0.99}, {"basis": "sensitivity", "energy": 0.999},
+        {"mode": "gradient"}, {"mode": "frozen_a"}, {"mode": "restart"}, {"basis": "readout", "rank": 64}, {"basis": "random", "rank": 311},
+        {"mode": "none", "share": 0.5}, {"mode": "none", "share": 0.1},
+    ],
+}
+
+
+# --- the signal -----------------------------------------------------------------------------------
+
+@dataclass
+class Lesson:
+    """Prompts followed by their explanations, as trunk states: what supervised steps read."""
+
+    states: list[Tensor]  # (T_i, d) trunk states of every pair
+    ids: list[list[int]]  # token ids, prompt and answer
+    answers: list[int]    # tokens of the answer, EOS included
+
+    def batch(self, rows, pad_id: int, device) -> tuple[Tensor, Tensor, Tensor]:
+        """(states (B, T, d), mask (B, T), labels (B, T)), left-padded; prompt tokens carry the label -100."""
+        ids, mask = ex.left_pad([self.ids[r] for r in rows], pad_id, device)
+        labels = torch.full_like(ids, -100)
+        states = torch.zeros(*ids.shape, self.states[0].shape[-1], device=device)
+        for n, r in enumerate(rows):
+            labels[n, -self.answers[r]:] = ids[n, -self.answers[r]:]
+            states[n, -len(self.ids[r]):] = self.states[r].to(device)
+        return states, mask, labels
+
+
+@torch.no_grad()
+def lesson(explainer: Explainer, records: list[dict], batch: int = 16) -> Lesson:
+    """The reference line of every record after its prompt, read once by the layers that are never tuned."""
+    out = Lesson([], [], [])
+    for record in records:
+        prompt = ex.prompt_ids(explainer, ex.messages(record))
+        answer = explainer.tokenizer(reference_line(record), add_special_tokens=False)["input_ids"] + [explainer.eos_id]
+        out.ids.append(prompt + answer)
+        out.answers.append(len(answer))
+    for start in track(range(0, len(records), batch), "reading explanations"):
+        ids, mask = ex.left_pad(out.ids[start:start + batch], explainer.pad_id, explainer.device)
+        out.states += [row[keep].cpu() for row, keep in zip(explainer.trunk(ids, mask), mask)]
+    return out
+
+
+@torch.no_grad()
+def lesson_grams(explainer: Explainer, given: Lesson, batch: int = 16) -> dict[str, Tensor]:
+    """Grams of the adapted layers' inputs over prompts with their explanations, under the base model."""
+    with explainer.reference(), sh.GramCollector(explainer) as collector:
+        for start in track(range(0, len(given.ids), batch), "explanation Grams"):
+            rows = range(start, min(start + batch, len(given.ids)))
+            states, mask, _ = given.batch(rows, explainer.pad_id, explainer.device)
+            collector.masked(mask)
+            explainer.top(states, mask)
+    return collector.grams
+
+
+def answer_loss(explainer: Explainer, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Mean negative log-likelihood of a batch's answer tokens, at temperature 1."""
+    states, mask, labels = batch
+    target = labels[:, 1:]
+    hidden = explainer.top(states, mask)[:, :-1][target != -100]
+    return torch.nn.functional.cross_entropy(explainer.lm.lm_head(hidden).float(), target[target != -100])
+
+
+# --- one point ------------------------------------------------------------------------------------
+
+@dataclass
+class Lab:
+    """What all points of a frontier share."""
+
+    explainer: Explainer
+    study: Study
+    items: ItemTexts
+    held: set[int]       # items that no basis, penalty or alignment has seen
+    evidence: Evidence
+    taught: Lesson       # of PPO users
+    asked: Lesson        # of held-out users
+    records: list[dict]  # of the same held-out users
+    loss_base: float     # of the untuned model, on ``asked``
+    reward_base: float
+    n_boot: int = 2000
+
+    @property
+    def seen(self) -> set[int]:
+        return set(range(1, self.items.n_items + 1)) - self.held
+
+
+def user_states(study: Study) -> Tensor:
+    """(U, d_rank): what the ranker multiplies every item vector with, for all users."""
+    model, rows = study.ranker, study.split.with_valid
+    with torch.no_grad():
+        table = model.item_table(study.text)
+        chunks = [model(ranker.pad_sequences(rows[n:n + 256], model.max_len), table)[:, -1] for n in range(0, len(rows), 256)]
+    return torch.cat(chunks)
+
+
+def gather(
+    explainer: Explainer, study: Study, items: ItemTexts, seen: set[int], grams: dict[str, Tensor], taught: Lesson,
+    bases: set[str], rng: np.random.Generator, seed: int,
+) -> Evidence:
+    """What ``bases`` need, from ``seen`` items and ``taught`` explanations only; ``grams`` are the seen items'."""
+    readout = sh.readout_of(study.ranker) if study.text is not None and bases & {"sensitivity", "readout"} else None
+    return Evidence(
+        items=grams,
+        prompts=lesson_grams(explainer, taught) if "contrastive" in bases else None,
+        sensitivity=sh.sensitivity_grams(explainer, items, readout, user_states(study), rng, seen) if readout is not None and "sensitivity" in bases else None,
+        readout=sh.readout_rows(explainer, readout) if readout is not None and "readout" in bases else None,
+        seed=seed,
+    )
+
+
+def prepare(
+    explainer: Explainer, study: Study, items: ItemTexts, held: set[int], evidence: Evidence, taught: Lesson, records: list[dict],
+) -> Lab:
+    """A ``Lab`` that measures on ``records`` of held-out users; reads what the untuned model says to them."""
+    lab = Lab(explainer, study, items, held, evidence, taught, lesson(explainer, records), records, 0.0, 0.0)
+    with explainer.reference():
+        lab.loss_base, (reward, _) = _loss(lab), _reward(lab)
+    lab.reward_base = float(reward)
+    return lab
+
+
+@torch.no_grad()
+def restart_adapters(explainer: Explainer, seed: int) -> None:
+    """B = 0 and A drawn anew, from PEFT's own distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in explainer.lm.named_parameters():
+        if "lora_A" in name:
+            parameter.copy_(torch.nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=sqrt(5), generator=generator))
+        elif "lora_B" in name:
+            parameter.zero_()
+
+
+def learn(lab: Lab, point: Point, guard: Shield | None, invoke=None) -> float:
+    """Tune the adapters for ``point.steps``; the CPU seconds spent."""
+    explainer, start = lab.explainer, process_time()
+    parameters = explainer.adapter_parameters()
+    optimizer = torch.optim.Adam(parameters, lr=LR)
+    if guard:
+        guard.attach(optimizer)
+    rng = np.random.default_rng(point.seed)
+    order: list[int] = []
+    for _ in track(range(point.steps), "frontier steps"):
+        if len(order) < BATCH:
+            order = rng.permutation(len(lab.taught.ids)).tolist()
+        rows, order = order[:BATCH], order[BATCH:]
+        if invoke:
+            invoke([lab.taught.answers[r] for r in rows])
+        optimizer.zero_grad(set_to_none=True)
+        answer_loss(explainer, lab.taught.batch(rows, explainer.pad_id, explainer.device)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+    if guard:
+        guard.detach()
+    return process_time() - start
+
+
+def run_point(lab: Lab, point: Point) -> dict:
+    """Train and measure one point: its fields, then every measure, as one flat row."""
+    if point.mode not in MODES:
+        raise ValueError(f"frontier: mode {point.mode!r}; choose one of {', '.join(MODES)}")
+    explainer = lab.explainer
+    restart_adapters(explainer, point.seed)
+    protected = sh.protect(lab.evidence, point.basis, point.energy, point.rank)
+    replay = None
+    if point.penalty:
+        readout = sh.readout_of(lab.study.ranker)
+        replay = sh.Replay(explainer, lab.items, lab.study.text, readout, point.penalty, point.seed, lab.seen)
+    if point.mode == "alora":
+        with activated(explainer) as invoke:
+            seconds = learn(lab, point, None, invoke)
+            row = measure(lab, point, invoke)
+    else:
+        guard = None if point.mode == "none" else Shield(explainer, protected, point.mode, replay)
+        seconds = learn(lab, point, guard)
+        row = measure(lab, point)
+    rank = np.mean([s.rank for s in protected.values()]) if point.mode in (*sh.PROJECTING, "restart") else 0.0
+    return {  # a mode that projects nothing shows its leak against the subspaces it was not held to
+        **asdict(point), "curve": point.curve, "rank_mean": float(rank), "leak": sh.leak(explainer, protected), **row, "train_cpu_seconds": seconds,
+    }
+
+
+@torch.no_grad()
+def measure(lab: Lab, point: Point, invoke=None) -> dict:
+    """Learning (held-out loss, reward of greedy texts) and ranking moved, of the adapters as they are."""
+    study, rng = lab.study, np.random.default_rng(0)
+    if invoke:
+        invoke(None)  # an item text holds no turn header
+    text = lab.items.vectors()
+    if point.mode == "align":
+        text = sh.fit_alignment(text, study.text, np.array(sorted(lab.seen)), np.random.default_rng(point.seed))(text)
+    base, _ = evaluation.ranking_table(study, study.text)
+    table, top = evaluation.ranking_table(study, text)
+    change, lo, hi, _ = stats.paired_bootstrap_diff(table["ndcg"].to_numpy(), base["ndcg"].to_numpy(), lab.n_boot, rng)
+    reward, error = _reward(lab, invoke)
+    return {
+        "loss_base": lab.loss_base, "loss": _loss(lab, invoke), "reward_base": lab.reward_base, "reward": reward, "reward_se": error,
+        **{name: float(table[name].mean()) for name in ("overlap", "set_same", "exact", "top1_same", "rbo", "kendall_tau")},
+        "ndcg": float(table["ndcg"].mean()), "ndcg_base": float(base["ndcg"].mean()),
+        "ndcg_change": change, "ndcg_change_lo": lo, "ndcg_change_hi": hi,
+        **evaluation.score_change(study, text), **evaluation.change_by_group(study, text, top, lab.held),
+    }
+
+
+@torch.no_grad()
+def _loss(lab: Lab, invoke=None) -> float:
+    """Mean over all answer tokens of the held-out users."""
+    explainer, total = lab.explainer, 0.0
+    for start in range(0, len(lab.asked.ids), 16):
+        rows = range(start, min(start + 16, len(lab.asked.ids)))
+        answers = [lab.asked.answers[r] for r in rows]
+        if invoke:
+            invoke(answers)
+        total += float(answer_loss(explainer, lab.asked.batch(rows, explainer.pad_id, explainer.device))) * sum(answers)
+    return total / sum(lab.asked.answers)
+
+
+def _reward(lab: Lab, invoke=None) -> tuple[float, float]:
+    """(mean reward of greedy texts for the held-out users, its standard error over users)."""
+    if invoke:
+        invoke(0)  # a prompt ends with the header
+    prompts = [ex.prompt_ids(lab.explainer, ex.messages(r)) for r in lab.records]
+    texts = ex.sample(lab.explainer, prompts, 1, TEXT_TOKENS, 1.0, None).texts
+    reward, _ = rewards.Reward("grounded", lab.study.catalogue)(lab.records, texts)
+    return float(reward.mean()), float(reward.std(ddof=1) / sqrt(len(reward)))
+
+
+@contextmanager
+def activated(explainer: Explainer):
+    """Within: the adapters are activated LoRA (Greenewald et al. 2025, arXiv 2504.12397) through PEFT's own layers.
+
+    They act from the template's last turn header on. The two-part forward calls the layers itself, so what PEFT
+    would work out from token ids is told here: yields ``invoke(answers)``, with the number of tokens after the header
+    in every row (or in all), or None for texts without a header, which the base weights read.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.variants import ALoraLinearVariant
+
+    with_header, without = (
+        explainer.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=True, return_dict=False, add_generation_prompt=more)
+        for more in (True, False)
+    )
+    header, told = len(with_header) - len(without), [None]
+    layers = [m for m in explainer.lm.modules() if isinstance(m, LoraLayer)]
+
+    def offsets(module, args, kwargs):
+        rows = len(args[0])
+        after = told[0] if isinstance(told[0], list) else [told[0]] * rows
+        return args, {**kwargs, "alora_offsets": [None if a is None else a + header for a in after]}
+
+    handles = [m.register_forward_pre_hook(offsets, with_kwargs=True) for m in layers]
+    before = [dict(m.lora_variant) for m in layers]
+    for m in layers:
+        m.lora_variant["default"] = ALoraLinearVariant
+    try:
+        yield lambda answers: told.__setitem__(0, answers)
+    finally:
+        for handle, m, variant in zip(handles, layers, before):
+            handle.remove()
+            m.lora_variant.clear()
+            m.lora_variant.update(variant)
+
+
+# --- many points ----------------------------------------------------------------------------------
+
+def sweep(lab: Lab, points: list[Point], path: Path, key: str) -> pd.DataFrame:
+    """All rows of ``points``, running those that the CSV at ``path`` does not hold yet; each is added when it is finished.
+
+    Rows with another ``key`` (of the code and parameters they came from: ``runs.stage_key``) are run again.
+    """
+    rows = pd.read_csv(path).to_dict("records") if Path(path).exists() else []
+    rows = [row for row in rows if row["key"] == key]
+    done = {_setting(row) for row in rows}
+    for point in track([p for p in points if _setting(asdict(p)) not in done], "frontier"):
+        rows.append({**run_point(lab, point), "key": key})
+        out = io.StringIO()
+        pd.DataFrame(rows).to_csv(out, index=False, lineterminator="\n")
+        write_atomic(path, out.getvalue())
+    wanted = {_setting(asdict(p)) for p in points}
+    return pd.DataFrame([row for row in rows if _setting(row) in wanted])
+
+
+def _setting(row: dict) -> tuple:
+    return tuple(str(row[f.name]) for f in fields(Point))
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a setting: mean, least and most over seeds of every measure, and of the gain kept.
+
+    ``gain_loss`` and ``gain_reward`` are shares of what the unshielded point of the same seed and most steps gained.
+    """
+    table = table.copy()
+    free = table[table["mode"] == "none"].sort_values("steps").groupby("seed").last()
+    for name, sign in (("loss", -1), ("reward", 1)):
+        gain = sign * (table[name] - table[f"{name}_base"])
+        whole = sign * (free[name] - free[f"{name}_base"])
+        table[f"gain_{name}"] = gain / table["seed"].map(whole)
+    setting = [f.name for f in fields(Point) if f.name != "seed"] + ["curve"]
+    numbers = [c for c in table.columns if c not in (*setting, "seed", "key")]
+    grouped = table.groupby(setting, sort=False)
+    out = grouped[numbers].mean()
+    for name in ("gain_loss", "gain_reward", "overlap", "top1_same", "set_same"):
+        out[f"{name}_lo"], out[f"{name}_hi"] = grouped[name].min(), grouped[name].max()
+    return out.assign(seeds=grouped.size()).reset_index()

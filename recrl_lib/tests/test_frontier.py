@@ -1,0 +1,125 @@
+"""The frontier on a tiny random model: its signal, its measures, activated LoRA, and its going on after a stop."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from recrl_lib import frontier as fr, shield as sh
+from recrl_lib.explainer import ItemTexts
+from recrl_lib.tests.test_evaluation import world  # noqa: F401  (a fixture)
+
+
+@pytest.fixture
+def lab(world):  # noqa: F811
+    study, explainer = world
+    items = ItemTexts(explainer, study.items["text"].tolist())
+    held = {2, 5, 9, 11, 28}
+    seen = set(range(1, items.n_items + 1)) - held
+    taught = fr.lesson(explainer, study.training_records()[:12])
+    grams, _ = sh.item_grams(explainer, items, seen)
+    evidence = fr.gather(explainer, study, items, seen, grams, taught, set(sh.BASES), np.random.default_rng(0), 0)
+    return fr.prepare(explainer, study, items, held, evidence, taught, study.heldout_records(5, np.random.default_rng(1)))
+
+
+def test_answer_loss_is_the_mean_over_answer_tokens_whatever_the_padding(lab):
+    rows = [0, 3, 5]
+    together = float(fr.answer_loss(lab.explainer, lab.taught.batch(rows, lab.explainer.pad_id, "cpu")).detach())
+    total = count = 0.0
+    for r in rows:
+        ids, n = lab.taught.ids[r], lab.taught.answers[r]
+        logp = lab.explainer.lm(torch.tensor([ids])).logits.log_softmax(-1)[0]
+        total -= sum(float(logp[t - 1, ids[t]]) for t in range(len(ids) - n, len(ids)))
+        count += n
+    assert together == pytest.approx(total / count, rel=1e-4)
+
+
+def test_lesson_grams_are_those_of_the_whole_sequences(lab):
+    found = fr.lesson_grams(lab.explainer, lab.taught, batch=5)
+    expected, _ = sh.prompt_grams(lab.explainer, lab.taught.ids)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-5)
+
+
+def test_equal_points_give_equal_rows_and_seeds_differ(lab):
+    point = fr.Point(rank=8, steps=3)
+    first, again = ({k: v for k, v in fr.run_point(lab, point).items() if "seconds" not in k} for _ in range(2))
+    assert first == again
+    other = fr.run_point(lab, fr.Point(rank=8, steps=3, seed=1))
+    assert other["loss"] != first["loss"] and other["loss_base"] == first["loss_base"]
+
+
+def test_no_steps_move_nothing(lab):
+    row = fr.run_point(lab, fr.Point("none", steps=0))
+    assert row["loss"] == pytest.approx(row["loss_base"]) and row["reward"] == row["reward_base"]
+    assert row["overlap"] == 1 and row["max_abs_score_delta"] == 0 and row["item_change_held"] == 0 and row["ndcg_change"] == 0
+
+
+@pytest.mark.parametrize("mode", [m for m in fr.MODES if m not in ("none", "align", "penalty", "alora")])
+def test_modes_learn_and_their_leak_is_what_they_promise(mode, lab):
+    row = fr.run_point(lab, fr.Point(mode, rank=8, steps=10))
+    assert row["loss"] < row["loss_base"]
+    assert (row["leak"] <= 1e-6) == (mode != "gradient")
+
+
+def test_a_penalty_moves_less_than_none_and_a_map_leaves_held_out_items_in_place(lab):
+    free = fr.run_point(lab, fr.Point("none", steps=10))
+    pulled = fr.run_point(lab, fr.Point("penalty", penalty=1000.0, steps=10))
+    assert pulled["item_change_held"] < free["item_change_held"] and free["leak"] > 0.1
+    mapped = fr.run_point(lab, fr.Point("align", steps=10))
+    assert mapped["loss"] == free["loss"] and mapped["item_change_seen"] < free["item_change_seen"]
+
+
+def test_activated_lora_learns_and_moves_no_item_at_all(lab):
+    row = fr.run_point(lab, fr.Point("alora", steps=10))
+    assert row["loss"] < row["loss_base"]
+    assert row["max_abs_score_delta"] == 0 and row["exact"] == 1 and row["item_change_held"] == 0
+    fr.restart_adapters(lab.explainer, 0)
+    before = lab.items.vectors()  # outside, the same layers are plain LoRA again
+    with torch.no_grad():
+        for p in lab.explainer.adapter_parameters():
+            p.add_(0.1)
+    assert (lab.items.vectors() - before).abs().max() > 1e-3
+
+
+def test_a_stopped_frontier_goes_on_and_stale_rows_are_run_again(lab, tmp_path, monkeypatch):
+    points = [fr.Point("none", steps=1), fr.Point(rank=4, steps=1)]
+    path = tmp_path / "frontier.csv"
+    ran = []
+    whole = fr.run_point
+    monkeypatch.setattr(fr, "run_point", lambda lab, point: ran.append(point) or whole(lab, point))
+    first = fr.sweep(lab, points[:1], path, "k")
+    both = fr.sweep(lab, points, path, "k")
+    assert ran == points and len(first) == 1 and len(both) == 2
+    assert both["loss"].tolist() == pd.read_csv(path)["loss"].tolist()
+    fr.sweep(lab, points[:1], path, "another")
+    assert ran == [*points, points[0]] and len(pd.read_csv(path)) == 1
+
+
+def test_named_sets_are_distinct_and_complete():
+    full = fr.named("full", 2, 20)
+    assert len(set(full)) == len(full) and fr.named("none", 3, 20) == []
+    assert {p.mode for p in full} == set(fr.MODES) and {p.basis for p in full} == set(sh.BASES)
+    half = len(full) // 2
+    assert [asdict(p) | {"seed": 1} for p in full[:half]] == [asdict(p) for p in full[half:]]
+    assert set(fr.named("small", 1, 20)) <= set(full) and min(p.steps for p in fr.named("full", 1, 2)) == 1
+    with pytest.raises(ValueError, match="frontier_points='huge'"):
+        fr.named("huge", 1, 1)
+
+
+def test_summary_by_hand():
+    columns = dict(mode="none", basis="activation", energy=0.99, rank=0, penalty=0.0, curve="no shield", loss_base=2.0, reward_base=0.5, key="k")
+    measures = dict(set_same=1.0, top1_same=1.0)
+    table = pd.DataFrame([
+        {**columns, **measures, "steps": 20, "seed": 0, "loss": 1.0, "reward": 0.9, "overlap": 0.1},
+        {**columns, **measures, "steps": 20, "seed": 1, "loss": 1.5, "reward": 0.7, "overlap": 0.3},
+        {**columns, **measures, "mode": "update", "steps": 20, "seed": 0, "loss": 1.2, "reward": 0.7, "overlap": 0.9},
+        {**columns, **measures, "mode": "update", "steps": 20, "seed": 1, "loss": 1.5, "reward": 0.8, "overlap": 1.0},
+    ])
+    out = fr.summarise(table).set_index("mode")
+    assert out.loc["none", ["gain_loss", "gain_reward", "seeds"]].tolist() == [1, 1, 2]
+    assert out.loc["update", "gain_loss"] == pytest.approx((0.8 + 1.0) / 2)
+    assert out.loc["update", ["gain_reward", "gain_reward_lo", "gain_reward_hi"]].tolist() == pytest.approx([1.0, 0.5, 1.5])
+    assert out.loc["update", ["overlap", "overlap_lo", "overlap_hi"]].tolist() == pytest.approx([0.95, 0.9, 1.0])
