@@ -19,7 +19,7 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     evaluation  arms side by side          audit     toxicity, popularity, parity, privacy
     study       one run's tables, ranker and base ranking, as notebooks 03-10 share them
     demonstration  small real trainings that show what the shield forbids
-    environment is this machine ready?     bench     `make bench`
+    environment is this machine ready?     bench     `make bench`      bench_data  reading Amazon Books
     runs        the run folder: parameters, manifest, metrics, artifacts, all atomic
     runner      strict papermill runner with resume
     plots       figures in one style     report  the HTML page     widgets  the chat
