@@ -19,13 +19,13 @@ from pathlib import Path
 from recrl_lib import assets, download
 from recrl_lib.config import Params
 from recrl_lib.datasets import amazon, ml100k, movielens, own, steam
-from recrl_lib.datasets.splits import Split, held_times, split, split_global_time, split_leave_one_out, split_users, time_cuts
+from recrl_lib.datasets.splits import Split, check_enough, held_times, split, split_global_time, split_leave_one_out, split_users, time_cuts
 from recrl_lib.datasets.tables import SHORT_USER, Dataset, Raw, Skipped, assemble, item_text, k_core, sanitise_text
 from recrl_lib.files import sha256_file
 from recrl_lib.paths import ROOT
 
 __all__ = [
-    "Dataset", "NAMES", "Split", "folder_of", "held_times", "item_text", "k_core", "load", "load_for", "sanitise_text",
+    "Dataset", "NAMES", "Split", "check_enough", "folder_of", "held_times", "item_text", "k_core", "load", "load_for", "sanitise_text",
     "split", "split_global_time", "split_leave_one_out", "split_users", "time_cuts",
 ]
 
