@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from recrl_lib.datasets.reading import CHUNK, Rows, columns
+from recrl_lib.datasets.reading import Rows, columns
 from recrl_lib.datasets.tables import Raw, Skipped, item_text, parse_numbers, parse_times, sanitise_text
 
 NEEDS = ("user", "item", "time", "rating", "title", "year", "genres")  # of which the file of that name holds:
@@ -91,7 +91,7 @@ class _Table:
             for lines, fields in self._rows:
                 yield lines, {need: fields[place] for need, place in self.found.items()}
             return
-        for batch in self._file.iter_batches(CHUNK, columns=[self.names[place] for place in self.found.values()]):
+        for batch in self._file.iter_batches(100_000, columns=[self.names[place] for place in self.found.values()]):
             lines = np.arange(1, len(batch) + 1) + self._parquet_total
             self._parquet_total += len(batch)
             yield lines, {need: _texts(batch.column(self.names[place]).to_pandas()) for need, place in self.found.items()}
