@@ -66,7 +66,8 @@ def load(
     raw = read(folder, skipped)
     raw.info = {"name": name, "sha256": sha256_file(raw.path)} | raw.info
     return assemble(
-        raw, skipped, split=split, min_core=min_core or MIN_CORE.get(name, 5), max_interactions=max_interactions or MAX_INTERACTIONS.get(name, 0)
+        raw, skipped, split=split, min_core=min_core or MIN_CORE.get(name, 5),
+        max_interactions=max_interactions or MAX_INTERACTIONS.get(name, 0),
     )
 
 
@@ -94,5 +95,6 @@ def folder_of(name: str, data_dir: str = "") -> Path:
         return assets.ml100k_folder()
     if name not in download.ORIGINS:
         needed = steam.FILE if name == "steam-200k" else "interactions.csv and items.csv (or .parquet)"
-        raise ValueError(f"dataset={name!r} is not fetched: set data_dir to the folder with {needed}, for example make all DATASET={name} DATA_DIR=path")
+        example = f"make all DATASET={name} DATA_DIR=path"
+        raise ValueError(f"dataset={name!r} is not fetched: set data_dir to the folder with {needed}, for example {example}")
     return download.folder(name)

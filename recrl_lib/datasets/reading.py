@@ -82,7 +82,8 @@ class Rows:
             if not found:
                 skipped.check(path, 0)
             if header and found != self.names:
-                raise ValueError(f"{path} line 1: the columns must be {','.join(header)}, got {','.join(found)}; this is another file, or a damaged one")
+                expected, got = ",".join(header), ",".join(found)
+                raise ValueError(f"{path} line 1: the columns must be {expected}, got {got}; this is another file, or a damaged one")
             self.names = found
             self._texts = chain([(number + 1, rest)] if rest else [], self._texts)
 

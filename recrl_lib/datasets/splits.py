@@ -128,7 +128,8 @@ def check_enough(split: Split, n_items: int, n_heldout: int, wanted: int) -> Non
     unseen = n_items - np.array(list(map(len, split.with_valid)))
     if (few := unseen < LIST_LENGTH).any():
         raise ValueError(
-            f"{few.sum()} users have met all but fewer than {LIST_LENGTH} of {n_items} items (first: user {few.argmax()}, {unseen[few.argmax()]} left), "
+            f"{few.sum()} users have met all but fewer than {LIST_LENGTH} of {n_items} items "
+            f"(first: user {few.argmax()}, {unseen[few.argmax()]} left), "
             "so there is no top ten to recommend: lower min_core, or give more items"
         )
 

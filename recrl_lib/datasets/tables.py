@@ -169,7 +169,9 @@ def _evaluable_first(table: pd.DataFrame, users: pd.DataFrame) -> tuple[pd.DataF
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
     if not whole.any():
-        raise ValueError("split='global-time': no user has events in all three periods; use split='leave-one-out', or data with longer histories")
+        raise ValueError(
+            "split='global-time': no user has events in all three periods; use split='leave-one-out', or data with longer histories"
+        )
     return table.assign(user=number[table["user"]]), users[whole].reset_index(drop=True), int((~whole).sum())
 
 
