@@ -22,7 +22,7 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     study       one run's tables, ranker and base ranking, as notebooks 03-10 share them
     frontier    many short trainings: learning kept against ranking moved
     demonstration  small real trainings that show what the shield forbids
-    environment is this machine ready?     bench, bench_ranker   `make bench`
+    environment is this machine ready?     bench, bench_ranker, bench_data   `make bench`
     runs        the run folder: parameters, manifest, metrics, artifacts, all atomic
     runner      strict papermill runner with resume
     plots       figures in one style     report  the HTML page     widgets  the chat

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from recrl_lib import assets, bench_ranker, config, datasets, explainer as ex, ppo, rewards, shield as sh, study
+from recrl_lib import assets, bench_data, bench_ranker, config, datasets, explainer as ex, ppo, rewards, shield as sh, study
 
 PROMPTS, SAMPLES, TOKENS, ITEMS = 8, 4, 40, 320
 
@@ -92,6 +92,7 @@ def main() -> None:
     seconds, _ = clocked(lambda: reward([r for r in records for _ in range(SAMPLES)] * 40, texts), torch.device("cpu"))
     print(f"reward: {len(texts) / seconds:,.0f} texts a CPU-second")
     bench_ranker.main()
+    bench_data.main()
 
 
 if __name__ == "__main__":

@@ -28,19 +28,21 @@ def generate(folder: Path, reviews: int = REVIEWS, books: int = BOOKS, seed: int
     with gzip.open(folder / "meta_Books.json.gz", "wt", compresslevel=1, encoding="utf-8") as out:
         for book in range(books):
             out.write(
-                f'{{"category": ["Books", "{CATEGORIES[book % len(CATEGORIES)]}"], "tech1": "", "description": [{texts[book % 2000]}], "fit": "", '
-                f'"title": "Title {book}", "also_buy": ["000047715X"], "tech2": "", "brand": "Author {book % 999}", "feature": [], "rank": '
+                f'{{"category": ["Books", "{CATEGORIES[book % len(CATEGORIES)]}"], "tech1": "", '
+                f'"description": [{texts[book % 2000]}], "fit": "", "title": "Title {book}", '
+                f'"also_buy": ["000047715X"], "tech2": "", "brand": "Author {book % 999}", "feature": [], "rank": '
                 f'"4,558,505 in Books (", "main_cat": "Books", "similar_item": "", "date": "", "price": "$0.95", "asin": "{book:010d}"}}\n'
             )
     with gzip.open(folder / "Books.json.gz", "wt", compresslevel=1, encoding="utf-8") as out:
         for start in range(0, reviews, 100_000):
             n = min(100_000, reviews - start)
             user, book = (size * rng.random(n) ** 3 // 1 for size in (reviews // 5, books))
-            columns = (user.astype(int), book.astype(int), rng.integers(1, 6, n), rng.integers(900_000_000, 1_540_000_000, n), rng.integers(0, 2000, n))
+            rating, t, text = rng.integers(1, 6, n), rng.integers(900_000_000, 1_540_000_000, n), rng.integers(0, 2000, n)
             out.writelines(
-                f'{{"overall": {rating}.0, "verified": false, "reviewTime": "03 21, 2005", "reviewerID": "A{u:013d}", "asin": "{b:010d}", "style": '
-                f'{{"Format:": " Hardcover"}}, "reviewerName": "Reader {u}", "reviewText": {texts[text]}, "summary": "Good", "unixReviewTime": {t}}}\n'
-                for u, b, rating, t, text in zip(*(column.tolist() for column in columns))
+                f'{{"overall": {r}.0, "verified": false, "reviewTime": "03 21, 2005", "reviewerID": "A{u:013d}", "asin": "{b:010d}", '
+                f'"style": {{"Format:": " Hardcover"}}, "reviewerName": "Reader {u}", "reviewText": {texts[k]}, "summary": "Good", '
+                f'"unixReviewTime": {s}}}\n'
+                for u, b, r, s, k in zip(*(column.astype(int).tolist() for column in (user, book, rating, t, text)))
             )
 
 
@@ -52,7 +54,8 @@ def main(reviews: int = REVIEWS, books: int = BOOKS) -> None:
         command = [sys.executable, "-m", "recrl_lib.bench_data", folder]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"RECRL_PROGRESS": "off"}, check=True)
     found = json.loads(done.stdout)
-    print(f"\nAmazon Books, {found['books']:,} books and {found['reviews']:,} reviews, {size / 2**20:,.0f} MiB of gzip, generated in the form of 2018")
+    counts = f"{found['books']:,} books and {found['reviews']:,} reviews, {size / 2**20:,.0f} MiB of gzip"
+    print(f"\nAmazon Books, {counts}, generated in the form of 2018; seconds are CPU-seconds")
     for what, seconds in (("books", found["books_seconds"]), ("reviews", found["reviews_seconds"])):
         print(f"{what + ', one pass':<28}{seconds:>8.1f} s{found[what] / seconds:>13,.0f} lines/s")
     print(f"{'filters and numbering':<28}{found['rest_seconds']:>8.1f} s{found['kept']:>13,} interactions kept")
@@ -67,7 +70,8 @@ def read(folder: Path) -> dict[str, float]:
     path = amazon.find(folder, amazon.REVIEWS)
     table, reviews = amazon.reviews(path, items["raw"].to_numpy(), known, skipped)
     clock.append(time.process_time())
-    data = assemble(Raw(path, reviews, table, items, "generated", "book"), skipped, split="leave-one-out", min_core=5, max_interactions=50_000)
+    raw = Raw(path, reviews, table, items, "generated", "book")
+    data = assemble(raw, skipped, split="leave-one-out", min_core=5, max_interactions=50_000)
     clock.append(time.process_time())
     seconds = dict(zip(("books_seconds", "reviews_seconds", "rest_seconds"), np.diff(clock).tolist()))
     unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in

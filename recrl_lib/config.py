@@ -65,7 +65,7 @@ class Params:
     ppo_users: float = _p(0.6, "data", "share of users whose prompts PPO trains on; the rest is held out", 0.1, 0.9)
     data_dir: str = _p("", "data", "folder with the data set's files; empty: fetch them")
     split: str = _p("leave-one-out", "data", "how events are held out for validation and test", choices=("leave-one-out", "global-time"))
-    min_core: int = _p(0, "data", "fewest events of a user and of an item, filtered again and again; 1 = no filter; 0 = the data set's default", 0)
+    min_core: int = _p(0, "data", "fewest events of a user and of an item, filtered until all have them; 1 = no filter; 0 = default", 0)
     max_interactions: int = _p(0, "data", "keep about this many of the latest events; 0 = the data set's default", 0)
     bad_row_limit: float = _p(0.01, "data", "largest share of bad rows in a file; more stop the run", 0.0, 1.0)
     user_column: str = _p("user", "data", "csv: column of the user in interactions")

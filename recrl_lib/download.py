@@ -53,7 +53,7 @@ class Origin:
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 _MCAULEY = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/"
 _CSV = ("ratings.csv", "movies.csv")
-ORIGINS: dict[str, Origin] = {
+ORIGINS: dict[str, Origin] = {  # the sha256 are those that TensorFlow Datasets records for these files
     "ml-25m": Origin((Remote(_GROUPLENS + "ml-25m.zip", "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa"),), _CSV),
     "ml-32m": Origin((Remote(_GROUPLENS + "ml-32m.zip", md5_url=_GROUPLENS + "ml-32m.zip.md5"),), _CSV),
     "ml-latest-small": Origin(
@@ -84,7 +84,10 @@ def folder(name: str) -> Path:
 
 
 def fetch(remote: Remote, folder: Path, waits: tuple[float, ...] = WAITS) -> Path:
-    """``remote`` as a file in ``folder``, verified. Raises ``RuntimeError`` naming what failed, and the folder to put the file in by hand."""
+    """``remote`` as a file in ``folder``, verified.
+
+    Raises ``RuntimeError`` naming what failed, and the folder to put the file in by hand.
+    """
     path = folder / remote.name
     if path.is_file():  # from an earlier call, or put here by hand
         if remote.sha256 and (problem := _mismatch(remote, path)):

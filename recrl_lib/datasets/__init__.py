@@ -19,13 +19,13 @@ from pathlib import Path
 from recrl_lib import assets, download
 from recrl_lib.config import Params
 from recrl_lib.datasets import amazon, ml100k, movielens, own, steam
-from recrl_lib.datasets.splits import Split, held_times, split, split_global_time, split_leave_one_out, split_users, time_cuts
+from recrl_lib.datasets.splits import Split, check_enough, held_times, split, split_global_time, split_leave_one_out, split_users, time_cuts
 from recrl_lib.datasets.tables import SHORT_USER, Dataset, Raw, Skipped, assemble, item_text, k_core, sanitise_text
 from recrl_lib.files import sha256_file
 from recrl_lib.paths import ROOT
 
 __all__ = [
-    "Dataset", "NAMES", "Split", "folder_of", "held_times", "item_text", "k_core", "load", "load_for", "sanitise_text",
+    "Dataset", "NAMES", "Split", "check_enough", "folder_of", "held_times", "item_text", "k_core", "load", "load_for", "sanitise_text",
     "split", "split_global_time", "split_leave_one_out", "split_users", "time_cuts",
 ]
 
@@ -66,7 +66,8 @@ def load(
     raw = read(folder, skipped)
     raw.info = {"name": name, "sha256": sha256_file(raw.path)} | raw.info
     return assemble(
-        raw, skipped, split=split, min_core=min_core or MIN_CORE.get(name, 5), max_interactions=max_interactions or MAX_INTERACTIONS.get(name, 0)
+        raw, skipped, split=split, min_core=min_core or MIN_CORE.get(name, 5),
+        max_interactions=max_interactions or MAX_INTERACTIONS.get(name, 0),
     )
 
 
@@ -94,5 +95,6 @@ def folder_of(name: str, data_dir: str = "") -> Path:
         return assets.ml100k_folder()
     if name not in download.ORIGINS:
         needed = steam.FILE if name == "steam-200k" else "interactions.csv and items.csv (or .parquet)"
-        raise ValueError(f"dataset={name!r} is not fetched: set data_dir to the folder with {needed}, for example make all DATASET={name} DATA_DIR=path")
+        example = f"make all DATASET={name} DATA_DIR=path"
+        raise ValueError(f"dataset={name!r} is not fetched: set data_dir to the folder with {needed}, for example {example}")
     return download.folder(name)

@@ -58,7 +58,8 @@ def read(folder: Path, skipped: Skipped) -> Raw:
     path = find(folder, REVIEWS)
     items, known = metadata(find(folder, METADATA), skipped)
     if items.empty:
-        raise ValueError(f"{folder}: no book of the metadata is in a category called {' or '.join(sorted(GENRES))}; is this the metadata of Books?")
+        wanted = " or ".join(sorted(GENRES))
+        raise ValueError(f"{folder}: no book of the metadata is in a category called {wanted}; is this the metadata of Books?")
     table, seen = reviews(path, items["raw"].to_numpy(), known, skipped)
     info = {"n_reviews": seen, "n_books": len(known), "filter": "books in a category " + " or ".join(sorted(GENRES))}
     return Raw(path, seen, table, items, f"Amazon Books reviews, {path.name}", "book", info=info)
@@ -68,7 +69,8 @@ def find(folder: Path, names: tuple[str, ...]) -> Path:
     """The first of ``names`` in ``folder``, as it is or with .gz."""
     paths = [folder / f"{name}{suffix}" for name in names for suffix in ("", ".gz")]
     if not (found := [path for path in paths if path.is_file()]):
-        raise FileNotFoundError(f"{folder} must hold one of {', '.join(p.name for p in paths)}; put it there, or name another folder with data_dir")
+        looked_for = ", ".join(path.name for path in paths)
+        raise FileNotFoundError(f"{folder} must hold one of {looked_for}; put it there, or name another folder with data_dir")
     return found[0]
 
 
@@ -90,7 +92,8 @@ def reviews(path: Path, wanted: np.ndarray, known: np.ndarray, skipped: Skipped)
         code = np.array([place.get(raw, -1) for raw in ids], np.int64)
         skipped.add_rows("item without metadata", path, lines[~contained(known, ids)[index]])
         keep = np.flatnonzero(code[index] >= 0)
-        parts.append((user.take(pa.array(keep)), code[index[keep]].astype(np.int32), time[keep], rating[keep].astype(np.float32), lines[keep]))
+        kept = user.take(pa.array(keep)), code[index[keep]].astype(np.int32), time[keep], rating[keep].astype(np.float32), lines[keep]
+        parts.append(kept)
     skipped.check(path, seen)
     if not parts or not any(len(part[1]) for part in parts):
         raise ValueError(f"{path}: no review of a fantasy or romance book; do the reviews and the metadata belong together?")

@@ -46,7 +46,8 @@ class _Form:
 
 
 ATOMIC = _Form(
-    "MovieLens 100K, RecBole atomic files", *HEADERS, "\t", "utf-8", {name: len(columns.split()) for name, columns in HEADERS.items()}, True,
+    "MovieLens 100K, RecBole atomic files", *HEADERS, "\t", "utf-8",
+    {name: len(columns.split()) for name, columns in HEADERS.items()}, True,
 )
 ORIGIN = _Form(
     "MovieLens 100K, GroupLens", "u.data", "u.item", "u.user", "|", "latin-1", {"u.data": 4, "u.item": 5 + len(GENRES), "u.user": 5}, False,

@@ -18,7 +18,7 @@ def read(folder: Path, skipped: Skipped) -> Raw:
     path = folder / "ratings.csv"
     rows, parts = Rows(path, skipped, RATINGS), []
     for lines, (user, item, rating, time) in rows:
-        numbers = [parse_numbers(texts, kind) for texts, kind in zip((user, item, time, rating), (np.int64, np.int64, np.int64, np.float64))]
+        numbers = [*(parse_numbers(texts, np.int64) for texts in (user, item, time)), parse_numbers(rating, np.float64)]
         good = np.logical_and.reduce([parsable for _, parsable in numbers])
         skipped.add_rows("unparsable field", path, lines[~good])
         user, item, time, rating = (values[good] for values, _ in numbers)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from recrl_lib.datasets.reading import CHUNK, Rows, columns
+from recrl_lib.datasets.reading import Rows, columns
 from recrl_lib.datasets.tables import Raw, Skipped, item_text, parse_numbers, parse_times, sanitise_text
 
 NEEDS = ("user", "item", "time", "rating", "title", "year", "genres")  # of which the file of that name holds:
@@ -28,7 +28,8 @@ def read(folder: Path, skipped: Skipped, names: dict[str, str]) -> Raw:
     ``FileNotFoundError`` naming the files looked for.
     """
     path = _find(folder, "interactions")
-    rows = _Table(path, skipped, {need: names[need] for need in INTERACTIONS}, optional=("rating",) if names["time"] else ("rating", "time"))
+    optional = ("rating",) if names["time"] else ("rating", "time")
+    rows = _Table(path, skipped, {need: names[need] for need in INTERACTIONS}, optional)
     timed, rated, parts = "time" in rows.found, "rating" in rows.found, []
     for lines, fields in rows:
         missing = np.array([not (user.strip() and item.strip()) for user, item in zip(fields["user"], fields["item"])])
@@ -37,8 +38,8 @@ def read(folder: Path, skipped: Skipped, names: dict[str, str]) -> Raw:
         good = ~missing & time_good & rating_good
         skipped.add_rows("missing field", path, lines[missing])
         skipped.add_rows("unparsable field", path, lines[~missing & ~good])
-        part = pd.DataFrame({"user": fields["user"], "item": fields["item"], "time": time, "line": lines} | ({"rating": rating} if rated else {}))
-        parts.append(part[good])
+        part = {"user": fields["user"], "item": fields["item"], "time": time, "line": lines} | ({"rating": rating} if rated else {})
+        parts.append(pd.DataFrame(part)[good])
     skipped.check(path, rows.total)
     table = pd.concat(parts, ignore_index=True)
     items = _items(_find(folder, "items"), skipped, names)
@@ -56,7 +57,8 @@ def _items(path: Path, skipped: Skipped, names: dict[str, str]) -> pd.DataFrame:
     rows, out = _Table(path, skipped, {need: names[need] for need in ITEMS}, optional=("year", "genres")), {}
     for lines, fields in rows:
         blank = [""] * len(lines)
-        for line, raw, title, year, genres in zip(lines, fields["item"], fields["title"], fields.get("year", blank), fields.get("genres", blank)):
+        given = (fields.get(need, blank) for need in ITEMS)
+        for line, raw, title, year, genres in zip(lines, *given):
             raw, title = raw.strip(), sanitise_text(title)
             if not raw or not title:
                 skipped.add("missing field", path, line)
@@ -91,7 +93,7 @@ class _Table:
             for lines, fields in self._rows:
                 yield lines, {need: fields[place] for need, place in self.found.items()}
             return
-        for batch in self._file.iter_batches(CHUNK, columns=[self.names[place] for place in self.found.values()]):
+        for batch in self._file.iter_batches(100_000, columns=[self.names[place] for place in self.found.values()]):
             lines = np.arange(1, len(batch) + 1) + self._parquet_total
             self._parquet_total += len(batch)
             yield lines, {need: _texts(batch.column(self.names[place]).to_pandas()) for need, place in self.found.items()}
@@ -117,7 +119,8 @@ def _find(folder: Path, name: str) -> Path:
     found = [path for path in paths if path.is_file()]
     if len(found) != 1:
         given = "several of them are there" if found else "none is there"
-        raise FileNotFoundError(f"{folder} must hold one of {', '.join(p.name for p in paths)}: {given}. Set data_dir to the folder with your two tables")
+        looked_for = ", ".join(path.name for path in paths)
+        raise FileNotFoundError(f"{folder} must hold one of {looked_for}: {given}. Set data_dir to the folder with your two tables")
     return found[0]
 
 

@@ -5,17 +5,18 @@ import io
 import zlib
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
 
 from recrl_lib.datasets.tables import Skipped
 from recrl_lib.progress import track
 
 BLOCK = 2**22  # bytes of text handled at once
 _PIECE = 2**18  # bytes read from disk at once; in a broken gzip file, at most this much before the break is lost
-CHUNK = 100_000  # CSV rows handled at once
 
 
 def blocks(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes]]:
@@ -62,6 +63,8 @@ def _inflate(pieces: Iterator[bytes]) -> Iterator[bytes]:
 class Rows:
     """A CSV file's rows in chunks of columns, bad rows counted; ``total`` is the number of rows seen so far.
 
+    A block of lines without a quote, in which nothing is odd, is parsed at once; any other row by row, with an eye on the line numbers.
+
     Args:
         header: the exact column names of line 1; None: the names are read from line 1, into ``names``.
         has_header: False if line 1 is data already.
@@ -70,38 +73,71 @@ class Rows:
 
     def __init__(self, path: Path, skipped: Skipped, header: Sequence[str] | None = None, has_header: bool = True, terminated: bool = True):
         self.path, self.skipped, self.terminated, self.total = path, skipped, terminated, 0
-        self._undecodable: set[int] = set()
-        self._last = b""
-        self._reader = csv.reader(self._lines(), strict=True)
-        self._line = 1
         self.names = list(header or ())
+        self._texts = self._balanced()
         if has_header:
-            found = [name.strip() for name in next(self._reader, [])]
+            number, text = next(self._texts, (1, b""))
+            first, _, rest = text.partition(b"\n")
+            found = [name.strip() for name in next(csv.reader([first.decode("utf-8", "replace").removeprefix("\ufeff")]), [])]
             if not found:
                 skipped.check(path, 0)
-            found[0] = found[0].removeprefix("\ufeff")
             if header and found != self.names:
-                raise ValueError(f"{path} line 1: the columns must be {','.join(header)}, got {','.join(found)}; this is another file, or a damaged one")
-            self.names, self._line = found, self._reader.line_num + 1
+                expected, got = ",".join(header), ",".join(found)
+                raise ValueError(f"{path} line 1: the columns must be {expected}, got {got}; this is another file, or a damaged one")
+            self.names = found
+            self._texts = chain([(number + 1, rest)] if rest else [], self._texts)
 
-    def _lines(self) -> Iterator[str]:
+    def _balanced(self) -> Iterator[tuple[int, bytes]]:
+        """Blocks, joined where a quoted field goes on in the next one; a quote that is never closed joins a few only."""
+        start, held = 1, b""
         for number, block in blocks(self.path, self.skipped):
-            for n, self._last in enumerate(io.BytesIO(block), number):
+            start = start if held else number
+            held += block
+            if held.count(b'"') % 2 == 0 or len(held) > 4 * BLOCK:
+                yield start, held
+                held = b""
+        if held:
+            yield start, held
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, list[Sequence[str]]]]:
+        """(line numbers (n,), the n texts of each column) of successive chunks of good rows."""
+        for number, text in self._texts:
+            if (fields := self._clean(text)) is not None:
+                self.total += len(fields[0])
+                yield np.arange(number, number + len(fields[0])), fields
+            elif found := list(self._dirty(number, text)):
+                lines, rows = zip(*found)
+                yield np.array(lines), list(zip(*rows))
+
+    def _clean(self, text: bytes) -> list[list[str]] | None:
+        """The columns of a text without quotes in which every line is whole and has the right number of fields, by Arrow; else None."""
+        if b'"' in text or not text.endswith(b"\n"):
+            return None
+        names = [str(n) for n in range(len(self.names))]
+        try:
+            table = pacsv.read_csv(
+                pa.BufferReader(text), pacsv.ReadOptions(use_threads=False, block_size=len(text) + 1, column_names=names),
+                pacsv.ParseOptions(quote_char=False), pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+            )
+        except pa.ArrowInvalid:
+            return None
+        return [column.to_pylist() for column in table.columns] if len(table) == text.count(b"\n") else None
+
+    def _dirty(self, number: int, text: bytes) -> Iterator[tuple[int, list[str]]]:
+        """(line number, fields) of the good rows of any text; the others are counted. ``number``: its first line."""
+        undecodable: set[int] = set()
+        last = b""
+
+        def decoded() -> Iterator[str]:
+            nonlocal last
+            for n, last in enumerate(io.BytesIO(text), number):
                 try:
-                    yield self._last.decode("utf-8")
+                    yield last.decode("utf-8")
                 except UnicodeDecodeError:
-                    self._undecodable.add(n)
-                    yield self._last.decode("utf-8", "replace")
+                    undecodable.add(n)
+                    yield last.decode("utf-8", "replace")
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, list[tuple[str, ...]]]]:
-        """(line numbers (n,), one tuple of n texts a column) of successive chunks of good rows."""
-        rows = self._rows()
-        while chunk := list(islice(rows, CHUNK)):
-            lines, fields = zip(*chunk)
-            yield np.array(lines), list(zip(*fields))
-
-    def _rows(self) -> Iterator[tuple[int, list[str]]]:
-        width, reader = len(self.names), self._reader
+        width, reader, line = len(self.names), csv.reader(decoded(), strict=True), number
         while True:
             quoting = False
             try:
@@ -110,21 +146,21 @@ class Rows:
                 row, quoting = [""], True
             if row is None:
                 return
-            line, self._line = self._line, reader.line_num + 1
+            first, line = line, number + reader.line_num
             if not row:  # an empty line
                 continue
-            span = self._line - line if quoting or len(row) != width else 1
+            span = line - first if quoting or len(row) != width else 1
             self.total += span
-            if self._undecodable and not self._undecodable.isdisjoint(range(line, self._line)):
-                self.skipped.add("not UTF-8", self.path, line, span)
-            elif not self._last.endswith(b"\n") and (self.terminated or len(row) != width):
-                self.skipped.add("cut last line", self.path, line, span)
+            if undecodable and not undecodable.isdisjoint(range(first, line)):
+                self.skipped.add("not UTF-8", self.path, first, span)
+            elif not last.endswith(b"\n") and (self.terminated or len(row) != width):
+                self.skipped.add("cut last line", self.path, first, span)
             elif quoting:
-                self.skipped.add("bad quoting", self.path, line, span)
+                self.skipped.add("bad quoting", self.path, first, span)
             elif len(row) != width:
-                self.skipped.add("wrong number of fields", self.path, line, span)
+                self.skipped.add("wrong number of fields", self.path, first, span)
             else:
-                yield line, row
+                yield first, row
 
 
 def columns(path: Path, names: Sequence[str], wanted: dict[str, str], optional: Sequence[str]) -> dict[str, int]:

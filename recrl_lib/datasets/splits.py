@@ -7,6 +7,7 @@ import pandas as pd
 
 LEAVE_ONE_OUT, GLOBAL_TIME = KINDS = ("leave-one-out", "global-time")
 MIN_EVENTS = 3  # a user's fewest events for leave-one-out: one to train on, one for validation, one for the test
+LIST_LENGTH = 10  # items recommended to each user, ``study.TOP_K``
 SHARES = 0.8, 0.9  # of all events, up to the two cuts of the global-time split
 
 
@@ -111,6 +112,26 @@ def split_users(n_users: int, share: float, seed: int) -> tuple[np.ndarray, np.n
         raise ValueError(f"share={share} of {n_users} users leaves one side empty; choose a share nearer to 0.5")
     shuffled = np.random.default_rng(seed).permutation(n_users)
     return np.sort(shuffled[:n_ppo]), np.sort(shuffled[n_ppo:])
+
+
+def check_enough(split: Split, n_items: int, n_heldout: int, wanted: int) -> None:
+    """Raise ``ValueError`` naming the remedy if later stages would lack held-out users, or a user items that are new to them.
+
+    Args:
+        wanted: users whose explanations are judged or shown.
+    """
+    if wanted > n_heldout:
+        raise ValueError(
+            f"eval_users or explain_users is {wanted}, but only {n_heldout} users are held out: lower what is larger, for example "
+            f"make all SET='eval_users={n_heldout} explain_users={min(n_heldout, 8)}', or lower ppo_users"
+        )
+    unseen = n_items - np.array(list(map(len, split.with_valid)))
+    if (few := unseen < LIST_LENGTH).any():
+        raise ValueError(
+            f"{few.sum()} users have met all but fewer than {LIST_LENGTH} of {n_items} items "
+            f"(first: user {few.argmax()}, {unseen[few.argmax()]} left), "
+            "so there is no top ten to recommend: lower min_core, or give more items"
+        )
 
 
 def _sequences(interactions: pd.DataFrame, n_users: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

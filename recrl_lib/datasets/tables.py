@@ -107,52 +107,59 @@ def assemble(raw: Raw, skipped: Skipped, *, split: str, min_core: int, max_inter
     in the order of their raw ids. Without a core filter, items that nobody met stay: they can be recommended by their text.
     Raises ``ValueError`` if nothing is left.
     """
-    rows, path = raw.interactions, raw.path
-    items = raw.items.sort_values("raw", ignore_index=True)
+    rows, items = raw.interactions, raw.items.sort_values("raw", ignore_index=True)
     item = pd.Index(items["raw"]).get_indexer(rows["item"])
     user, raw_users = pd.factorize(rows["user"], sort=True)
-    lines = rows["line"].to_numpy()
-    keep = item >= 0
-    skipped.add_rows("item without metadata", path, lines[~keep])
-    repeated = keep & pd.Series(np.where(keep, user * np.int64(len(items)) + item, -1)).duplicated().to_numpy()
-    skipped.add_rows("duplicate", path, lines[repeated])
-    skipped.check(path, raw.total)
-    kept = np.flatnonzero(keep & ~repeated)
-    kept = kept[np.argsort(rows["time"].to_numpy()[kept], kind="stable")]
+    kept = _usable(raw, user, item, skipped)
     kept = kept[latest_core(user[kept], item[kept], min_core, max_interactions)]
     if split != GLOBAL_TIME:
-        events = np.bincount(user[kept], minlength=len(raw_users))
-        short = (events > 0) & (events < MIN_EVENTS)
-        if short.any():
-            first = int(lines[kept[short[user[kept]]]].min())
-            skipped.add(SHORT_USER, path, first, int(short.sum()))
-            kept = kept[~short[user[kept]]]
+        kept = _splittable(raw, user, kept, skipped)
     if not len(kept):
-        raise ValueError(f"{path}: no interaction is left after the filters (min_core={min_core}); lower min_core, or give more data")
+        raise ValueError(f"{raw.path}: no interaction is left after the filters (min_core={min_core}); lower min_core, or give more data")
+
+    used_users, user = np.unique(user[kept], return_inverse=True)
     used_items = np.unique(item[kept]) if min_core > 1 else np.arange(len(items))
     table = pd.DataFrame({
-        "user": np.unique(user[kept], return_inverse=True)[1].astype(np.int64),
-        "item": np.searchsorted(used_items, item[kept]) + 1,
-        "time": rows["time"].to_numpy()[kept] // 1000,
+        "user": user.astype(np.int64), "item": np.searchsorted(used_items, item[kept]) + 1, "time": rows["time"].to_numpy()[kept] // 1000,
     })
     if "rating" in rows:
         table["rating"] = rows["rating"].to_numpy()[kept]
     items = items.loc[used_items].drop(columns="raw").reset_index(drop=True)
     items.insert(0, "item", np.arange(1, len(items) + 1))
-    ids = raw_users[np.unique(user[kept])]
-    known = raw.users.set_index("raw").reindex(ids) if raw.users is not None else pd.DataFrame({"gender": "", "age": 0}, index=ids)
-    users = known.reset_index(drop=True)
-    unevaluated = 0
+    ids = raw_users[used_users]
+    known = pd.DataFrame({"gender": "", "age": 0}, index=ids) if raw.users is None else raw.users.set_index("raw").loc[ids]
+    users, extra = known.reset_index(drop=True), {}
     if split == GLOBAL_TIME:
-        table, users, unevaluated = _evaluable_first(table, users)
+        table, users, extra["n_unevaluated_users"] = _evaluable_first(table, users)
     users.insert(0, "user", np.arange(len(users)))
     info = dict(
-        source=raw.source, noun=raw.noun, n_users=len(users), n_items=len(items), n_interactions=len(table),
-        order=raw.order, split=split, min_core=min_core, **({"n_unevaluated_users": unevaluated} if split == GLOBAL_TIME else {}),
-        **raw.info, skipped=skipped.counts, skipped_first=skipped.first,
+        source=raw.source, noun=raw.noun, n_users=len(users), n_items=len(items), n_interactions=len(table), order=raw.order,
+        split=split, min_core=min_core, **extra, **raw.info, skipped=skipped.counts, skipped_first=skipped.first,
         skipped_bad=sorted(kind for kind in skipped.counts if kind not in skipped.normal),
     )
     return Dataset(table, items, users, info)
+
+
+def _usable(raw: Raw, user: np.ndarray, item: np.ndarray, skipped: Skipped) -> np.ndarray:
+    """Positions, in time order, of the rows whose item is known (``item`` is not -1), of equal pairs the first in the file."""
+    lines = raw.interactions["line"].to_numpy()
+    known = item >= 0
+    skipped.add_rows("item without metadata", raw.path, lines[~known])
+    repeated = known & pd.Series(np.where(known, user * np.int64(len(raw.items)) + item, -1)).duplicated().to_numpy()
+    skipped.add_rows("duplicate", raw.path, lines[repeated])
+    skipped.check(raw.path, raw.total)
+    kept = np.flatnonzero(known & ~repeated)
+    return kept[np.argsort(raw.interactions["time"].to_numpy()[kept], kind="stable")]
+
+
+def _splittable(raw: Raw, user: np.ndarray, kept: np.ndarray, skipped: Skipped) -> np.ndarray:
+    """Those of the ``kept`` rows whose user has enough events for leave-one-out."""
+    events = np.bincount(user[kept], minlength=1)
+    short = events[user[kept]] < MIN_EVENTS
+    if short.any():
+        first = int(raw.interactions["line"].to_numpy()[kept[short]].min())
+        skipped.add(SHORT_USER, raw.path, first, int(((events > 0) & (events < MIN_EVENTS)).sum()))
+    return kept[~short]
 
 
 def _evaluable_first(table: pd.DataFrame, users: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, int]:
@@ -162,7 +169,9 @@ def _evaluable_first(table: pd.DataFrame, users: pd.DataFrame) -> tuple[pd.DataF
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
     if not whole.any():
-        raise ValueError("split='global-time': no user has events in all three periods; use split='leave-one-out', or data with longer histories")
+        raise ValueError(
+            "split='global-time': no user has events in all three periods; use split='leave-one-out', or data with longer histories"
+        )
     return table.assign(user=number[table["user"]]), users[whole].reset_index(drop=True), int((~whole).sum())
 
 

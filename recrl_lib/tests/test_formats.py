@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from recrl_lib import datasets
+from recrl_lib import datasets, explainer
+from recrl_lib.references import reference_line
 
 # --- MovieLens 25M, 32M, latest-small: CRLF, titles quoted where they hold a comma or a quote -------------
 
@@ -254,3 +255,22 @@ def test_parquet_with_missing_values_and_floats(tmp_path):
     data = datasets.load("csv", tmp_path, min_core=1, bad_row_limit=0.3)
     assert data.info["skipped_first"] == {"missing field": "interactions.parquet line 4"}
     assert data.interactions["item"].tolist() == [3, 2, 1]
+
+
+# --- what the prompt calls an item ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize(
+    "noun, system, asked, reference",
+    [
+        ("film", "You recommend films. Explain each recommendation in one or two short sentences: name the film, and link it to films "
+         "the viewer watched and to its genres.", "I watched: A; B.", "You watched B and A, so I think you will like C, a film in the same vein."),
+        ("item", "You recommend items. Explain each recommendation in one or two short sentences: name the item, and link it to items "
+         "the customer chose and to its genres.", "I chose: A; B.", "You chose B and A, so I think you will like C, an item in the same vein."),
+    ],
+)  # fmt: skip
+def test_the_prompt_and_the_reference_speak_of_what_the_data_set_holds(noun, system, asked, reference):
+    items = pd.DataFrame({"item": [1, 2, 3], "title": ["A", "B", "C"], "year": 0, "genres": ""})
+    (record,) = explainer.build_records(items, [np.array([1, 2])], np.array([[3]]), [0], [1], 5, noun)
+    chat = explainer.messages(record)
+    assert chat[0]["content"] == system and chat[1]["content"].startswith(asked)
+    assert reference_line(record | {"user": 2}) == reference

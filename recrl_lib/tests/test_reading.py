@@ -157,3 +157,19 @@ def test_columns_are_found_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"did you mean 'ratings'\? Set rating_column=ratings, or leave rating_column empty to do without"):
         columns(tmp_path / "a", ["user", "time", "ratings"], WANTED, ["rating"])
     assert columns(tmp_path / "a", ["user", "time", "ratings"], WANTED | {"rating": ""}, ["rating"]) == {"user": 0, "time": 1}
+
+
+cells = st.text(alphabet="ab,;\t é\u2028'0", max_size=6)
+plain = st.lists(st.tuples(cells, cells), min_size=1, max_size=8)
+
+
+@settings(max_examples=100)
+@given(plain, st.sampled_from(["\n", "\r\n"]), st.booleans())
+def test_clean_text_is_read_as_row_by_row(tmp_path_factory, rows, end, header):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    path.write_bytes("".join(f"{a},{b}{end}" for a, b in [("x", "y"), *rows]).encode())
+    options = {"has_header": header} | ({} if header else {"header": ["x", "y"]})
+    fast, slow = Rows(path, a := Skipped(), **options), Rows(path, b := Skipped(), **options)
+    slow._clean = lambda text: None
+    found = [[(int(n), *fields) for lines, columns in r for n, *fields in zip(lines, *columns)] for r in (fast, slow)]
+    assert found[0] == found[1] and (fast.total, a.counts) == (slow.total, b.counts)

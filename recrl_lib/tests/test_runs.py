@@ -404,6 +404,17 @@ def test_only_owned_parameters_matter_and_the_name_of_the_run_does_not(library):
     assert len(keys | {base}) == 4
 
 
+def test_the_files_of_a_data_folder_matter_to_the_data(library, tmp_path):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (folder / "items.csv").write_text("item,title\n")
+    given = Params(data_dir=str(folder))
+    before = {stage: runs.stage_key(stage, given) for stage in ("environment", "data", "ranker")}
+    assert before["data"] == runs.stage_key("data", given) != runs.stage_key("data", Params())
+    (folder / "items.csv").write_text("item,title,year\n")
+    assert {stage: runs.stage_key(stage, given) == key for stage, key in before.items()} == {"environment": True, "data": False, "ranker": False}
+
+
 def test_of_a_notebook_only_the_code_matters(library):
     path = paths.NOTEBOOKS / "01_data.ipynb"
     content = json.loads(path.read_text())

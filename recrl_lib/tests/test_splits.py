@@ -83,6 +83,22 @@ def test_global_time_lets_nothing_from_the_future_into_training(rows):
         assert history.tolist() == [i for _, _, i in known]
 
 
+def test_what_later_stages_would_lack_is_said_at_once():
+    split = datasets.split(frame([(u, i, i) for u in range(4) for i in range(1, 4 + u)]), 4, "leave-one-out")
+    datasets.check_enough(split, n_items=15, n_heldout=8, wanted=8)
+    with pytest.raises(ValueError, match="is 9, but only 8 users are held out: .*SET='eval_users=8 explain_users=8', or lower ppo_users"):
+        datasets.check_enough(split, 15, 8, 9)
+    with pytest.raises(ValueError, match=r"1 users have met all but fewer than 10 of 14 items \(first: user 3, 9 left\)"):
+        datasets.check_enough(split, 14, 8, 8)
+
+
+def test_lists_are_as_long_as_the_study_makes_them():
+    from recrl_lib import study
+    from recrl_lib.datasets import splits
+
+    assert splits.LIST_LENGTH == study.TOP_K
+
+
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split='random': choose one of leave-one-out, global-time"):
         datasets.split(frame(TIMED), 2, "random")
