@@ -72,7 +72,7 @@ class Params:
     ranker_dropout: float = _p(0.2, "ranker", "dropout", 0.0, 0.9)
     ranker_lr: float = _p(1e-3, "ranker", "Adam learning rate", 0.0)
     ranker_batch: int = _p(16, "ranker", "users in a batch", 1)
-    ranker_epochs: int = _p(4, "ranker", "most epochs", 1)
+    ranker_epochs: int = _p(2, "ranker", "most epochs", 1)
     ranker_patience: int = _p(4, "ranker", "evaluations without a better validation NDCG@10 before stopping", 1)
     ranker_item_dropout: float = _p(0.2, "ranker", "share of the history blanked in training", 0.0, 0.9)
     ranker_average: float = _p(0.99, "ranker", "decay a step of the average of weights that is kept; 0 = none", 0.0, 1.0)
