@@ -159,13 +159,13 @@ def _typed(name: str, value, kind: type):
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
     "laptop": dict(
-        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=16, ranker_patience=6,
+        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=20, ranker_patience=4,
         lora_layers=10, max_new_tokens=40, explain_users=12,
         warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4,
         eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(
-        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=10, ranker_seeds=5,
+        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=6, ranker_seeds=5,
         lora_layers=0, max_new_tokens=64, explain_users=32,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         eval_users=377, bootstrap=10_000,
