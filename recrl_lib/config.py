@@ -85,7 +85,7 @@ class Params:
     ranker_dropout: float = _p(0.2, "ranker", "dropout", 0.0, 0.9)
     ranker_lr: float = _p(1e-3, "ranker", "Adam learning rate", 0.0)
     ranker_batch: int = _p(16, "ranker", "users in a batch", 1)
-    ranker_epochs: int = _p(4, "ranker", "most epochs", 1)
+    ranker_epochs: int = _p(2, "ranker", "most epochs", 1)
     ranker_patience: int = _p(4, "ranker", "evaluations without a better validation NDCG@10 before stopping", 1)
     ranker_item_dropout: float = _p(0.2, "ranker", "share of the history blanked in training", 0.0, 0.9)
     ranker_average: float = _p(0.99, "ranker", "decay a step of the average of weights that is kept; 0 = none", 0.0, 1.0)
@@ -193,13 +193,13 @@ def _typed(name: str, value, kind: type):
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
     "laptop": dict(
-        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=16, ranker_patience=6,
+        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=20, ranker_patience=4,
         lora_layers=10, max_new_tokens=40, explain_users=12, frontier_steps=20, frontier_users=24,
         warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
         eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(
-        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=10, ranker_seeds=5,
+        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=6, ranker_seeds=5,
         lora_layers=0, max_new_tokens=64, explain_users=32, frontier_points="full", frontier_steps=60, frontier_seeds=3, frontier_users=64,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         micro_batch=32, checkpoint_every=10,
