@@ -229,7 +229,7 @@ def _attend(qkv: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor, cache: Cache
 def _decode(explainer, prompts, samples, max_new_tokens, temperature, uniforms, value_head) -> Decoded:
     rows, device = len(prompts) * samples, explainer.device
     policy = explainer.fused().policy()
-    h, prompt_mask, states, cache = _read(explainer, policy, prompts, samples, max_new_tokens)
+    h, prompt_mask, states, cached, cache = _read(explainer, policy, prompts, samples, max_new_tokens)
     width = prompt_mask.shape[1]
     room = width + max_new_tokens
     response = torch.full((rows, max_new_tokens), explainer.pad_id, device=device)
@@ -254,37 +254,41 @@ def _decode(explainer, prompts, samples, max_new_tokens, temperature, uniforms, 
             keep = (~ended[alive]).nonzero()[:, 0]
             cache.take(keep, room)
             alive, token = alive[keep], token[keep]
-        seen = torch.cat([prompt_mask, mask[:, : t + 1]], dim=1)[alive]
+        seen = torch.cat([cached, mask[:, : t + 1]], dim=1)[alive]
         h, state = policy(token[:, None], seen.sum(-1, keepdim=True) - 1, seen[:, None, None, :], cache)
         h, states[alive, width + t] = h[:, -1], state[:, 0]
     length = t + 1
     return Decoded(prompt_mask, response[:, :length], mask[:, :length], logprobs[:, :length], values[:, :length], states[:, : width + t])
 
 
-def _read(explainer, policy, prompts, samples, max_new_tokens) -> tuple[Tensor, Tensor, Tensor, Cache]:
+def _read(explainer, policy, prompts, samples, max_new_tokens) -> tuple[Tensor, Tensor, Tensor, Tensor, Cache]:
     """The prompts through the network, once each, their common beginning once for all.
 
-    Returns the last hidden state (B, d), the prompt mask (B, P), trunk states with zeros where the response's will
-    be (B, P + max_new_tokens - 1, d), and the cache. Padding stands between the common beginning and the rest:
-    positions count real tokens, so its place does not matter.
+    Returns the last hidden state (B, d), the mask (B, P) of left-padded prompts, trunk states with zeros where the
+    response's will be (B, P + max_new_tokens - 1, d), the mask (B, P) of the cache, and the cache. In the cache padding
+    stands between the common beginning and the rest: positions count real tokens, so its place does not matter.
     """
-    device = explainer.device
-    common = commonprefix(prompts)[: min(map(len, prompts)) - 1] if len(prompts) > 1 else []
-    n = len(common)
+    device, lengths = explainer.device, list(map(len, prompts))
+    common = commonprefix(prompts)[: min(lengths) - 1] if len(prompts) > 1 else []
+    n, width = len(common), max(lengths)
     ids, mask = left_pad([p[n:] for p in prompts], explainer.pad_id, device)
-    width = n + ids.shape[1]
-    room = width + max_new_tokens
-    mask = F.pad(mask, (n, 0), value=True)
-    state = torch.zeros(len(prompts), width, explainer.lm.config.hidden_size, device=device, dtype=explainer.lm.dtype)
+    mask, room = F.pad(mask, (n, 0), value=True), width + max_new_tokens
     cache = Cache(explainer, 1 if n else len(prompts), room)
     if n:
         ones = torch.ones(1, n, dtype=torch.bool, device=device)
-        _, state[:, :n] = policy(torch.tensor([common], device=device), position_ids(ones), causal_mask(ones), cache)
+        _, first = policy(torch.tensor([common], device=device), position_ids(ones), causal_mask(ones), cache)
         cache.take(torch.zeros(len(prompts), dtype=torch.long, device=device), room)
-    h, state[:, n:] = policy(ids, position_ids(mask)[:, n:], causal_mask(mask)[:, :, n:], cache)
+    h, rest = policy(ids, position_ids(mask)[:, n:], causal_mask(mask)[:, :, n:], cache)
+    states = rest.new_zeros(len(prompts), room - 1, rest.shape[-1])
+    for row, length in enumerate(lengths):
+        start = width - length
+        if n:
+            states[row, start:start + n] = first[0]
+        states[row, start + n:width] = rest[row, n - length:]
     repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
     cache.take(repeat, room)
-    return h[repeat, -1], mask[repeat], F.pad(state[repeat], (0, 0, 0, max_new_tokens - 1)), cache
+    prompt_mask = torch.arange(width, device=device) >= width - torch.tensor(lengths, device=device)[:, None]
+    return h[repeat, -1], prompt_mask[repeat], states[repeat], mask[repeat], cache
 
 
 # --- any architecture ---------------------------------------------------------------------------

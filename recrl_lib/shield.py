@@ -34,7 +34,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from recrl_lib.explainer import ADAPTED, Explainer, ItemTexts, left_pad
+from recrl_lib.explainer import Explainer, ItemTexts, left_pad
 from recrl_lib.progress import track
 
 MODES = ("update", "gradient", "frozen_a")
@@ -55,12 +55,11 @@ class GramCollector:
         self.tokens = 0
         self._mask: Tensor | None = None
         self._handles = []
-        self._layers = [(n, explainer.lm.model.layers[n].self_attn) for n in range(explainer.cut, explainer.n_layers)]
+        self._readers = {key: module for _, key, module in explainer.adapted_modules()}  # one of those that share an input
 
     def __enter__(self) -> "GramCollector":
-        for number, attention in self._layers:
-            for key, module in (("attention", attention.q_proj), ("output", attention.o_proj)):
-                self._handles.append(module.register_forward_pre_hook(self._hook(f"{number}.{key}")))
+        for key, module in self._readers.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(key)))
         return self
 
     def __exit__(self, *exc) -> None:
@@ -244,18 +243,14 @@ def _off(matrix: Tensor, basis: Tensor) -> Tensor:
 def _targets(explainer: Explainer, protected: dict[str, Subspace]):
     if explainer.peft is None:
         raise ValueError("the explainer has no adapters to shield; call add_lora first")
-    for number in range(explainer.cut, explainer.n_layers):
-        attention = explainer.lm.model.layers[number].self_attn
-        for module_name in ADAPTED:
-            module, key = getattr(attention, module_name), f"{number}.{INPUT_OF[module_name]}"
-            name = f"layer {number} {module_name}"
-            if key not in protected:
-                raise ValueError(f"no protected subspace for {name} (key {key!r}); the subspaces belong to another LoRA setting")
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            basis = protected[key].basis
-            if basis.shape[0] != a.shape[1]:
-                raise ValueError(f"{name}: its input has width {a.shape[1]}, its basis has width {basis.shape[0]}")
-            yield _Target(name, a, b, basis.to(a.device, torch.float64))
+    for name, key, module in explainer.adapted_modules():
+        if key not in protected:
+            raise ValueError(f"no protected subspace for {name} (key {key!r}); the subspaces belong to another LoRA setting")
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        basis = protected[key].basis
+        if basis.shape[0] != a.shape[1]:
+            raise ValueError(f"{name}: its input has width {a.shape[1]}, its basis has width {basis.shape[0]}")
+        yield _Target(name, a, b, basis.to(a.device, torch.float64))
 
 
 @torch.no_grad()
