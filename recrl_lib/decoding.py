@@ -203,7 +203,10 @@ def _rms(x: Tensor, norm) -> Tensor:
 
 
 def _adapted(product: Callable, x: Tensor, adapters: tuple[Tensor, Tensor] | None) -> Tensor:
-    return product(x) if adapters is None else product(x) + (x @ adapters[0]) @ adapters[1]
+    if adapters is None:
+        return product(x)
+    a, b = adapters  # float32 in a bf16 model too: PEFT's choice
+    return (product(x) + x.to(a.dtype) @ a @ b).to(x.dtype)
 
 
 def _attend(qkv: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor, cache: Cache, layer: int) -> Tensor:
