@@ -8,18 +8,19 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     assets      fetch, verify (sha256) and cache models and data sets
     datasets    one loader a format -> the same three tables; splits
     ranker      SASRec: training, scoring all items, top-k
-    explainer   the LLM, LoRA, prompts, batched sampling, item vectors
+    explainer   the LLM, LoRA, prompts, item vectors          decoding   batched sampling, fast
     shield      protected subspaces, and the shield that hooks any torch optimizer
     rewards     the training reward, in TRL's signature
     warmstart   supervised warm start (TRL) under the arm's own shield     references   composed explanations
     ppo         Shielded PPO: rollout, advantages, losses, update
+    trl_arms    TRL's RLOO and GRPO on the same prompts, reward and shield
     simulator   the click model          judge   measures never used as a reward
     claims      what a text claims: titles, genres, years, names (shared by rewards and judge)
     metrics     ranking, churn and text metrics       stats   bootstrap intervals
     evaluation  arms side by side          audit     toxicity, popularity, parity, privacy
     study       one run's tables, ranker and base ranking, as notebooks 03-10 share them
     demonstration  small real trainings that show what the shield forbids
-    environment is this machine ready?     bench     `make bench`
+    environment is this machine ready?     bench     `make bench`; bench_trl: its peer, TRL's last PPOTrainer
     runs        the run folder: parameters, manifest, metrics, artifacts, all atomic
     runner      strict papermill runner with resume
     plots       figures in one style     report  the HTML page     widgets  the chat
