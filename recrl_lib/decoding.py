@@ -47,7 +47,9 @@ def decode(
     given equal generators see common random numbers.
     """
     rows = len(prompts) * samples
-    uniforms = None if generator is None else torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(explainer.device)
+    uniforms = None
+    if generator is not None:
+        uniforms = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(explainer.device)
     run = _decode if explainer.split else _generate
     return run(explainer, prompts, samples, max_new_tokens, temperature, uniforms, value_head)
 
@@ -128,10 +130,9 @@ def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
 
 
 class Fused:
-    """A Llama-type model's frozen weights, fused for decoding; adapters are read anew at every ``policy()``."""
+    """A Llama-type model's frozen weights, fused for decoding."""
 
     def __init__(self, explainer):
-        self.explainer = explainer
         self.layers = []
         for layer in explainer.lm.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
@@ -140,9 +141,6 @@ class Fused:
                 _join(mlp.gate_proj, mlp.up_proj), _join(mlp.down_proj),
             ))
         self.head = _join(explainer.lm.lm_head)
-
-    def policy(self) -> "Policy":
-        return Policy(self)
 
 
 def _join(*modules) -> Callable[[Tensor], Tensor]:
@@ -166,9 +164,9 @@ def _adapters(*modules) -> tuple[Tensor, Tensor] | None:
 class Policy:
     """The policy at one moment: fused weights and the adapters as they are (on, off or absent)."""
 
-    def __init__(self, fused: Fused):
-        self.explainer, self.fused = fused.explainer, fused
-        attentions = [layer.self_attn for layer in self.explainer.lm.model.layers]
+    def __init__(self, explainer):
+        self.explainer, self.fused = explainer, explainer.fused()
+        attentions = [layer.self_attn for layer in explainer.lm.model.layers]
         self.adapters = [(_adapters(a.q_proj, a.k_proj, a.v_proj), _adapters(a.o_proj)) for a in attentions]
 
     def __call__(self, ids: Tensor, positions: Tensor, allowed: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
@@ -231,7 +229,7 @@ def _attend(qkv: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor, cache: Cache
 
 def _decode(explainer, prompts, samples, max_new_tokens, temperature, uniforms, value_head) -> Decoded:
     rows, device = len(prompts) * samples, explainer.device
-    policy = explainer.fused().policy()
+    policy = Policy(explainer)
     h, prompt_mask, states, cached, cache = _read(explainer, policy, prompts, samples, max_new_tokens)
     width = prompt_mask.shape[1]
     room = width + max_new_tokens

@@ -42,7 +42,9 @@ def test_prompts_come_out_padded_on_the_left_with_the_trunk_states_of_their_toke
     torch.testing.assert_close(rollout.states[rollout.full_mask], expected[rollout.full_mask], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], [PROMPTS[0]] * 3, [[1], [1, 2]], [SYSTEM, SYSTEM + [1]]], ids=["one", "equal", "shortest", "a beginning"])
+@pytest.mark.parametrize(
+    "prompts", [PROMPTS[:1], [PROMPTS[0]] * 3, [[1], [1, 2]], [SYSTEM, SYSTEM + [1]]], ids=["one", "equal", "shortest", "a beginning"]
+)
 def test_prompts_of_every_shape(prompts):
     explainer = tuned()
     rollout = sample(explainer, prompts, uniforms=0)
