@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save as safetensors_bytes
 from torch import Tensor
 
 from recrl_lib import assets, decoding
-from recrl_lib.decoding import causal_mask, left_pad, position_ids
+from recrl_lib.decoding import causal_mask, left_pad, position_ids  # left_pad: others import it from here
 from recrl_lib.files import write_atomic
 from recrl_lib.paths import cache_dir
 from recrl_lib.progress import track
