@@ -9,11 +9,12 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     datasets    one loader a format -> the same three tables; splits
     ranker      SASRec: training, scoring all items, top-k          softmax   its loss, in bounded memory
     baselines   popularity, Markov, EASE^R          coldstart   items that training never saw
-    explainer   the LLM, LoRA, prompts, batched sampling, item vectors
+    explainer   the LLM, LoRA, prompts, item vectors          decoding   batched sampling, fast
     shield      protected subspaces, and the shield that hooks any torch optimizer
     rewards     the training reward, in TRL's signature
     warmstart   supervised warm start (TRL) under the arm's own shield     references   composed explanations
     ppo         Shielded PPO: rollout, advantages, losses, update          vitals       what its steps log, and warnings
+    trl_arms    TRL's RLOO and GRPO on the same prompts, reward and shield
     checkpoint  an arm's state on disk     arms       one arm: warm start, merge, PPO (or TRL), resume
     simulator   the click model          judge   measures never used as a reward
     claims      what a text claims: titles, genres, years, names (shared by rewards and judge)
@@ -22,7 +23,7 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     study       one run's tables, ranker and base ranking, as notebooks 03-10 share them
     frontier    many short trainings: learning kept against ranking moved
     demonstration  small real trainings that show what the shield forbids
-    environment is this machine ready?     bench, bench_ranker, bench_data   `make bench`
+    environment is this machine ready?     bench     `make bench`, with bench_ranker, bench_data and bench_trl (TRL's last PPOTrainer)
     runs        the run folder: parameters, manifest, metrics, artifacts, all atomic
     runner      strict papermill runner with resume
     plots       figures in one style     report  the HTML page     widgets  the chat

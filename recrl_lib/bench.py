@@ -1,19 +1,52 @@
-"""``make bench``: the parts that cost the most, each beside the plain way to do it, in one run.
+"""``make bench``: what costs the most, each beside another way to do it, in one run.
 
-Times are CPU-seconds of this process (wall seconds on a GPU), so that other work on the machine weighs
-less; read the ratios, which carry over, rather than the seconds, which do not.
+``python -m recrl_lib.bench [SECTION ...] [--json PATH]``; all sections by default. Times are CPU-seconds of one
+process (wall seconds on a GPU), so that other work on the machine weighs less; read the ratios, which carry over,
+rather than the seconds, which do not.
 """
 
+import argparse
+import json
 import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
 import time
+import venv
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from recrl_lib import assets, bench_data, bench_ranker, config, datasets, explainer as ex, ppo, rewards, shield as sh, study
+from recrl_lib.files import write_atomic
 
-PROMPTS, SAMPLES, TOKENS, ITEMS = 8, 4, 40, 320
+PROMPTS, SAMPLES, TOKENS, ITEMS, STEPS = 8, 4, 40, 320, 2
+PEER = "trl==1.12.0"  # the last with a PPOTrainer
+
+
+@dataclass
+class Row:
+    """One comparison. ``ratio``: how many times better ours is; NaN where there is no other way to compare with."""
+
+    what: str
+    unit: str
+    ours: float
+    peer: float = float("nan")
+    peer_is: str = ""
+    more_is_better: bool = True
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.peer if self.more_is_better else self.peer / self.ours
+
+    def line(self) -> str:
+        peer = f"{self.peer:>10,.2f}{self.ratio:>8.2f} x   {self.peer_is}" if self.peer == self.peer else ""
+        return f"{self.what:<28}{self.unit:<20}{self.ours:>10,.2f}{peer}"
 
 
 def clocked(function: Callable, device: torch.device) -> tuple[float, object]:
@@ -28,71 +61,208 @@ def clocked(function: Callable, device: torch.device) -> tuple[float, object]:
     return clock() - start, result
 
 
-def show(what: str, ours: float, plain: float, plain_is: str) -> None:
-    print(f"{what:<28}{ours:>8.2f} s{plain:>9.2f} s{plain / ours:>7.1f} x   {plain_is}", flush=True)
+class Bench:
+    """What the sections share, made when first asked for: the laptop profile's explainer and real prompts."""
+
+    def __init__(self):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.params = config.resolve("laptop", prompts_per_step=PROMPTS, samples_per_prompt=SAMPLES, max_new_tokens=TOKENS)
+
+    @cached_property
+    def data(self) -> datasets.Dataset:
+        return datasets.load("ml-100k", assets.ml100k_folder())
+
+    @cached_property
+    def reader(self) -> ex.Explainer:
+        return ex.load_for(self.params, 0, self.device)
+
+    @cached_property
+    def records(self) -> list[dict]:
+        """The first users' histories and the most popular film."""
+        histories = [g["item"].to_numpy() for _, g in self.data.interactions.groupby("user", sort=True)]
+        popular = self.data.interactions["item"].value_counts().index[:10].to_numpy()
+        return ex.build_records(self.data.items, histories, np.tile(popular, (len(histories), 1)), range(PROMPTS), [1] * PROMPTS, 5)
+
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        return [ex.prompt_ids(self.reader, ex.messages(r)) for r in self.records]
+
+    @cached_property
+    def reward(self) -> rewards.Reward:
+        return rewards.Reward(self.params.reward, study.catalogue_of(self.data.items))
+
+    def sample(self, tokens: int = TOKENS) -> ex.Rollout:
+        return ex.sample(self.reader, self.prompts, SAMPLES, tokens, self.params.temperature, torch.Generator().manual_seed(0))
+
+    @cached_property
+    def rollout(self) -> ex.Rollout:
+        return self.sample()
+
+    @cached_property
+    def repeated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, mask) of every row's own prompt."""
+        return ex.left_pad([p for p in self.prompts for _ in range(SAMPLES)], self.reader.pad_id, self.device)
 
 
-def bench_records(data: datasets.Dataset) -> list[dict]:
-    """Real prompts: the first users' histories and the most popular film."""
-    histories = [g["item"].to_numpy() for _, g in data.interactions.groupby("user", sort=True)]
-    popular = data.interactions["item"].value_counts().index[:10].to_numpy()
-    return ex.build_records(data.items, histories, np.tile(popular, (len(histories), 1)), range(PROMPTS), [1] * PROMPTS, 5)
+# --- sections -----------------------------------------------------------------------------------
+
+def sampling(bench: Bench) -> list[Row]:
+    reader, (ids, mask) = bench.reader, bench.repeated
+    bench.sample(2)  # packs the weights, once per model
+    settings = dict(do_sample=True, temperature=bench.params.temperature, top_k=0, top_p=1.0, pad_token_id=reader.pad_id)
+
+    def generate(tokens: int) -> int:
+        out = reader.lm.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=tokens, **settings)
+        return int((out[:, ids.shape[1]:] != reader.pad_id).sum())
+
+    def rates(run: Callable[[int], int]) -> tuple[float, float]:
+        """Tokens a second, (all in, decoding alone: less the time to the first token)."""
+        (first, n), (whole, total) = clocked(lambda: run(1), bench.device), clocked(lambda: run(TOKENS), bench.device)
+        return total / whole, (total - n) / (whole - first)
+
+    ours, theirs = rates(lambda n: int(bench.sample(n).mask.sum())), rates(generate)
+    return [
+        Row(name, "tokens / s", a, b, "transformers' generate")
+        for name, a, b in zip((f"sample {PROMPTS} x {SAMPLES}, all in", "decoding alone"), ours, theirs)
+    ]
 
 
-def main() -> None:
-    os.environ["RECRL_PROGRESS"] = "off"  # bars would cut the table
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    params = config.resolve("laptop", prompts_per_step=PROMPTS, samples_per_prompt=SAMPLES, max_new_tokens=TOKENS)
-    reader = ex.load_for(params, 0, device)
-    data = datasets.load("ml-100k", assets.ml100k_folder())
-    records = bench_records(data)
-    prompts = [ex.prompt_ids(reader, ex.messages(r)) for r in records]
-    print(f"{device}, {torch.get_num_threads()} threads, {params.llm}, adapters on the top {params.lora_layers} of {reader.n_layers} layers")
-    print(f"{'':<28}{'ours':>10}{'plain':>11}{'ratio':>9}   the plain way")
-
-    generator = torch.Generator().manual_seed(0)
-    ours, rollout = clocked(lambda: ex.sample(reader, prompts, SAMPLES, TOKENS, params.temperature, generator), device)
-    ids, mask = ex.left_pad([p for p in prompts for _ in range(SAMPLES)], reader.pad_id, device)
-    generate = dict(max_new_tokens=TOKENS, do_sample=True, temperature=params.temperature, top_k=0, top_p=1.0, pad_token_id=reader.pad_id)
-    plain, out = clocked(lambda: reader.lm.generate(input_ids=ids, attention_mask=mask.long(), **generate), device)
-    generated = out[:, ids.shape[1]:]
-    plain_tokens = int((generated != reader.pad_id).sum())
-    tokens = int(rollout.mask.sum())
-    show("sample, a 1,000 tokens", 1000 * ours / tokens, 1000 * plain / plain_tokens, "transformers' generate")
-
-    full = torch.cat([ids, rollout.response], 1)[:, :-1]
-    full_mask = rollout.full_mask
+def update(bench: Bench) -> list[Row]:
+    reader, rollout, (ids, prompt_mask) = bench.reader, bench.rollout, bench.repeated
+    full, full_mask = torch.cat([ids, rollout.response], 1)[:, :-1], torch.cat([prompt_mask, rollout.mask[:, :-1]], 1)
 
     def whole() -> None:
         logits = reader.lm(input_ids=full, attention_mask=full_mask.long(), position_ids=ex.position_ids(full_mask)).logits
         torch.log_softmax(logits[:, ids.shape[1] - 1:].float(), -1).gather(-1, rollout.response[..., None]).sum().backward()
 
-    ours, _ = clocked(lambda: ex.token_logprobs(reader, rollout, params.temperature).sum().backward(), device)
-    plain, _ = clocked(whole, device)
-    show("update, one pass", ours, plain, "all layers, all positions through the head")
+    tokens = int(full_mask.sum())
+    ours, _ = clocked(lambda: ex.token_logprobs(reader, rollout, bench.params.temperature).sum().backward(), bench.device)
+    plain, _ = clocked(whole, bench.device)
+    return [Row("update, one pass", "tokens / s", tokens / ours, tokens / plain, "all layers, every position through the head")]
 
-    items = ex.ItemTexts(reader, data.items["text"].tolist()[:ITEMS])
-    items.states()
-    ours, _ = clocked(items.vectors, device)
+
+def items(bench: Bench) -> list[Row]:
+    texts = ex.ItemTexts(bench.reader, bench.data.items["text"].tolist()[:ITEMS])
+    texts.states()
+    ours, _ = clocked(texts.vectors, bench.device)
 
     @torch.no_grad()
     def encode() -> None:
-        for _, part in items.batches:
-            reader.lm.model(input_ids=part.to(device)).last_hidden_state.mean(1)
+        for _, part in texts.batches:
+            bench.reader.lm.model(input_ids=part.to(bench.device)).last_hidden_state.mean(1)
 
-    plain, _ = clocked(encode, device)
-    show(f"re-encode {ITEMS} items", ours, plain, "all layers")
+    plain, _ = clocked(encode, bench.device)
+    return [Row("re-encode items", "items / s", ITEMS / ours, ITEMS / plain, "all layers")]
 
-    grams, _ = sh.item_grams(reader, items)
-    shield = sh.Shield(reader, sh.subspaces(grams, params.shield_energy))
-    reward = rewards.Reward("grounded", study.catalogue_of(data.items))
-    seconds, line = clocked(ppo.PPO(reader, reward, records, params, 0, shield).step, device)
-    print(f"\none Shielded PPO step: {seconds:.1f} s, of which the shield {100 * line['shield_seconds'] / line['step_seconds']:.2f} %")
-    texts = rollout.texts * 40
-    seconds, _ = clocked(lambda: reward([r for r in records for _ in range(SAMPLES)] * 40, texts), torch.device("cpu"))
-    print(f"reward: {len(texts) / seconds:,.0f} texts a CPU-second")
-    bench_ranker.main()
-    bench_data.main()
+
+def shield(bench: Bench) -> list[Row]:
+    texts = ex.ItemTexts(bench.reader, bench.data.items["text"].tolist()[:ITEMS])
+    guard = sh.Shield(bench.reader, sh.subspaces(sh.item_grams(bench.reader, texts)[0], bench.params.shield_energy))
+    line = ppo.PPO(bench.reader, bench.reward, bench.records, bench.params, 0, guard).step()
+    guard.detach()
+    return [Row("shield in a PPO step", "% of its time", 100 * line["shield_seconds"] / line["step_seconds"])]
+
+
+def reward(bench: Bench) -> list[Row]:
+    texts, records = bench.rollout.texts * 40, [r for r in bench.records for _ in range(SAMPLES)] * 40
+    seconds, _ = clocked(lambda: bench.reward(records, texts), torch.device("cpu"))
+    return [Row("reward", "texts / s", len(texts) / seconds)]
+
+
+def trl(bench: Bench) -> list[Row]:
+    """Shielded PPO (no shield) and TRL's PPOTrainer, each in a process of its own, on equal work."""
+    if bench.device.type != "cpu":
+        raise RuntimeError("the comparison with TRL is for CPUs; hide the GPU (CUDA_VISIBLE_DEVICES=) to run it")
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "task.json"
+        task.write_text(json.dumps(ppo_task(bench, folder)), encoding="utf-8")
+        python = peer_environment(Path(folder) / "peer")
+        ours = _child([sys.executable, "-m", "recrl_lib.bench", "--own-ppo", str(task)])
+        theirs = _child([python, "-P", str(Path(__file__).with_name("bench_trl.py")), str(task)])
+    rows = PROMPTS * SAMPLES
+    return [
+        Row("PPO step", "episodes / cpu-s", rows / ours["cpu_seconds"], rows / theirs["cpu_seconds"], f"PPOTrainer of {PEER}"),
+        Row("PPO step", "episodes / wall s", rows / ours["wall_seconds"], rows / theirs["wall_seconds"], f"PPOTrainer of {PEER}"),
+        Row("PPO peak memory", "GiB", ours["peak_gb"], theirs["peak_gb"], f"PPOTrainer of {PEER}", more_is_better=False),
+    ]
+
+
+SECTIONS = {f.__name__: f for f in (sampling, update, items, shield, reward, trl)}
+ELSEWHERE = {"ranker": bench_ranker.main, "data": bench_data.main}  # print tables of their own
+
+
+# --- the comparison with TRL --------------------------------------------------------------------
+
+def ppo_task(bench: Bench, folder: str) -> dict:
+    """What both trainers are to do: a batch of prompts, each as often as it is sampled, and all settings."""
+    p, reader = bench.params, bench.reader
+    return dict(
+        model=str(assets.smollm2_folder()), folder=folder, prompts=[ids for ids in bench.prompts for _ in range(SAMPLES)],
+        tokens=TOKENS, temperature=p.temperature, epochs=p.ppo_epochs, minibatches=p.minibatches, learning_rate=p.learning_rate,
+        rank=p.lora_rank, alpha=p.lora_alpha, modules=list(ex.ADAPTED), layers=list(range(reader.cut, reader.n_layers)),
+        steps=STEPS, threads=torch.get_num_threads(),
+    )
+
+
+def peer_environment(folder: Path) -> str:
+    """Python of a fresh environment with the peer's TRL before everything that this environment has."""
+    venv.create(folder, with_pip=False)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    _output([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", PEER])
+    packages = _output([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
+    Path(packages, "parent.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return str(python)
+
+
+def own_ppo(path: str) -> None:
+    """Our side of ``trl``, in a process of its own; prints what ``bench_trl`` prints."""
+    task = json.loads(Path(path).read_text(encoding="utf-8"))
+    torch.set_num_threads(task["threads"])
+    bench = Bench()
+    trainer = ppo.PPO(bench.reader, bench.reward, bench.records, bench.params, 0)
+    cpu, wall = time.process_time(), time.perf_counter()
+    trainer.train(task["steps"])
+    print(json.dumps({
+        "steps": task["steps"], "cpu_seconds": (time.process_time() - cpu) / task["steps"],
+        "wall_seconds": (time.perf_counter() - wall) / task["steps"], "peak_gb": ppo.peak_memory_gb(bench.device),
+    }))
+
+
+def _child(command: list[str]) -> dict:
+    return json.loads(_output(command).splitlines()[-1])
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m recrl_lib.bench", description="time the parts that cost the most")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join([*SECTIONS, *ELSEWHERE])}; default: all")
+    parser.add_argument("--json", type=Path, help="write the table here too")
+    parser.add_argument("--own-ppo", metavar="TASK", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.sections) - {*SECTIONS, *ELSEWHERE}:
+        parser.error(f"no section is called {', '.join(sorted(unknown))}; sections: {', '.join([*SECTIONS, *ELSEWHERE])}")
+    os.environ["RECRL_PROGRESS"] = "off"  # bars would cut the table
+    if options.own_ppo:
+        return own_ppo(options.own_ppo)
+    bench, table = Bench(), []
+    print(f"{bench.device}, {torch.get_num_threads()} threads, {bench.params.llm}, adapters on the top {bench.params.lora_layers} layers")
+    print(f"{'':<48}{'ours':>10}{'peer':>10}{'ratio':>10}")
+    for name, section in SECTIONS.items():
+        if not options.sections or name in options.sections:
+            for row in section(bench):
+                print(row.line(), flush=True)
+                table.append({"section": name, **asdict(row)} | ({"ratio": row.ratio} if row.peer == row.peer else {"peer": None}))
+    if options.json:
+        write_atomic(options.json, json.dumps(table, indent=1) + "\n")
+    for name, section in ELSEWHERE.items():
+        if not options.sections or name in options.sections:
+            section()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recrl_lib.explainer import Explainer, ItemTexts, left_pad, messages, prompt_ids
-from recrl_lib.shield import INPUT_OF, Shield, Subspace
+from recrl_lib.shield import Shield, Subspace
 
 
 def targets(explainer: Explainer, study, explanations) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,8 +72,8 @@ def one_layer(
 
     Inputs are what the base model feeds that layer, so this looks at the layer alone. Rows: name, value.
     """
-    module = explainer.lm.model.layers[-1].self_attn.q_proj
-    basis = protected[f"{explainer.n_layers - 1}.{INPUT_OF['q_proj']}"].basis
+    key, module = next((key, m) for _, key, m in explainer.adapted_modules() if key == f"{explainer.n_layers - 1}.attention")
+    basis = protected[key].basis
     a, b, s = module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"]
     inputs: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))

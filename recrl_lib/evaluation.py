@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save as safetensors_bytes
 from torch import Tensor
 
 from recrl_lib import judge, metrics, ranker, simulator, stats
-from recrl_lib.explainer import ADAPTED, Explainer, ItemTexts, explain
+from recrl_lib.explainer import Explainer, ItemTexts, explain
 from recrl_lib.files import write_atomic
 from recrl_lib.study import TOP_K, Study
 
@@ -86,17 +86,15 @@ def served_vectors(tuned: Explainer, fresh: Explainer, items: ItemTexts) -> Tens
     ``fresh``: the same base model without adapters, changed in place. ``items`` belong to ``tuned``; their trunk
     states are used again, since no adapter lies below them.
     """
-    name = "{}.self_attn.{}.weight".format
-    layers = range(tuned.cut, tuned.n_layers)
     merged = {
-        name(n, m): module.base_layer.weight + module.get_delta_weight("default")
-        for n in layers for m in ADAPTED for module in [getattr(tuned.lm.model.layers[n].self_attn, m)]
+        f"{name}.weight": module.base_layer.weight + module.get_delta_weight("default")
+        for name, module in tuned.lm.named_modules() if hasattr(module, "lora_A")
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "merged.safetensors"
         write_atomic(path, safetensors_bytes({k: v.cpu().contiguous() for k, v in merged.items()}))
         for key, weight in load_file(path).items():
-            fresh.lm.model.layers.get_parameter(key).copy_(weight)
+            fresh.lm.get_parameter(key).copy_(weight)
     fresh.cut = tuned.cut
     fresh.forget_hash()
     items.states()

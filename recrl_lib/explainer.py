@@ -1,10 +1,11 @@
 """The explainer: a small instruct LLM with LoRA on its top layers; prompts, sampling, item vectors.
 
-The network is run in two parts. Layers below ``cut`` are never tuned, so what they compute for a
+A Llama-type network is run in two parts. Layers below ``cut`` are never tuned, so what they compute for a
 text (its *trunk states*) is computed once and reused by the reference policy, every PPO epoch and
 every re-encoding of the items; only the layers from ``cut`` up, which carry the adapters, run again.
 This is exact (the split changes no operation), and is the idea of trlX's "hydra" head
-(https://github.com/CarperAI/trlx, issue 33).
+(https://github.com/CarperAI/trlx, issue 33). Other architectures run whole: ``cut`` is 0, the trunk states
+are the embeddings, and sampling goes through transformers' ``generate``.
 
 One policy, everywhere: sampling, old, reference and new log-probabilities are all those of
 ``softmax(logits / temperature)`` with no other processor (Huang et al. 2024, arXiv 2403.17031).
@@ -13,9 +14,11 @@ Shapes: B rows, P prompt tokens (left-padded), R response tokens (right-padded),
 """
 
 import hashlib
+import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from recrl_lib import assets, decoding
 from recrl_lib.claims import NOUNS
-from recrl_lib.decoding import causal_mask, left_pad, position_ids
+from recrl_lib.decoding import causal_mask, left_pad, position_ids  # left_pad: others import it from here
 from recrl_lib.files import write_atomic
 from recrl_lib.paths import cache_dir
 from recrl_lib.progress import track
@@ -36,7 +39,13 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # tr
 transformers.utils.logging.disable_progress_bar()  # a bar in a stored notebook differs at every run
 transformers.utils.logging.set_verbosity_error()
 
-ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")  # of a Llama-type layer
+# Projections of an attention block, as the architectures call them, and which of its two inputs each one reads.
+INPUT_OF_PROJECTION = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"), "attention"),
+    **dict.fromkeys(("o_proj", "out_proj", "dense", "c_proj"), "output"),
+}
+_PROJECTION = re.compile(r"\.(\d+)\.(?:self_attn|self_attention|attn|attention)\.(\w+)")
 PACKAGED = {"smollm2-135m-instruct": assets.smollm2_folder}
 SPLIT = ("llama",)  # model types that can be run in two parts and decoded by our own loop; others run whole
 SYSTEM = (
@@ -58,31 +67,64 @@ class Explainer:
         self.peft: PeftModel | None = None
         self._base_sha256: str | None = None
         self._fused: decoding.Fused | None = None
-        self.cut = self.n_layers
+        self.cut = self.n_layers if self.split else 0
         # PAD must not be EOS: this tokenizer ships with pad == eos == <|im_end|>, which also ends
         # every turn inside the prompt. Masks come from lengths, never from `ids != pad`.
         self.eos_id = tokenizer.eos_token_id
         self.pad_id = next(i for i in (tokenizer.unk_token_id, 0, 1) if i is not None and i != self.eos_id)
+        if not self.split:
+            self._check_head(name)
 
     @property
     def n_layers(self) -> int:
-        return len(self.lm.model.layers)
+        return self.lm.config.num_hidden_layers
 
     def add_lora(self, rank: int, alpha: int, layers: int, seed: int) -> "Explainer":
-        """Adapters on q, k, v, o of the top ``layers`` layers (0 = all); B = 0, so nothing changes yet."""
+        """Adapters on the attention projections of the top ``layers`` layers (0 = all); B = 0, so nothing changes yet."""
         if self.peft is not None:
             raise RuntimeError("this explainer already has adapters")
         if layers > self.n_layers:
             raise ValueError(f"lora_layers={layers}: the model has {self.n_layers} layers")
-        self.cut = self.n_layers - (layers or self.n_layers)
+        first = self.n_layers - (layers or self.n_layers)
+        targets = [name for name, layer, _ in self._projections() if layer >= first]
+        if not targets:
+            raise ValueError(
+                f"llm of type {self.lm.config.model_type!r}: no attention projection to adapt was found; known names: "
+                f"{', '.join(INPUT_OF_PROJECTION)}"
+            )
+        self.cut = first if self.split else 0
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(ADAPTED), task_type="CAUSAL_LM",
-            layers_to_transform=list(range(self.cut, self.n_layers)),
+            r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM",
+            fan_in_fan_out=isinstance(self.lm.get_submodule(targets[0]), transformers.pytorch_utils.Conv1D),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # LoRA draws A on the CPU at creation
             self.peft = get_peft_model(self.lm, config)
         return self
+
+    def _projections(self) -> list[tuple[str, int, str]]:
+        """(module name, layer number, projection name) of every attention projection, in the model's order."""
+        found = ((name, _PROJECTION.search(name)) for name, _ in self.lm.named_modules())
+        return [(n, int(m[1]), m[2]) for n, m in found if m and m.end() == len(n) and m[2] in INPUT_OF_PROJECTION]
+
+    def adapted_modules(self) -> list[tuple[str, str, torch.nn.Module]]:
+        """(name for messages, key of its input, module) of every adapted layer; modules of one key read the same input."""
+        return [
+            (f"layer {layer} {projection}", f"{layer}.{INPUT_OF_PROJECTION[projection]}", self.lm.get_submodule(name))
+            for name, layer, projection in self._projections() if hasattr(self.lm.get_submodule(name), "lora_A")
+        ]
+
+    @torch.no_grad()
+    def _check_head(self, name: str) -> None:
+        """An architecture we know nothing about must give its logits as its output embeddings of its last hidden state."""
+        ids = torch.arange(4, device=self.device)[None]
+        logits = self.lm(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        ours = self.log_softmax(self.top(self.trunk(ids, torch.ones_like(ids)), torch.ones_like(ids)), 1.0)
+        if not torch.allclose(torch.log_softmax(logits.float(), -1), ours, atol=1e-3):
+            raise ValueError(
+                f"llm={name!r}, a {self.lm.config.model_type!r} model, does more than a linear head on its last hidden state "
+                "(a soft cap or a scale); choose another, e.g. of type llama, qwen2, mistral, opt or gpt2"
+            )
 
     @contextmanager
     def reference(self):
@@ -125,26 +167,31 @@ class Explainer:
         """(trainable, total) parameters."""
         return sum(p.numel() for p in self.adapter_parameters()), sum(p.numel() for p in self.lm.parameters())
 
-    def _run(self, h: Tensor, first: int, last: int, mask: Tensor, positions: Tensor, cache=None) -> Tensor:
+    def _run(self, h: Tensor, first: int, last: int, mask: Tensor, positions: Tensor) -> Tensor:
         model = self.lm.model
         rotary = model.rotary_emb(h, positions)
         for layer in model.layers[first:last]:
-            h = layer(h, attention_mask=mask, position_ids=positions, position_embeddings=rotary, past_key_values=cache)
+            h = layer(h, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
         return h
 
     def trunk(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Trunk states (B, T, d) of ``ids`` (B, T): the input of layer ``cut``."""
+        """Trunk states (B, T, d) of ``ids`` (B, T): the input of layer ``cut``, or the embeddings of a model run whole."""
         with torch.no_grad():
+            if not self.split:
+                return self.lm.get_input_embeddings()(ids)
             return self._run(self.lm.model.embed_tokens(ids), 0, self.cut, causal_mask(mask), position_ids(mask))
 
     def top(self, states: Tensor, mask: Tensor) -> Tensor:
         """Final normed hidden states (B, T, d) from trunk states, through the adapters if they are on."""
+        if not self.split:
+            places = {"position_ids": position_ids(mask)} if "position_ids" in signature(self.lm.base_model.forward).parameters else {}
+            return self.lm.base_model(inputs_embeds=states, attention_mask=mask.long(), use_cache=False, **places).last_hidden_state
         h = self._run(states, self.cut, self.n_layers, causal_mask(mask), position_ids(mask))
         return self.lm.model.norm(h)
 
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
         """Log-probabilities (..., V) in float32 of the policy at ``temperature``."""
-        return torch.log_softmax(self.lm.lm_head(hidden).float() / temperature, dim=-1)
+        return torch.log_softmax(self.lm.get_output_embeddings()(hidden).float() / temperature, dim=-1)
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Explainer:

@@ -51,13 +51,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recrl_lib.explainer import ADAPTED, Explainer, ItemTexts, left_pad
+from recrl_lib.explainer import Explainer, ItemTexts, left_pad
 from recrl_lib.progress import track
 
 MODES = ("none", "gradient", "update", "frozen_a", "penalty", "restart", "align")
 PROJECTING = ("gradient", "update", "frozen_a")  # keep A in the null space from the first step on
 BASES = ("activation", "sensitivity", "contrastive", "readout", "random")
-INPUT_OF = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "o_proj": "output"}
 
 
 # --- what the ranker reads ----------------------------------------------------------------------
@@ -74,12 +73,11 @@ class GramCollector:
         self.tokens = 0
         self._mask: Tensor | None = None
         self._handles = []
-        self._layers = [(n, explainer.lm.model.layers[n].self_attn) for n in range(explainer.cut, explainer.n_layers)]
+        self._readers = {key: module for _, key, module in explainer.adapted_modules()}  # one of those that share an input
 
     def __enter__(self) -> "GramCollector":
-        for number, attention in self._layers:
-            for key, module in (("attention", attention.q_proj), ("output", attention.o_proj)):
-                self._handles.append(module.register_forward_pre_hook(self._hook(f"{number}.{key}")))
+        for key, module in self._readers.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(key)))
         return self
 
     def __exit__(self, *exc) -> None:
@@ -142,16 +140,13 @@ def sensitivity_grams(
     chosen = set((rng.permutation(sorted(only) if only else np.arange(1, items.n_items + 1))[:n]).tolist())
     inputs, answers = {}, {}
 
-    def hook(key: str, module_name: str):
+    def hook(key: str, name: str):
         def keep(module, args, output):
-            inputs[key], answers[key, module_name] = args[0], output
+            inputs[key], answers[key, name] = args[0], output
 
         return keep
 
-    layers = [(i, explainer.lm.model.layers[i].self_attn) for i in range(explainer.cut, explainer.n_layers)]
-    handles = [
-        getattr(attention, m).register_forward_hook(hook(f"{i}.{INPUT_OF[m]}", m)) for i, attention in layers for m in ADAPTED
-    ]
+    handles = [module.register_forward_hook(hook(key, name)) for name, key, module in explainer.adapted_modules()]
     try:
         with explainer.reference():
             for (numbers, ids), states in zip(track(items.batches, "sensitivities"), items.states()):
@@ -289,17 +284,19 @@ def contrastive_frame(items: Tensor, prompts: Tensor, ridge: float = 1e-3) -> Te
 
 
 def readout_of(ranker) -> Tensor:
-    """R (d_rank, d): how a ranker's item vectors react to text vectors, ``W diag(1 / std)``."""
-    return (ranker.text.weight / ranker.text_std).detach()
+    """R (d_rank, d): how a ranker's item vectors react to text vectors, ``W diag(1 / scale)``."""
+    return (ranker.text.weight / ranker.text_scale).detach()
 
 
 def readout_rows(explainer: Explainer, readout: Tensor) -> dict[str, Tensor]:
     """``readout`` carried to every layer input: as it is where the residual stream is read, through W_o for the attention's answer."""
     rows = {}
-    for number in range(explainer.cut, explainer.n_layers):
-        o_proj = explainer.lm.model.layers[number].self_attn.o_proj
-        weight = getattr(o_proj, "base_layer", o_proj).weight.detach().double()
-        rows |= {f"{number}.attention": readout.double(), f"{number}.output": readout.to(weight) @ weight}
+    for _, key, module in explainer.adapted_modules():
+        if key.endswith(".output"):
+            weight = module.base_layer.weight.detach().double()
+            rows[key] = readout.to(weight) @ weight
+        else:
+            rows[key] = readout.double()
     return rows
 
 
@@ -448,21 +445,17 @@ def _off(matrix: Tensor, basis: Tensor) -> Tensor:
 def _targets(explainer: Explainer, protected: Mapping[str, Subspace]):
     if explainer.peft is None:
         raise ValueError("the explainer has no adapters to shield; call add_lora first")
-    adapted = {f"{n}.{key}" for n in range(explainer.cut, explainer.n_layers) for key in INPUT_OF.values()}
-    if strangers := sorted(set(protected) - adapted):
+    adapted = list(explainer.adapted_modules())
+    if strangers := sorted(set(protected) - {key for _, key, _ in adapted}):
         raise ValueError(f"protected subspace {strangers[0]!r} matches no adapter; the subspaces belong to another LoRA setting")
-    for number in range(explainer.cut, explainer.n_layers):
-        attention = explainer.lm.model.layers[number].self_attn
-        for module_name in ADAPTED:
-            module, key = getattr(attention, module_name), f"{number}.{INPUT_OF[module_name]}"
-            name = f"layer {number} {module_name}"
-            if key not in protected:
-                raise ValueError(f"no protected subspace for {name} (key {key!r}); the subspaces belong to another LoRA setting")
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            basis = protected[key].basis
-            if basis.shape[0] != a.shape[1]:
-                raise ValueError(f"{name}: its input has width {a.shape[1]}, its basis has width {basis.shape[0]}")
-            yield _Target(name, a, b, basis.to(a.device, torch.float64))
+    for name, key, module in adapted:
+        if key not in protected:
+            raise ValueError(f"no protected subspace for {name} (key {key!r}); the subspaces belong to another LoRA setting")
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        basis = protected[key].basis
+        if basis.shape[0] != a.shape[1]:
+            raise ValueError(f"{name}: its input has width {a.shape[1]}, its basis has width {basis.shape[0]}")
+        yield _Target(name, a, b, basis.to(a.device, torch.float64))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from recrl_lib.explainer import ADAPTED, Explainer, messages
+from recrl_lib.explainer import Explainer, messages
 from recrl_lib.progress import track
 from recrl_lib.references import reference_line
 from recrl_lib.shield import Shield
@@ -79,10 +79,8 @@ class _Watcher(TrainerCallback):
 def merge(explainer: Explainer, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add the adapters' update to the frozen weights and reset them to ``fresh``; returns the merged adapter."""
     merged = explainer.adapter_state()
-    for layer in explainer.lm.model.layers[explainer.cut:]:
-        for name in ADAPTED:
-            module = getattr(layer.self_attn, name)
-            module.base_layer.weight += module.get_delta_weight("default")
+    for _, _, module in explainer.adapted_modules():
+        module.base_layer.weight += module.get_delta_weight("default")
     explainer.forget_hash()
     explainer.load_adapter(fresh)
     return merged

@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from recrl_lib import decoding, explainer as ex
+from recrl_lib import decoding, explainer as ex, ppo, shield, warmstart
+from recrl_lib.config import Params
 from recrl_lib.tests.tiny import tiny_explainer, tune_randomly
 
 PROMPTS = [[1, 5, 6, 2, 1], [1, 5, 6, 7, 8, 9, 2, 1], [1, 4, 2, 1]]
@@ -160,3 +163,118 @@ def test_kl_of_an_explanation_is_zero_untuned_and_positive_tuned():
 def test_unknown_model_is_a_clear_error():
     with pytest.raises(RuntimeError, match="no-such-model"):
         ex.load("./no-such-model")
+
+
+# --- architectures that are run whole ------------------------------------------------------------
+
+OTHERS = {
+    "qwen2": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2),
+    "gpt2": dict(n_embd=32, n_inner=48, n_layer=3, n_head=4),
+    "opt": dict(hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=32),
+    "phi3": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2),
+    "gpt_neox": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4),
+}
+RECORD = dict(user=0, item=1, position=1, title="the", year=0, genres=["good"], history_titles=["red", "blue"], history_genres=[["good"]])
+
+
+def other(kind: str) -> ex.Explainer:
+    tokenizer = tiny_explainer().tokenizer
+    torch.manual_seed(0)
+    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    settings = dict(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.15, **ids)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings, **OTHERS[kind]))
+    return ex.Explainer(lm, tokenizer).add_lora(4, 4, 2, 0)
+
+
+@pytest.fixture(params=OTHERS)
+def whole(request):
+    explainer = other(request.param)
+    tune_randomly(explainer)
+    return explainer
+
+
+def forced_whole(monkeypatch, lora_layers: int) -> ex.Explainer:
+    monkeypatch.setattr(ex, "SPLIT", ())
+    explainer = tiny_explainer(lora_layers=lora_layers)
+    tune_randomly(explainer)
+    assert not explainer.split and explainer.cut == 0
+    return explainer
+
+
+def test_a_llama_run_whole_says_what_a_llama_run_in_two_parts_says(tuned, monkeypatch):
+    layers = tuned.n_layers - tuned.cut
+    whole = forced_whole(monkeypatch, layers)
+    for greedy in (True, False):
+        ours, theirs = (ex.sample(e, PROMPTS, 3, 12, 0.7, None if greedy else torch.Generator().manual_seed(0)) for e in (tuned, whole))
+        assert ours.texts == theirs.texts and torch.equal(ours.mask, theirs.mask) and torch.equal(ours.response, theirs.response)
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ex.token_logprobs(whole, theirs, 0.7), theirs.logprobs, atol=1e-5, rtol=0)
+
+
+def test_other_architectures_greedy_equals_generate(whole):
+    rollout = ex.sample(whole, PROMPTS, 1, 8, 0.7, None)
+    ids, mask = ex.left_pad(PROMPTS, whole.pad_id, "cpu")
+    expected = whole.lm.generate(
+        input_ids=ids, attention_mask=mask.long(), max_new_tokens=8, do_sample=False, pad_token_id=whole.pad_id, eos_token_id=whole.eos_id,
+    )[:, ids.shape[1]:]
+    for row, real in enumerate(rollout.mask):
+        assert rollout.response[row][real].tolist() == expected[row][: int(real.sum())].tolist()
+
+
+def test_other_architectures_sampled_logprobs_are_those_of_the_training_forward(whole):
+    rollout = sample(whole)
+    assert rollout.mask.any(-1).all() and (rollout.logprobs[rollout.mask] < 0).all()
+    torch.testing.assert_close(ex.token_logprobs(whole, rollout, 0.7), rollout.logprobs, atol=1e-5, rtol=0)
+    for row in range(3):  # without its padding a row says the same: positions and masks are right
+        ids = torch.tensor([PROMPTS[row // 3] + rollout.response[row][rollout.mask[row]].tolist()])
+        logp = torch.log_softmax(whole.lm(input_ids=ids).logits[0].float() / 0.7, -1)
+        n = int(rollout.mask[row].sum())
+        expected = logp[-n - 1:-1].gather(-1, ids[0, -n:, None])[:, 0]
+        torch.testing.assert_close(rollout.logprobs[row, :n], expected, atol=1e-5, rtol=0)
+
+
+def test_other_architectures_explain_encode_and_are_shielded(whole):
+    said = ex.explain(whole, [RECORD] * 3, 6, 0.7, seed=0)
+    assert len(said.texts) == 3 and (said.kl > 0).all()
+    items = ex.ItemTexts(whole, ["good film", "the red film and a blue film", "bad"])
+    ids = torch.tensor([whole.tokenizer("good film", add_special_tokens=False)["input_ids"]])
+    torch.testing.assert_close(items.vectors()[1], whole.lm.base_model(input_ids=ids).last_hidden_state[0].mean(0), atol=1e-5, rtol=0)
+    grams, tokens = shield.item_grams(whole, items)
+    assert tokens == 10 and sorted(grams) == ["1.attention", "1.output", "2.attention", "2.output"]
+    protected = shield.subspaces(grams, 1.0, rank=10)  # as many as there are tokens
+    optimizer = torch.optim.Adam(whole.adapter_parameters(), lr=0.1)
+    guard = shield.Shield(whole, protected).attach(optimizer)
+    before = items.base_vectors()
+    for p in whole.adapter_parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    guard.detach()
+    assert shield.leak(whole, protected) <= 1e-6
+    torch.testing.assert_close(items.vectors(), before, atol=1e-4, rtol=0)  # all of the texts' energy is protected
+    assert (ex.explain(whole, [RECORD], 6, 0.7, seed=0).kl > 0).all()
+
+
+def test_other_architectures_learn_by_ppo(whole):
+    settings = Params(ppo_steps=1, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=6)
+    before = ex.weights_sha256(whole)
+    row = ppo.PPO(whole, lambda records, texts: (np.ones(len(texts), np.float32), {}), [RECORD] * 3, settings, 0).step()
+    assert row["ratio_first_minibatch_max_dev"] < 1e-4 and row["gradient_norm"] > 0
+    assert ex.weights_sha256(whole) == before
+
+
+def test_merging_works_for_other_architectures(whole):
+    prompts = [[1, 5, 6, 7, 2, 1]]
+    before = ex.sample(whole, prompts, 1, 6, 0.7, None).logprobs
+    warmstart.merge(whole, other(whole.lm.config.model_type).adapter_state())
+    with whole.reference():
+        torch.testing.assert_close(ex.sample(whole, prompts, 1, 6, 0.7, None).logprobs, before, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_caps_its_logits_is_refused():
+    tokenizer = tiny_explainer().tokenizer
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, initializer_range=0.15,
+    )
+    with pytest.raises(ValueError, match="soft cap"):
+        ex.Explainer(AutoModelForCausalLM.from_config(config), tokenizer)

@@ -13,7 +13,10 @@ from recrl_lib.rewards import Reward
 from recrl_lib.tests.tiny import tiny_explainer
 
 RECORDS = [
-    dict(user=u, item=1, position=1, title="the red film", year=0, genres=["good"], history_titles=["blue", word], history_genres=[["good"], ["bad"]])
+    dict(
+        user=u, item=1, position=1, title="the red film", year=0, genres=["good"], history_titles=["blue", word],
+        history_genres=[["good"], ["bad"]],
+    )
     for u, word in enumerate(["short", "long", "green", "bad", "a", "and"])
 ]
 REWARD = Reward("paper", Catalogue(["the red film", "blue"], ["good"]))
@@ -105,7 +108,8 @@ def test_equal_seeds_equal_adapters():
 
 def test_clear_errors():
     explainer = tiny_explainer(lora_layers=1)
-    for changes, said in ((dict(algorithm="ppo"), "rloo, grpo"), (dict(samples_per_prompt=1), "at least 2"), (dict(prompts_per_step=7), "only 6")):
+    wrong = (dict(algorithm="ppo"), "rloo, grpo"), (dict(samples_per_prompt=1), "at least 2"), (dict(prompts_per_step=7), "only 6")
+    for changes, said in wrong:
         with pytest.raises(ValueError, match=said):
             trl_arms.train(explainer, REWARD, RECORDS, params(**changes), 0)
     with pytest.raises(ValueError, match="nothing to train"):
