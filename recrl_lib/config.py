@@ -110,7 +110,7 @@ class Params:
     kl_target: float = _p(0.0, "shielded_ppo", "KL per explanation in nats that an adaptive kl_coef steers to; 0 = fixed kl_coef", 0.0)
     stop_kl: float = _p(0.0, "shielded_ppo", "skip a rollout's remaining passes above this approximate KL per token; 0 = never", 0.0)
     lr_schedule: str = _p("constant", "shielded_ppo", "learning rates over the planned optimizer steps", choices=("constant", "linear"))
-    dtype: str = _p("auto", "shielded_ppo", "precision of the forward passes; auto = bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    dtype: str = _p("auto", "shielded_ppo", "precision of the forward passes; auto: bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
     checkpoint_every: int = _p(1, "shielded_ppo", "iterations between checkpoints", 1)
     checkpoint_keep: int = _p(2, "shielded_ppo", "checkpoints kept of each arm while it trains", 1)
     processes: int = _p(1, "shielded_ppo", "data-parallel processes (accelerate launch); must divide prompts_per_step", 1)
