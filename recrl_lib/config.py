@@ -98,7 +98,7 @@ class Params:
     ppo_epochs: int = _p(2, "shielded_ppo", "passes over each rollout", 1)
     minibatches: int = _p(2, "shielded_ppo", "optimizer steps per pass", 1)
     learning_rate: float = _p(2e-3, "shielded_ppo", "AdamW rate of the adapters", 0.0)
-    value_lr: float = _p(1e-4, "shielded_ppo", "AdamW rate of the value head", 0.0)
+    value_lr: float = _p(1e-5, "shielded_ppo", "AdamW rate of the value head", 0.0)
     kl_coef: float = _p(0.02, "shielded_ppo", "per-token KL penalty in the reward", 0.0)
     clip_range: float = _p(0.2, "shielded_ppo", "PPO clip range of the ratio", 0.0, 1.0)
     value_clip: float = _p(0.2, "shielded_ppo", "clip range of the value", 0.0)
@@ -170,7 +170,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "laptop": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
         lora_layers=10, max_new_tokens=40, explain_users=12,
-        warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
+        warm_steps=30, ppo_steps=6, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
         eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(

@@ -19,9 +19,10 @@ Conventions, after Huang et al. 2024 (arXiv 2403.17031) where not argued otherwi
 * A response cut off before its EOS pays ``missing_eos_penalty``; its end counts as terminal (no
   bootstrap), as in the reference implementations.
 * The value head reads the hidden state before each token and is detached from the trunk: the shield
-  then sees the policy gradient and nothing else. It starts at the first rollout's mean score: in the
-  laptop run published at d90c9b9 it started at 0, and while it climbed to the scores' level its own
-  differences between tokens tripled the spread of the advantages (.10 to .33), most of it noise.
+  then sees the policy gradient and nothing else. It starts at the first rollout's mean score, with a small
+  rate: one Adam step moves V by up to ``value_lr`` times the sum of a state's absolute entries (640 for
+  SmolLM2-135M). In the laptop run published at d90c9b9 it started at 0 with 1e-4; while it climbed to the
+  scores' level, the spread of the unshielded arm's advantages tripled (.10 to .33), most of it noise.
 * The logged KL is k3, ``exp(-x) - 1 + x`` with ``x = logp - logp_ref``, which is never negative (Schulman,
   "Approximating KL Divergence"); the reward uses k1, which is unbiased.
 * The reward is in [0, 1] by construction, so it is not normalised again.
