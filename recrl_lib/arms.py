@@ -87,9 +87,7 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
         if shield:
             shield.detach()
     else:
-        from recrl_lib import trl_arms  # TRL takes seconds to import
-
-        curve = trl_arms.train(explainer, reward, records, params, seeds["ppo"], shield)
+        curve = _by_trl(explainer, reward, records, params, seeds["ppo"], shield, store)
     intact = warm["intact"] and ex.weights_sha256(explainer) == before
     second = explainer.adapter_state()
     adapter, warm_adapter = second, None
@@ -98,6 +96,21 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
         adapter, warm_adapter = warmstart.stack(first, second), warmstart.stack(first, nothing)
     del explainer, shield
     return Arm(name, adapter, warm_adapter, curve, warm["curve"], sh.leak(load_tuned(params, adapter, stage.device), protected), intact)
+
+
+def _by_trl(
+    explainer: Explainer, reward, records: list[dict], params: Params, seed: int, shield: Shield | None, store: Store
+) -> list[dict]:
+    """RLOO or GRPO. Such an arm is stored when it is done, not on the way."""
+    from recrl_lib import trl_arms  # TRL takes seconds to import
+
+    found = store.load(params.algorithm)
+    if found is None:
+        rows = trl_arms.train(explainer, reward, records, params, seed, shield)
+        found = explainer.adapter_state(), {"rows": rows}
+        store.save(params.algorithm, *found)
+    explainer.load_adapter(found[0])
+    return found[1]["rows"]
 
 
 def load_tuned(params: Params, adapter: dict[str, Tensor] | None = None, device: Device | str = "cpu") -> Explainer:
@@ -123,7 +136,8 @@ def _launch(name: str, stage: runs.StageRun) -> None:
         done = subprocess.run(command, stdout=out, stderr=out, cwd=paths.ROOT, env={"RECRL_PROGRESS": "off", **os.environ})
     if done.returncode:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise RuntimeError(f"arm {name!r} in {stage.params.processes} processes: exit code {done.returncode}, see {runs.display(log)}: {''.join(last)}")
+        failed = f"arm {name!r} in {stage.params.processes} processes: exit code {done.returncode}"
+        raise RuntimeError(f"{failed}, see {runs.display(log)}: {''.join(last)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -121,7 +121,7 @@ class Params:
     ppo_epochs: int = _p(2, "shielded_ppo", "passes over each rollout", 1)
     minibatches: int = _p(2, "shielded_ppo", "optimizer steps per pass", 1)
     learning_rate: float = _p(2e-3, "shielded_ppo", "AdamW rate of the adapters", 0.0)
-    value_lr: float = _p(1e-4, "shielded_ppo", "AdamW rate of the value head", 0.0)
+    value_lr: float = _p(1e-5, "shielded_ppo", "AdamW rate of the value head", 0.0)
     kl_coef: float = _p(0.02, "shielded_ppo", "per-token KL penalty in the reward", 0.0)
     clip_range: float = _p(0.2, "shielded_ppo", "PPO clip range of the ratio", 0.0, 1.0)
     value_clip: float = _p(0.2, "shielded_ppo", "clip range of the value", 0.0)
@@ -133,7 +133,7 @@ class Params:
     kl_target: float = _p(0.0, "shielded_ppo", "KL per explanation in nats that an adaptive kl_coef steers to; 0 = fixed kl_coef", 0.0)
     stop_kl: float = _p(0.0, "shielded_ppo", "skip a rollout's remaining passes above this approximate KL per token; 0 = never", 0.0)
     lr_schedule: str = _p("constant", "shielded_ppo", "learning rates over the planned optimizer steps", choices=("constant", "linear"))
-    dtype: str = _p("auto", "shielded_ppo", "precision of the forward passes; auto = bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    dtype: str = _p("auto", "shielded_ppo", "precision of the forward passes; auto: bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
     checkpoint_every: int = _p(1, "shielded_ppo", "iterations between checkpoints", 1)
     checkpoint_keep: int = _p(2, "shielded_ppo", "checkpoints kept of each arm while it trains", 1)
     processes: int = _p(1, "shielded_ppo", "data-parallel processes (accelerate launch); must divide prompts_per_step", 1)
@@ -195,7 +195,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "laptop": dict(
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=20, ranker_patience=4,
         lora_layers=10, max_new_tokens=40, explain_users=12, frontier_steps=20, frontier_users=24,
-        warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
+        warm_steps=30, ppo_steps=6, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
         eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(

@@ -25,15 +25,15 @@ STATISTICS = {
     "length": Statistic("tokens per text", "length with the end token", "steady; drifting means the length part is gamed"),
     "eos_rate": Statistic("share of texts", "texts that reached their end token; the rest is cut off", "rises to 1; above .7"),
     "advantage_std": Statistic("reward", "spread of the advantages before whitening", "near the score's own spread"),
-    "explained_variance": Statistic("share", "of the returns' variance, by the values", "above -1, later above 0; below 0 a constant is better"),
+    "explained_variance": Statistic("share", "of the returns' variance, by the values", "above -1, later above 0 (a constant)"),
     "policy_loss": Statistic("none", "clipped surrogate, mean over tokens", "near 0; says little by itself"),
     "value_loss": Statistic("reward squared", "half the clipped squared error of the values", "falls"),
-    "clip_fraction": Statistic("share of tokens", "ratios that left the trust region and are held back", "below .2; larger means too big steps"),
+    "clip_fraction": Statistic("share of tokens", "ratios outside the trust region, held back", "below .2; more means too big steps"),
     "approx_kl": Statistic("nats per token", "KL from the sampling policy during the update", "below .02"),
     "epochs_skipped": Statistic("count", "passes that stop_kl cut short", "mostly 0"),
     "gradient_norm": Statistic("none", "of the adapters' gradient before clipping", "steady, finite"),
     "learning_rate": Statistic("none", "of the adapters, at the step's last update", "as scheduled"),
-    "ratio_first_minibatch_max_dev": Statistic("none", "largest |ratio - 1| before the first update", "below 1e-3: sampling agrees with training"),
+    "ratio_first_minibatch_max_dev": Statistic("none", "largest |ratio - 1| before the first update", "below 1e-3 (.1 in bfloat16)"),
     "generated_tokens_per_second": Statistic("tokens/s", "speed of sampling", "steady"),
     "shield_seconds": Statistic("seconds", "spent in the shield's hooks", "a hundredth of the step"),
     "step_seconds": Statistic("seconds", "wall time of the step", "steady"),
@@ -60,10 +60,11 @@ def warnings(rows: pd.DataFrame) -> list[str]:
     early, late = rows.head(third).mean(numeric_only=True), rows.tail(third).mean(numeric_only=True)
     worst = rows.loc[rows["kl"].idxmax()]
     fall = early["eos_rate"] - late["eos_rate"]
+    peak = f"{worst['kl']:.1f} nats per text at step {worst['step']:.0f}"
     found = [
-        (worst["kl"] > 10, f"KL reached {worst['kl']:.1f} nats per text at step {worst['step']:.0f}: the policy breaks away; raise kl_coef"),
+        (worst["kl"] > 10, f"KL reached {peak}: the policy breaks away; raise kl_coef or lower learning_rate"),
         (fall > 0.15, f"the share of finished texts fell by {fall:.2f}: the policy forgets to stop; raise missing_eos_penalty"),
-        (late["eos_rate"] < 0.7, f"{1 - late['eos_rate']:.0%} of the latest texts are cut off: raise max_new_tokens or missing_eos_penalty"),
+        (late["eos_rate"] < 0.7, f"{1 - late['eos_rate']:.0%} of the latest texts are cut off: raise missing_eos_penalty"),
     ]
     if "entropy" in rows:
         kept = late["entropy"] / max(early["entropy"], 1e-8)

@@ -2,13 +2,14 @@
 
 import types
 
+import pandas as pd
 import pytest
 import torch
 
-from recrl_lib import arms, config, paths, runs, shield as sh, vitals, warmstart
+from recrl_lib import arms, config, paths, rewards, runs, shield as sh, vitals, warmstart
+from recrl_lib.claims import Catalogue
 from recrl_lib.config import resolve
-from recrl_lib.explainer import ItemTexts, messages, prompt_ids, sample
-from recrl_lib.explainer import load_for
+from recrl_lib.explainer import ItemTexts, load_for, messages, prompt_ids, sample
 from recrl_lib.tests.test_checkpoint import RECORDS, red
 from recrl_lib.tests.tiny import tiny_explainer
 
@@ -108,3 +109,18 @@ def test_unknown_arm_and_failed_processes_are_clear_errors(stage):
     stage.params = resolve("smoke", **{**stage.params.as_dict(), "processes": 2, "run": "no-such-run"})
     with pytest.raises(RuntimeError, match="2 processes: exit code .*ppo_unshielded.log"):
         arms._launch("unshielded", stage)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_an_arm_of_trl_is_shielded_and_not_trained_twice(stage, algorithm, monkeypatch):
+    trl_arms = pytest.importorskip("recrl_lib.trl_arms")
+    stage.params = resolve("smoke", **{**stage.params.as_dict(), "algorithm": algorithm})
+    seen = ["blue", "short", "long", "green", "bad", "a", "and"]
+    scorer = rewards.Reward("grounded", Catalogue(["the red film", *seen], ["good"]))
+    world = types.SimpleNamespace(training_records=lambda: [r | {"history_genres": [["good"]] * 2} for r in RECORDS])
+    spaces = protected(stage)
+    arm = arms.train("shielded", stage, world, spaces, scorer)
+    assert arm.leak <= 1e-6 and arm.frozen_intact and len(arm.curve) == stage.params.ppo_steps
+    assert not same(arm.adapter, arm.warm_adapter) and vitals.summary(pd.DataFrame(arm.curve))["steps"] == stage.params.ppo_steps
+    monkeypatch.setattr(trl_arms, "train", lambda *a: pytest.fail("trained again"))
+    assert same(arms.train("shielded", stage, world, spaces, scorer).adapter, arm.adapter)

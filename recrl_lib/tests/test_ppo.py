@@ -273,7 +273,8 @@ def test_same_seed_same_numbers_other_seed_other_numbers():
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_it_learns_a_word_and_unlearns_it_with_the_sign_flipped(sign):
-    ppo_ = trainer(WordReward("red", sign), learning_rate=3e-2, kl_coef=0.0, prompts_per_step=6, samples_per_prompt=8, missing_eos_penalty=0.0)
+    large = dict(prompts_per_step=6, samples_per_prompt=8, micro_batch=24)
+    ppo_ = trainer(WordReward("red", sign), learning_rate=3e-2, kl_coef=0.0, missing_eos_penalty=0.0, **large)
     rows = ppo_.train(15)
     said = [abs(r["reward"]) for r in rows]
     start, end = np.mean(said[:2]), np.mean(said[-3:])
@@ -283,7 +284,7 @@ def test_it_learns_a_word_and_unlearns_it_with_the_sign_flipped(sign):
 
 def test_kl_penalty_holds_the_policy_near_the_reference():
     def final_kl(coef):
-        return trainer(learning_rate=3e-2, kl_coef=coef, prompts_per_step=6, samples_per_prompt=8).train(10)[-1]["kl"]
+        return trainer(learning_rate=3e-2, kl_coef=coef, prompts_per_step=6, samples_per_prompt=8, micro_batch=24).train(6)[-1]["kl"]
 
     assert final_kl(1.0) < 0.5 * final_kl(0.0)
 

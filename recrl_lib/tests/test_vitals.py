@@ -7,7 +7,8 @@ from recrl_lib.config import resolve
 from recrl_lib.tests.test_ppo import trainer
 
 HEALTHY = dict(
-    reward=0.8, kl=1.0, eos_rate=0.95, entropy=1.0, explained_variance=0.1, clip_fraction=0.03, length=30.0, shield_seconds=0.01, step_seconds=4.0,
+    reward=0.8, kl=1.0, eos_rate=0.95, entropy=1.0, explained_variance=0.1, clip_fraction=0.03, length=30.0,
+    shield_seconds=0.01, step_seconds=4.0,
 )
 
 
