@@ -44,6 +44,7 @@ to the layer inputs; ``random``, a control.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 from time import perf_counter
 
@@ -198,6 +199,12 @@ class Subspace:
     def width(self) -> int:
         return self.basis.shape[0]
 
+    @cached_property
+    def free(self) -> Tensor:
+        """An orthonormal basis (d, d - k) of the complement if that is smaller than Q, and then cheaper to project on; else (d, 0)."""
+        full = torch.linalg.qr(self.basis, mode="complete")[0] if 2 * self.rank > self.width else self.basis[:, :0]
+        return full[:, self.rank:].contiguous() if full.shape[1] else full
+
     @property
     def energy(self) -> float:
         """Share of the item texts' energy, the Gram's trace, inside the subspace."""
@@ -315,7 +322,17 @@ class _Target:
     name: str
     a: nn.Parameter
     b: nn.Parameter
-    basis: Tensor  # (d, k) float64 on the parameter's device
+    space: Subspace
+    basis: Tensor  # Q (d, k) float64 on the parameter's device
+
+    @cached_property
+    def free(self) -> Tensor:
+        return self.space.free.to(self.basis)
+
+    def off(self, matrix: Tensor) -> Tensor:
+        """The part of the rows of ``matrix`` (r, d) orthogonal to Q, in float64, by the cheaper of two equal products."""
+        wide = matrix.double()
+        return (wide @ self.free) @ self.free.T if self.free.shape[1] else wide - (wide @ self.basis) @ self.basis.T
 
 
 class Replay:
@@ -418,7 +435,7 @@ class Shield:
     def project_parameters(self) -> None:
         """``A <- A - (A Q) Q^T`` in float64, rounded once to the parameter's type."""
         for target in self._targets:
-            target.a.copy_(_off(target.a, target.basis))
+            target.a.copy_(target.off(target.a))
 
     def _before(self, optimizer, args, kwargs) -> None:
         start = perf_counter()
@@ -429,7 +446,7 @@ class Shield:
                 if self.mode == "frozen_a":
                     target.a.grad = None
                 elif self.mode in PROJECTING and target.a.grad is not None:
-                    target.a.grad.copy_(_off(target.a.grad, target.basis))
+                    target.a.grad.copy_(target.off(target.a.grad))
         self.seconds += perf_counter() - start
 
     def _after(self, optimizer, args, kwargs) -> None:
@@ -437,12 +454,6 @@ class Shield:
         if self.mode == "update":
             self.project_parameters()
         self.seconds += perf_counter() - start
-
-
-def _off(matrix: Tensor, basis: Tensor) -> Tensor:
-    """The part of the rows of ``matrix`` (r, d) that is orthogonal to ``basis`` (d, k), in float64."""
-    wide = matrix.double()
-    return wide - (wide @ basis) @ basis.T
 
 
 def _targets(explainer: Explainer, protected: Mapping[str, Subspace]):
@@ -462,7 +473,7 @@ def _targets(explainer: Explainer, protected: Mapping[str, Subspace]):
             basis = protected[key].basis
             if basis.shape[0] != a.shape[1]:
                 raise ValueError(f"{name}: its input has width {a.shape[1]}, its basis has width {basis.shape[0]}")
-            yield _Target(name, a, b, basis.to(a.device, torch.float64))
+            yield _Target(name, a, b, protected[key], basis.to(a.device, torch.float64))
 
 
 @torch.no_grad()
