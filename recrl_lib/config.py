@@ -164,13 +164,13 @@ PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
     "laptop": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
-        lora_layers=10, max_new_tokens=40, explain_users=12, frontier_steps=20, frontier_users=24,
+        lora_layers=10, max_new_tokens=40, explain_users=12, shield_penalty=100.0, frontier_steps=16, frontier_users=24,
         warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4,
         eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,
-        lora_layers=0, max_new_tokens=64, explain_users=32, frontier_points="full", frontier_steps=60, frontier_seeds=3, frontier_users=64,
+        lora_layers=0, max_new_tokens=64, explain_users=32, shield_penalty=100.0, frontier_points="full", frontier_steps=60, frontier_seeds=3, frontier_users=64,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         eval_users=377, bootstrap=10_000,
     ),

@@ -376,6 +376,20 @@ class Replay:
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
+def replay_for(explainer: Explainer, world, params, seed: int, held: set[int]) -> Replay | None:
+    """The run's replay, or None at ``shield_penalty`` 0; ``held`` item numbers are not replayed. ``world``: a ``study.Study``.
+
+    Make it once an arm, before a warm start is merged: the merge leaves the trunk states as they are.
+    """
+    if not params.shield_penalty:
+        return None
+    if world.text is None:
+        raise ValueError("shield_penalty: a ranker without text (text='none') reads no item vectors that could be replayed; set it to 0")
+    items = ItemTexts(explainer, world.items["text"].tolist())
+    kept = set(range(1, items.n_items + 1)) - held
+    return Replay(explainer, items, world.text, readout_of(world.ranker), params.shield_penalty, seed, kept)
+
+
 class Shield:
     """Protects the item texts from the adapters' updates, through any ``torch.optim.Optimizer``.
 
