@@ -101,7 +101,7 @@ class Params:
     explain_users: int = _p(8, "explainer", "users whose base explanations are sampled in notebook 03", 1)
 
     shield_mode: str = _p("update", "shield", "how the shielded arm is protected", choices=("gradient", "update", "frozen_a", "penalty", "restart"))
-    shield_energy: float = _p(0.999, "shield", "share of the item texts' activation energy to protect, per layer input", 0.0, 1.0)
+    shield_energy: float = _p(0.99, "shield", "share of the item texts' activation energy to protect, per layer input", 0.0, 1.0)
     shield_rank: int = _p(0, "shield", "protect exactly this many directions per layer input; 0 = use shield_energy", 0)
     shield_basis: str = _p("contrastive", "shield", "which directions are protected", choices=("activation", "sensitivity", "contrastive", "readout", "random"))
     shield_penalty: float = _p(0.0, "shield", "weight of a replay penalty on item vectors, with or without a projection", 0.0)
@@ -194,13 +194,14 @@ PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
     "laptop": dict(
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=20, ranker_patience=4,
-        lora_layers=10, max_new_tokens=40, explain_users=12, frontier_steps=20, frontier_users=24,
+        lora_layers=10, max_new_tokens=40, explain_users=12, shield_penalty=1000.0, frontier_steps=16, frontier_users=24,
         warm_steps=30, ppo_steps=6, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
         eval_users=128, bootstrap=10_000,
     ),
     "pod": dict(
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=6, ranker_seeds=5,
-        lora_layers=0, max_new_tokens=64, explain_users=32, frontier_points="full", frontier_steps=60, frontier_seeds=3, frontier_users=64,
+        lora_layers=0, max_new_tokens=64, explain_users=32, shield_penalty=1000.0,
+        frontier_points="full", frontier_steps=60, frontier_seeds=3, frontier_users=64,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         micro_batch=32, checkpoint_every=10,
         eval_users=377, bootstrap=10_000,

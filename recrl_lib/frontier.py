@@ -53,7 +53,7 @@ class Point:
         """The line of the figure this point lies on: its strength varies along it."""
         if self.mode in ("none", "penalty", "align", "alora"):
             return {"none": "no shield, stopped early", "penalty": "replay penalty"}.get(self.mode, self.mode)
-        return f"{self.mode}, {self.basis}" + (f", replay {self.penalty:g}" if self.penalty else "")
+        return f"{self.mode}, {self.basis}" + (f" {self.energy:g}, with replay" if self.penalty else "")
 
 
 def named(name: str, seeds: int, steps: int) -> list[Point]:
@@ -68,11 +68,12 @@ def named(name: str, seeds: int, steps: int) -> list[Point]:
 
 SETS: dict[str, list[dict]] = {  # fields of ``Point``; ``share``: of the steps, for training stopped early
     "none": [],
-    "small": [{"mode": "none"}, {"basis": "contrastive", "energy": 0.999}],
+    "small": [{"mode": "none"}, {"basis": "contrastive", "energy": 0.99, "penalty": 1000.0}],
     "full": [
         {"mode": "none"}, {"energy": 0.99}, {"basis": "contrastive", "energy": 0.999}, {"mode": "penalty", "penalty": 100.0},
         {"energy": 0.999}, {"basis": "contrastive", "energy": 0.9999}, {"basis": "contrastive", "energy": 0.99},
-        {"basis": "contrastive", "energy": 0.999, "penalty": 100.0}, {"mode": "none", "share": 0.25}, {"mode": "penalty", "penalty": 1000.0},
+        *({"basis": "contrastive", "energy": energy, "penalty": weight} for weight in (1000.0, 100.0, 10000.0) for energy in (0.99, 0.999)),
+        {"mode": "none", "share": 0.25}, {"mode": "penalty", "penalty": 1000.0},
         {"energy": 0.9}, {"energy": 0.9999}, {"energy": 0.99, "penalty": 100.0}, {"mode": "penalty", "penalty": 10.0},
         {"mode": "alora"}, {"mode": "align"}, {"basis": "sensitivity", "energy": 0.99}, {"basis": "sensitivity", "energy": 0.999},
         {"mode": "gradient"}, {"mode": "frozen_a"}, {"mode": "restart"}, {"basis": "readout", "rank": 64}, {"basis": "random", "rank": 311},

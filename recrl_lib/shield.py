@@ -44,6 +44,7 @@ to the layer inputs; ``random``, a control.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 from time import perf_counter
 
@@ -193,6 +194,12 @@ class Subspace:
     def width(self) -> int:
         return self.basis.shape[0]
 
+    @cached_property
+    def free(self) -> Tensor:
+        """An orthonormal basis (d, d - k) of the complement if that is smaller than Q, and then cheaper to project on; else (d, 0)."""
+        full = torch.linalg.qr(self.basis, mode="complete")[0] if 2 * self.rank > self.width else self.basis[:, :0]
+        return full[:, self.rank:].contiguous() if full.shape[1] else full
+
     @property
     def energy(self) -> float:
         """Share of the item texts' energy, the Gram's trace, inside the subspace."""
@@ -312,7 +319,17 @@ class _Target:
     name: str
     a: nn.Parameter
     b: nn.Parameter
-    basis: Tensor  # (d, k) float64 on the parameter's device
+    space: Subspace
+    basis: Tensor  # Q (d, k) float64 on the parameter's device
+
+    @cached_property
+    def free(self) -> Tensor:
+        return self.space.free.to(self.basis)
+
+    def off(self, matrix: Tensor) -> Tensor:
+        """The part of the rows of ``matrix`` (r, d) orthogonal to Q, in float64, by the cheaper of two equal products."""
+        wide = matrix.double()
+        return (wide @ self.free) @ self.free.T if self.free.shape[1] else wide - (wide @ self.basis) @ self.basis.T
 
 
 class Replay:
@@ -354,6 +371,20 @@ class Replay:
         """Add the penalty's gradient to the parameters' ``.grad``; call with autograd on, between backward and step."""
         for parameter, gradient in zip(parameters, torch.autograd.grad(self.loss(), parameters)):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def replay_for(explainer: Explainer, world, params, seed: int, held: set[int]) -> Replay | None:
+    """The run's replay, or None at ``shield_penalty`` 0; ``held`` item numbers are not replayed. ``world``: a ``study.Study``.
+
+    Make it once an arm, before a warm start is merged: the merge leaves the trunk states as they are.
+    """
+    if not params.shield_penalty:
+        return None
+    if world.text is None:
+        raise ValueError("shield_penalty: a ranker without text (text='none') reads no item vectors that could be replayed; set it to 0")
+    items = ItemTexts(explainer, world.items["text"].tolist())
+    kept = set(range(1, items.n_items + 1)) - held
+    return Replay(explainer, items, world.text, readout_of(world.ranker), params.shield_penalty, seed, kept)
 
 
 class Shield:
@@ -415,7 +446,7 @@ class Shield:
     def project_parameters(self) -> None:
         """``A <- A - (A Q) Q^T`` in float64, rounded once to the parameter's type."""
         for target in self._targets:
-            target.a.copy_(_off(target.a, target.basis))
+            target.a.copy_(target.off(target.a))
 
     def _before(self, optimizer, args, kwargs) -> None:
         start = perf_counter()
@@ -426,7 +457,7 @@ class Shield:
                 if self.mode == "frozen_a":
                     target.a.grad = None
                 elif self.mode in PROJECTING and target.a.grad is not None:
-                    target.a.grad.copy_(_off(target.a.grad, target.basis))
+                    target.a.grad.copy_(target.off(target.a.grad))
         self.seconds += perf_counter() - start
 
     def _after(self, optimizer, args, kwargs) -> None:
@@ -434,12 +465,6 @@ class Shield:
         if self.mode == "update":
             self.project_parameters()
         self.seconds += perf_counter() - start
-
-
-def _off(matrix: Tensor, basis: Tensor) -> Tensor:
-    """The part of the rows of ``matrix`` (r, d) that is orthogonal to ``basis`` (d, k), in float64."""
-    wide = matrix.double()
-    return wide - (wide @ basis) @ basis.T
 
 
 def _targets(explainer: Explainer, protected: Mapping[str, Subspace]):
@@ -455,7 +480,7 @@ def _targets(explainer: Explainer, protected: Mapping[str, Subspace]):
         basis = protected[key].basis
         if basis.shape[0] != a.shape[1]:
             raise ValueError(f"{name}: its input has width {a.shape[1]}, its basis has width {basis.shape[0]}")
-        yield _Target(name, a, b, basis.to(a.device, torch.float64))
+        yield _Target(name, a, b, protected[key], basis.to(a.device, torch.float64))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The frontier on a tiny random model: its signal, its measures, activated LoRA, and its going on after a stop."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recrl_lib import frontier as fr, shield as sh
+from recrl_lib.config import resolve
 from recrl_lib.explainer import ItemTexts
 from recrl_lib.tests.test_evaluation import world  # noqa: F401  (a fixture)
 
@@ -96,6 +97,15 @@ def test_a_stopped_frontier_goes_on_and_stale_rows_are_run_again(lab, tmp_path, 
     assert both["loss"].tolist() == pd.read_csv(path)["loss"].tolist()
     fr.sweep(lab, points[:1], path, "another")
     assert ran == [*points, points[0]] and len(pd.read_csv(path)) == 1
+
+
+def test_the_runs_replay_is_the_one_its_parameters_ask_for(lab):
+    params = resolve("smoke", shield_penalty=10.0)
+    replay = sh.replay_for(lab.explainer, lab.study, params, 0, lab.held)
+    assert replay.weight == 10.0 and sum(len(states) for states, _ in replay._parts) == lab.items.n_items - len(lab.held)
+    assert sh.replay_for(lab.explainer, lab.study, resolve("smoke"), 0, lab.held) is None
+    with pytest.raises(ValueError, match="text='none'"):
+        sh.replay_for(lab.explainer, replace(lab.study, text=None), params, 0, lab.held)
 
 
 def test_named_sets_are_distinct_and_complete():

@@ -289,6 +289,15 @@ def test_tensor_round_trip_keeps_layer_order(setting):
     assert all(torch.equal(again[n].basis, protected[n].basis) for n in protected)
 
 
+@pytest.mark.parametrize("rank", [3, 16, 17, 31])
+def test_both_ways_to_project_are_one(rank, setting):
+    explainer, _, grams = setting
+    for target in sh._targets(explainer, sh.subspaces(grams, 0.0, rank)):
+        assert target.free.shape[1] == (32 - rank if rank > 16 else 0)
+        a = target.a.detach().double()
+        torch.testing.assert_close(target.off(a), a - (a @ target.basis) @ target.basis.T, atol=1e-12, rtol=0)
+
+
 # --- the other modes ------------------------------------------------------------------------------
 
 def test_none_and_align_change_nothing_and_restart_projects_at_the_end(setting):
