@@ -37,8 +37,8 @@ def grounding(record: Record, text: str, catalogue: Catalogue) -> tuple[float, f
     """
     verdict = catalogue.verdict(record, text)
     claimed = verdict.supported + verdict.unsupported
-    facts = 1 + len(real_genres(record)) + bool(record["history_titles"])
-    told = verdict.title + min(verdict.genres, len(real_genres(record))) + bool(verdict.history)
+    facts = 1 + verdict.all_genres + bool(verdict.all_history)
+    told = verdict.title + min(verdict.genres, verdict.all_genres) + bool(verdict.history)
     return (verdict.supported / claimed if claimed else math.nan), told / facts
 
 

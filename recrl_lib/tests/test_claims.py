@@ -89,6 +89,11 @@ def test_years_outside_titles():
         ("Because Tom Hanks acts", ("Tom Hanks",)),
         ("by J. K. Rowling and Jean-Luc Godard", ("J K Rowling", "Jean Luc Godard")),
         ("like The Matrix", ("The Matrix",)),  # a film that is in no catalogue
+        ("Because you liked Palglone and Heat, try it", ("Palglone",)),  # an invented film of one word
+        ("Because you liked Heat and Palglone, try it", ("Palglone",)),
+        ("a drama and American story, in English and French", ()),  # "and" after a genre shows no name
+        ("I think you will like Palgl", ()),  # cut off: it may have become a title
+        ("I think you will like Palgl.", ("Palgl",)),
         ("I recommend Heat. You will love Con Air. The story is American.", ()),
         ("Action Comedy", ()),
     ],

@@ -1,4 +1,5 @@
 import ast
+import json
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,30 @@ def test_batch_is_the_weighted_sum_of_single_scores(variant):
         assert values[i] == pytest.approx(
             0.5 * single["length"] + 0.3 * single["relevance"] + 0.2 * single["coherence"]
         )
+
+
+def test_500_real_texts_keep_their_values():
+    """``golden_rewards.json``: the first, slower implementation's values; its comment names what was charged since."""
+    golden = json.loads((Path(__file__).parent / "golden_rewards.json").read_text(encoding="utf-8"))
+    catalogue = Catalogue(golden["titles"], golden["genres"])
+    records, texts = [golden["records"][row[0]] for row in golden["rows"]], [row[1] for row in golden["rows"]]
+    for variant, first in zip(VARIANTS, (2, 5), strict=True):
+        _, parts = Reward(variant, catalogue)(records, texts)
+        wanted = np.array([row[first : first + 3] for row in golden["rows"]])
+        assert np.array_equal(np.stack([parts[p] for p in PARTS], 1).astype(np.float64), wanted), variant
+
+
+def test_a_false_mention_costs_more_than_a_true_one_earns():
+    """So that a guess pays only where it is right more often than not."""
+    true = "I recommend Con Air to you because you liked Heat, and it is good."
+    named = score(RECORD, true, CATALOGUE)["relevance"]
+    earned = named - score(RECORD, true.replace("Heat", "it"), CATALOGUE)["relevance"]
+    assert earned == pytest.approx(0.15)
+    for false in ("Palglone", "Kurt Russell", "Annie Hall"):  # an invented film, a person, a film not watched
+        without = score(RECORD, true, CATALOGUE)["relevance"]
+        assert without - score(RECORD, true.replace("Heat", f"Heat and {false}"), CATALOGUE)["relevance"] > earned
+    wrong_year = true.replace("Con Air", "Con Air (1995)")
+    assert named - score(RECORD, wrong_year, CATALOGUE)["relevance"] == pytest.approx(0.15)
 
 
 def test_empty_batch():
