@@ -105,6 +105,9 @@ class Params:
     gae_lambda: float = _p(1.0, "shielded_ppo", "GAE lambda (gamma is 1)", 0.0, 1.0)
     max_grad_norm: float = _p(1.0, "shielded_ppo", "gradient norm clip, before the shield", 0.0)
     missing_eos_penalty: float = _p(0.2, "shielded_ppo", "subtracted from the score of an explanation cut off before its end", 0.0)
+    weight_length: float = _p(0.5, "shielded_ppo", "reward: weight of length; 0 removes a part, the others are rescaled to sum to 1", 0.0)
+    weight_relevance: float = _p(0.3, "shielded_ppo", "reward: weight of relevance", 0.0)
+    weight_coherence: float = _p(0.2, "shielded_ppo", "reward: weight of coherence", 0.0)
 
     eval_users: int = _p(24, "evaluation", "held-out users whose explanations are judged", 2)
     bootstrap: int = _p(2000, "evaluation", "bootstrap resamples of users", 100)
@@ -133,6 +136,8 @@ class Params:
             raise ValueError("parameter run='reference': that folder holds the published runs; choose another name")
         if self.ranker_dim % self.ranker_heads:
             raise ValueError(f"parameter ranker_dim={self.ranker_dim}: must be a multiple of ranker_heads={self.ranker_heads}")
+        if not self.weight_length + self.weight_relevance + self.weight_coherence:
+            raise ValueError("parameters weight_length, weight_relevance, weight_coherence: at least one must be above 0")
         samples = self.prompts_per_step * self.samples_per_prompt
         if samples % self.minibatches:
             raise ValueError(f"parameter minibatches={self.minibatches}: must divide prompts_per_step x samples_per_prompt = {samples}")

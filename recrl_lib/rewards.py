@@ -67,16 +67,23 @@ class Reward:
     Args:
         variant: ``grounded`` or ``paper``.
         catalogue: titles and genres of the item table.
-        weights: of length, relevance and coherence, in this order.
+        weights: of length, relevance and coherence, in this order. 0 removes a part; the weights are rescaled to sum
+            to 1, so that a reward without one part has the same range, and KL and penalties weigh the same beside it.
 
-    Raises ``ValueError`` for an unknown variant, or weights that are not three non-negative numbers.
+    Raises ``ValueError`` for an unknown variant, or weights that are not three non-negative numbers, one above 0.
     """
 
     def __init__(self, variant: str, catalogue: Catalogue, weights: Sequence[float] = WEIGHTS):
         self.parts = _parts(variant)
-        self.variant, self.catalogue, self.weights = variant, catalogue, tuple(map(float, weights))
-        if len(self.weights) != len(PARTS) or not all(0 <= w < np.inf for w in self.weights):
-            raise ValueError(f"reward weights {weights!r}: give three non-negative numbers, for {', '.join(PARTS)}")
+        self.variant, self.catalogue = variant, catalogue
+        if len(weights) != len(PARTS) or not all(0 <= w < np.inf for w in weights) or not sum(weights):
+            raise ValueError(f"reward weights {weights!r}: give three non-negative numbers, for {', '.join(PARTS)}, not all 0")
+        self.weights = tuple(w / sum(weights) for w in weights)
+
+    @classmethod
+    def of(cls, params, catalogue: Catalogue) -> "Reward":
+        """The reward of a run; ``params`` is a ``config.Params``."""
+        return cls(params.reward, catalogue, (params.weight_length, params.weight_relevance, params.weight_coherence))
 
     def __call__(self, records: Sequence[Record], texts: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Total reward, float32 (n,), and each unweighted part, float32 (n,)."""
