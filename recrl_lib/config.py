@@ -87,6 +87,7 @@ class Params:
     shield_energy: float = _p(0.99, "shield", "share of the item texts' activation energy to protect, per layer input", 0.0, 1.0)
     shield_rank: int = _p(0, "shield", "protect exactly this many directions per layer input; 0 = use shield_energy", 0)
 
+    heldout_items: float = _p(0.2, "shielded_ppo", "share of items that PPO never explains", 0.0, 0.9)
     reward: str = _p("grounded", "shielded_ppo", "reward variant", choices=("grounded", "paper"))
     warm_start: bool = _p(True, "shielded_ppo", "supervised steps on composed explanations before PPO, under the arm's own shield")
     warm_steps: int = _p(4, "shielded_ppo", "optimizer steps of the warm start", 1)
@@ -116,6 +117,8 @@ class Params:
     sim_bias: float = _p(-2.0, "evaluation", "click model: intercept")
     sim_position: float = _p(0.5, "evaluation", "click model: weight of the position's discount")
     sim_user_std: float = _p(0.5, "evaluation", "click model: spread of the users' own bias", 0.0)
+    control_users: int = _p(12, "evaluation", "users for whom the control texts are scored, the first of eval_users", 2)
+    warm_users: int = _p(12, "evaluation", "users for whom the warm-started policies speak, so that PPO's own gain shows; 0 = none", 0)
 
     interactive: bool = _p(False, "explore", "show the chat widget (needs a live JupyterLab)")
 
@@ -163,20 +166,20 @@ PROFILES: dict[str, dict[str, Any]] = {
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
         lora_layers=10, max_new_tokens=40, explain_users=12,
         warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4,
-        eval_users=128, bootstrap=10_000,
+        eval_users=128, bootstrap=10_000, control_users=16, warm_users=32,
     ),
     "pod": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,
         lora_layers=0, max_new_tokens=64, explain_users=32,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
-        eval_users=377, bootstrap=10_000,
+        eval_users=377, bootstrap=10_000, control_users=64, warm_users=377,
     ),
     "paper": dict(
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
         ranker_dim=128, ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=100, ranker_patience=10,
         lora_layers=0, max_new_tokens=40, explain_users=32,
         warm_start=False, ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
-        eval_users=377, bootstrap=10_000, reward="paper",
+        eval_users=377, bootstrap=10_000, control_users=64, warm_users=377, reward="paper",
     ),
 }
 

@@ -3,10 +3,17 @@
 Grounding and the guard against keyword lists share with the reward the finding of claims and of function
 words (``recrl_lib.claims``): both must read a text alike. Retrieval, fluency and readability, two thirds of
 ``quality``, share nothing with it.
+
+A measure that a text about something else would pass measures nothing, so ``shuffled`` gives each measure of a
+text and its record again for the same texts permuted among the records. Retrieval comes in four forms, from easy
+to hard: among ten random user-film pairs (a title or a history gives the pair away), the same with the record's
+titles blanked in the text; among the ten films that the *same user* was recommended (the history is no help), and
+that with titles blanked, where only genres and description are left. Chance is 10 % in all of them.
 """
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +52,36 @@ def grounding(record: Record, text: str, catalogue: Catalogue) -> tuple[float, f
 def f1(precision: float, recall: float) -> float:
     """Harmonic mean; 0 where there is no claim."""
     return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0  # false for NaN
+
+
+# --- features: FMR, FCR, DIV (Li, Zhang & Chen 2020) ------------------------------------------------------
+
+
+def features(record: Record, text: str, catalogue: Catalogue) -> frozenset[str]:
+    """The features that a text names: film titles and genres. A title that fits several films is the record's own
+    film or history film if it can be, else the first of them by name."""
+    said = catalogue.claims(text)
+    near = (record["title"], *record["history_titles"])
+    titles = {next((t for t in near if t in mention), min(mention)) for mention in said.titles}
+    return frozenset(titles) | frozenset(said.genres)
+
+
+def true_features(record: Record) -> frozenset[str]:
+    """What a text on ``record`` should name: the film and its genres."""
+    return frozenset([record["title"], *real_genres(record)])
+
+
+def feature_coverage(records: Sequence[Record], named: Sequence[frozenset[str]]) -> float:
+    """FCR: share of all the records' true features that some text names."""
+    wanted = frozenset().union(*map(true_features, records))
+    return len(wanted.intersection(*[frozenset().union(*named)])) / len(wanted)
+
+
+def feature_diversity(named: Sequence[frozenset[str]]) -> float:
+    """DIV: mean number of features that two texts share, over all pairs of texts. LOWER is more diverse; 0 for one text."""
+    counts = Counter(feature for features_ in named for feature in features_)
+    pairs = len(named) * (len(named) - 1) / 2
+    return sum(c * (c - 1) / 2 for c in counts.values()) / pairs if pairs else 0.0
 
 
 # --- own-item retrieval ------------------------------------------------------------------------------
@@ -101,6 +138,11 @@ def card(record: Record) -> str:
     return f"{record['title']}{year}.{genres}{history}"
 
 
+def film_card(record: Record) -> str:
+    """The recommended film alone, in words: what tells apart the films recommended to one user."""
+    return card({**record, "history_titles": []})
+
+
 def card_cosines(
     texts: Sequence[str],
     records: Sequence[Record],
@@ -108,15 +150,18 @@ def card_cosines(
     rng: np.random.Generator,
     n: int = CANDIDATES,
     mask_titles: bool = False,
+    pool: Sequence[Record] | None = None,
 ) -> np.ndarray:
     """Cosines (texts, n) of each text with its own card (column 0) and n - 1 other records' cards.
 
-    The others are drawn by ``rng`` from the records alone, so arms that are judged on the same records with
-    equal generators face the same candidates. ``mask_titles`` blanks the record's own titles in the text:
+    The others are drawn by ``rng`` from the cards of ``pool`` (default: ``records``; it must hold them), so arms that
+    are judged with the same pool and equal generators face the same candidates, text by text, also where one of
+    them has texts for the first few records only. ``mask_titles`` blanks the record's own titles in the text:
     what is left is matched by genre and description. Raises ``ValueError`` if there are fewer than n different cards.
     """
     check_records(records, texts)
-    cards, own = np.unique([card(r) for r in records], return_inverse=True)
+    cards = np.unique([card(r) for r in (records if pool is None else pool)])
+    own = np.searchsorted(cards, [card(r) for r in records])
     if len(cards) < n:
         raise ValueError(
             f"own-item retrieval among {n} needs as many different records, not {len(cards)}; raise eval_users"
@@ -136,12 +181,30 @@ def own_item_retrieval(
     rng: np.random.Generator,
     n: int = CANDIDATES,
     mask_titles: bool = False,
+    pool: Sequence[Record] | None = None,
 ) -> np.ndarray:
     """bool (texts,): does the text's embedding pick its own card among ``n``? Ties count against it.
 
     Chance is 1/n: show it beside the same texts permuted among the records.
     """
-    return _picked(texts, card_cosines(texts, records, encoder, rng, n, mask_titles))
+    return _picked(texts, card_cosines(texts, records, encoder, rng, n, mask_titles, pool))
+
+
+def own_film(
+    texts: Sequence[str], rivals: Sequence[Sequence[Record]], encoder, mask_titles: bool = False
+) -> np.ndarray:
+    """bool (texts,): does the text pick its own film among the films recommended to the same user?
+
+    ``rivals[i]``: the records of user i's recommended films, the text's own first, equally many for each text.
+    Ties count against it; chance is one over their number.
+    """
+    if len(rivals) != len(texts) or len({len(r) for r in rivals}) > 1:
+        raise ValueError("own_film: give each text as many rivals, its own record first")
+    if mask_titles:
+        texts = [_mask(r[0], text) for r, text in zip(rivals, texts, strict=True)]
+    cards = encoder.encode([film_card(r) for row in rivals for r in row])
+    cosines = np.einsum("nd,nkd->nk", encoder.encode(list(texts)), cards.reshape(len(texts), -1, cards.shape[-1]))
+    return _picked(texts, cosines)
 
 
 def _picked(texts: Sequence[str], cosines: np.ndarray) -> np.ndarray:
@@ -215,6 +278,45 @@ def quality(grounding_f1, own_item_probability, language_, prose_=1.0) -> np.nda
     )
 
 
+PAIRED = (
+    "grounding_precision grounding_recall grounding_f1 feature_match own_item own_item_masked own_film own_film_masked"
+).split()  # measures of a text and its record, which shuffling can spoil; own_film ones where rivals are given
+
+
+def paired_measures(
+    records: Sequence[Record],
+    texts: Sequence[str],
+    encoder,
+    catalogue: Catalogue,
+    seed: int,
+    n: int = CANDIDATES,
+    pool: Sequence[Record] | None = None,
+    rivals: Sequence[Sequence[Record]] | None = None,
+) -> pd.DataFrame:
+    """One row a text: the measures ``PAIRED``, and own_item_probability. Equal seeds give the same candidates."""
+    check_records(records, texts)
+    cosines = card_cosines(texts, records, encoder, np.random.default_rng(seed), n, pool=pool)
+    scaled = np.exp((cosines - cosines.max(1, keepdims=True)) / TEMPERATURE)
+    frame = pd.DataFrame(
+        [grounding(r, t, catalogue) for r, t in zip(records, texts, strict=True)],
+        columns=["grounding_precision", "grounding_recall"],
+    )
+    frame["grounding_f1"] = [
+        f1(p, r) for p, r in zip(frame["grounding_precision"], frame["grounding_recall"], strict=True)
+    ]
+    frame["feature_match"] = [
+        bool(features(r, t, catalogue) & true_features(r)) for r, t in zip(records, texts, strict=True)
+    ]
+    frame["own_item"] = _picked(texts, cosines)
+    frame["own_item_probability"] = scaled[:, 0] / scaled.sum(1) * np.array([bool(words(t)) for t in texts], bool)
+    # the masked texts face the same candidates
+    frame["own_item_masked"] = own_item_retrieval(texts, records, encoder, np.random.default_rng(seed), n, True, pool)
+    if rivals is not None:
+        frame["own_film"] = own_film(texts, rivals, encoder)
+        frame["own_film_masked"] = own_film(texts, rivals, encoder, mask_titles=True)
+    return frame
+
+
 def judge_texts(
     records: Sequence[Record],
     texts: Sequence[str],
@@ -223,31 +325,18 @@ def judge_texts(
     catalogue: Catalogue,
     rng: np.random.Generator,
     n: int = CANDIDATES,
+    pool: Sequence[Record] | None = None,
+    rivals: Sequence[Sequence[Record]] | None = None,
 ) -> pd.DataFrame:
-    """One row a text: grounding_precision (NaN: no claims) grounding_recall grounding_f1 own_item (bool)
-    own_item_probability own_item_masked (bool, titles blanked) fluency readability words quality.
+    """One row a text: ``paired_measures`` (grounding_precision is NaN without claims), fluency readability words quality.
 
     ``own_item_probability`` is the softmax of the cosines / .05 at the own card: smoother than the yes or no.
-    A text without words scores 0 everywhere.
+    A text without words scores 0 everywhere. ``pool``: see ``card_cosines``; ``rivals``: see ``own_film``.
     """
-    check_records(records, texts)
     if len(ref_logprobs) != len(texts):
         raise ValueError(f"{len(texts)} texts but {len(ref_logprobs)} arrays of log-probabilities: give one a text")
-    seed = int(rng.integers(2**63))  # the masked texts face the same candidates
-    cosines = card_cosines(texts, records, encoder, np.random.default_rng(seed), n)
-    masked = own_item_retrieval(texts, records, encoder, np.random.default_rng(seed), n, mask_titles=True)
-    scaled = np.exp((cosines - cosines.max(1, keepdims=True)) / TEMPERATURE)
+    frame = paired_measures(records, texts, encoder, catalogue, int(rng.integers(2**63)), n, pool, rivals)
     said = np.array([len(words(t)) for t in texts])
-    frame = pd.DataFrame(
-        [grounding(r, t, catalogue) for r, t in zip(records, texts, strict=True)],
-        columns=["grounding_precision", "grounding_recall"],
-    )
-    frame["grounding_f1"] = [
-        f1(p, r) for p, r in zip(frame["grounding_precision"], frame["grounding_recall"], strict=True)
-    ]
-    frame["own_item"] = _picked(texts, cosines)
-    frame["own_item_probability"] = scaled[:, 0] / scaled.sum(1) * (said > 0)
-    frame["own_item_masked"] = masked
     frame["fluency"] = fluency(ref_logprobs) * (said > 0)
     frame["readability"] = [readability(t) for t in texts]
     frame["words"] = said
@@ -256,3 +345,20 @@ def judge_texts(
         frame["grounding_f1"], frame["own_item_probability"], languages, [catalogue.claims(t).prose for t in texts]
     )
     return frame
+
+
+def shuffled(
+    records: Sequence[Record],
+    texts: Sequence[str],
+    encoder,
+    catalogue: Catalogue,
+    rng: np.random.Generator,
+    n: int = CANDIDATES,
+    pool: Sequence[Record] | None = None,
+    rivals: Sequence[Sequence[Record]] | None = None,
+) -> pd.DataFrame:
+    """``paired_measures`` of the same texts permuted among the records, no text on its own record."""
+    order = rng.permutation(len(texts))
+    others = np.empty_like(order)
+    others[order] = np.roll(order, 1)  # one cycle through all: nobody keeps their own
+    return paired_measures(records, [texts[i] for i in others], encoder, catalogue, int(rng.integers(2**63)), n, pool, rivals)
