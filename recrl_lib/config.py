@@ -117,8 +117,8 @@ class Params:
     sim_bias: float = _p(-2.0, "evaluation", "click model: intercept")
     sim_position: float = _p(0.5, "evaluation", "click model: weight of the position's discount")
     sim_user_std: float = _p(0.5, "evaluation", "click model: spread of the users' own bias", 0.0)
-    control_users: int = _p(12, "evaluation", "users for whom the control texts are scored, the first of eval_users", 2)
-    warm_users: int = _p(12, "evaluation", "users for whom the warm-started policies speak, so that PPO's own gain shows; 0 = none", 0)
+    control_users: int = _p(6, "evaluation", "users for whom the control texts are scored, the first of eval_users", 2)
+    warm_users: int = _p(6, "evaluation", "users for whom the warm-started policies speak, so that PPO's own gain shows; 0 = none", 0)
 
     interactive: bool = _p(False, "explore", "show the chat widget (needs a live JupyterLab)")
 
@@ -166,7 +166,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
         lora_layers=10, max_new_tokens=40, explain_users=12,
         warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4,
-        eval_users=128, bootstrap=10_000, control_users=16, warm_users=32,
+        eval_users=128, bootstrap=10_000, control_users=12, warm_users=32,
     ),
     "pod": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,

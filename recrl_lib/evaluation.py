@@ -197,6 +197,40 @@ def judge_metrics(arm: str, said: pd.DataFrame, records: Sequence[dict], catalog
     return {f"{arm}/{name}": float(value) for name, value in out.items()}
 
 
+def judge_table(results: dict[str, float]) -> pd.DataFrame:
+    """The judge's measures (rows) of each text arm, of its texts shuffled among the records, and of the reference
+    lines. Empty where shuffling changes nothing (measures of the texts alone) or is not defined."""
+    shown = [NAMES.get(m, m) for m in JUDGED] + ["fcr", "div", "distinct_1", "distinct_2", "usr"]
+    columns = {}
+    for arm in (*TEXT_ARMS, "reference"):
+        columns[arm] = [results[f"{arm}/{m}"] for m in shown]
+        if arm in TEXT_ARMS:
+            columns[f"{arm}, shuffled"] = [results.get(f"{arm}/{m}_shuffled", np.nan) for m in shown]
+    return pd.DataFrame(columns, index=shown)
+
+
+def control_table(results: dict[str, float]) -> pd.DataFrame:
+    """Reward, quality and CTR lift of the controls, the reference lines and, last, the arms on the same users."""
+    rows = {arm.removeprefix(CONTROL): f"{arm}/" for arm in dict.fromkeys(key.split("/")[0] for key in results)
+            if arm.startswith(CONTROL) or arm == "reference"}  # fmt: skip
+    rows |= {arm: f"{arm}/control_users_" for arm in TEXT_ARMS}
+    return pd.DataFrame({name: {m: results[f"{prefix}{m}"] for m in (*GAINS, "ctr_lift")} for name, prefix in rows.items()}).T
+
+
+def gain_table(results: dict[str, float]) -> pd.DataFrame:
+    """Gains with their intervals as text: over the base on all films, on films that PPO explained and on new ones,
+    and over the warm start; one row an arm and comparison."""
+    rows = []
+    for arm in TEXT_ARMS[1:]:
+        for what, title in (("change", "over base"), ("seen_items", "over base, films of the training"),
+                            ("new_items", "over base, new films"), ("by_ppo", "over the warm start")):  # fmt: skip
+            keys = {m: f"{arm}/{m}_{what}" for m in GAINS} | {"ctr_lift": f"{arm}/ctr_lift" + ("" if what == "change" else f"_{what}")}
+            if all(key in results for key in keys.values()):
+                rows.append({"arm": arm, "gain": title, "users": int(results.get(f"{arm}/users_{what}", results["eval_users"]))} | {
+                    m: f"{results[k]:.3f} [{results[f'{k}_lo']:.3f}, {results[f'{k}_hi']:.3f}]" for m, k in keys.items()})
+    return pd.DataFrame(rows)
+
+
 def control_metrics(explanations: pd.DataFrame) -> dict[str, float]:
     """Of each control and of the reference lines: reward, quality and CTR lift over the base arm, same users; and
     the same of each arm on these users, as ``<arm>/control_users_…``, to compare with."""
