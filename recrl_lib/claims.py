@@ -174,10 +174,17 @@ class Catalogue:
         tokens = _TOKEN.split(text.replace("_", " ").replace("&", " and ").replace("’", "'"))
         gaps, names = tokens[::2], tokens[1::2]  # gaps[i] stands before names[i], and one after the last
         lower = list(map(str.lower, names))
-        n, free = len(names), 0  # tokens before ``free`` are part of a form found already
-        used = bytearray(n)
-        titles: dict[frozenset[str], None] = {}
-        genres: dict[str, None] = {}
+        forms, used = self._forms(gaps, names, lower)
+        titles = dict.fromkeys([what for _, _, rule, what in forms if rule != _GENRE])
+        genres = dict.fromkeys([what for _, _, rule, what in forms if rule == _GENRE])
+        years = dict.fromkeys(int(w) for i, w in enumerate(names) if w[0] in "12" and not used[i] and _YEAR.match(w))
+        people = dict.fromkeys([" ".join(names[a:b]) for a, b in _proper_names(gaps, names, lower, used)])
+        return Claims(tuple(titles), tuple(genres), tuple(years), tuple(people), _prose(lower, used))
+
+    def _forms(self, gaps, names, lower) -> tuple[list[tuple], bytearray]:
+        """([(first word, one past the last, rule, titles it may mean or genre)], for each word 0 free 1 genre 2 title)."""
+        n, free = len(names), 0  # words before ``free`` are part of a form found already
+        forms, used = [], bytearray(n)
         for i, node in enumerate(map(self._trie.get, lower)):
             if node is None or i < free:
                 continue
@@ -188,12 +195,32 @@ class Catalogue:
                     end, found = j, node[None]
                 node = node.get(lower[j]) if j < n else None
             if end:
-                (genres if found[0] == _GENRE else titles)[found[2]] = None
+                forms.append((i, end, found[0], found[2]))
                 used[i:end] = (b"\1" if found[0] == _GENRE else b"\2") * (end - i)
                 free = end
-        years = dict.fromkeys(int(w) for i, w in enumerate(names) if w[0] in "12" and not used[i] and _YEAR.match(w))
-        people = dict.fromkeys(_proper_names(gaps, names, lower, used))
-        return Claims(tuple(titles), tuple(genres), tuple(years), tuple(people), _prose(lower, used))
+        return forms, used
+
+    def marks(self, record: Record, text: str) -> list[tuple[int, int, bool]]:
+        """What ``text`` claims, in its order: (first character, one past the last, supported by ``record``).
+
+        The same claims that ``verdict`` counts, each of its mentions.
+        """
+        own, own_genres, genres_of, _ = self._facts(record)
+        places = list(re.finditer(r"\w+|&", text.replace("_", " ")))
+        names = ["and" if place[0] == "&" else place[0] for place in places]
+        ends = [0, *(place.end() for place in places)]
+        gaps = [text[a:b].replace("’", "'") for a, b in zip(ends, [*(p.start() for p in places), len(text)], strict=True)]
+        lower = list(map(str.lower, names))
+        forms, used = self._forms(gaps, names, lower)
+        named = {t for _, _, rule, what in forms if rule != _GENRE and own not in what for t in what if t in genres_of}
+        right = own_genres.union(*[genres_of[t] for t in named])
+        found = [
+            (a, b, what in right if rule == _GENRE else own in what or not what.isdisjoint(genres_of))
+            for a, b, rule, what in forms
+        ]
+        found += [(i, i + 1, int(w) == record["year"]) for i, w in enumerate(names) if not used[i] and _YEAR.match(w)]
+        found += [(a, b, False) for a, b in _proper_names(gaps, names, lower, used)]
+        return [(places[a].start(), places[b - 1].end(), true) for a, b, true in sorted(found)]
 
     def verdict(self, record: Record, text: str) -> Verdict:
         """Hold the claims of ``text`` against ``record``.
@@ -313,8 +340,9 @@ def _prose(lower: list[str], used: bytearray) -> float:
     return min(len(function) / (FUNCTION_WORDS * free), len(set(function)) / 3, 1.0) if function else 0.0
 
 
-def _proper_names(gaps, names, lower, used) -> list[str]:
-    found: list[str] = []
+def _proper_names(gaps, names, lower, used) -> list[tuple[int, int]]:
+    """(first word, one past the last) of each proper name that is no title."""
+    found: list[tuple[int, int]] = []
     run: list[int] = []
     for i in [i for i, name in enumerate(names) if name != lower[i] and not used[i]]:  # few have a capital at all
         if not names[i][0].isupper():
@@ -331,9 +359,9 @@ def _proper_names(gaps, names, lower, used) -> list[str]:
     return found + _name(run, gaps, names, lower, used)
 
 
-def _name(run: list[int], gaps, names, lower, used) -> list[str]:
+def _name(run: list[int], gaps, names, lower, used) -> list[tuple[int, int]]:
     if len(run) > 1 or (run and _alone_but_cued(run[0], gaps, names, lower, used)):
-        return [" ".join([names[i] for i in run])]
+        return [(run[0], run[-1] + 1)]
     return []
 
 

@@ -134,6 +134,26 @@ def test_verdict_by_hand():
     assert (v.supported, v.unsupported) == (4, 5)
 
 
+def test_marks_by_hand():
+    text = "Like the comedy Fargo & Heat, Con Air (1996) is an action romance by John Woo."
+    marked = [(text[a:b], true) for a, b, true in CATALOGUE.marks(RECORD, text)]
+    assert marked == [
+        ("comedy", True), ("Fargo", True), ("Heat", True), ("Con Air", True), ("1996", False), ("action", True),
+        ("romance", False), ("John Woo", False),
+    ]  # fmt: skip
+    assert CATALOGUE.marks(RECORD, "") == []
+
+
+@given(st.lists(st.sampled_from("Con Air Heat Fargo The Rock & action comedy 1997 1990 by John Woo , . is a’s _".split()), max_size=14))
+def test_marks_are_the_claims_that_the_verdict_counts(tokens):
+    text = " ".join(tokens)
+    marked = CATALOGUE.marks(RECORD, text)
+    verdict = CATALOGUE.verdict(RECORD, text)
+    assert any(not true for _, _, true in marked) == (verdict.unsupported > 0)
+    assert any(true for _, _, true in marked) == (verdict.supported > 0)
+    assert all(a < b <= c for (a, b, _), (c, _, _) in zip(marked, [*marked[1:], (len(text), 0, 0)]))
+
+
 def test_a_history_genre_needs_its_film():
     assert CATALOGUE.verdict(RECORD, "Con Air is a comedy like Heat.").wrong_genres == 1
     assert CATALOGUE.verdict(RECORD, "Con Air is a comedy like Fargo.").wrong_genres == 0
