@@ -90,7 +90,8 @@ def test_untuned_arms_have_no_lift_no_kl_and_equal_texts(world):
     ranking = pd.concat([table.assign(arm=a) for a in ("base", "separate", "unshielded", "shielded")])
     for arm in ("base", "separate", "shielded"):
         m = evaluation.arm_metrics(arm, explanations, ranking, evaluation.score_change(made, made.text), 200, np.random.default_rng(3))
-        assert m[f"{arm}/ctr_lift"] == m[f"{arm}/ctr_lift_lo"] == m[f"{arm}/ctr_lift_hi"] == 1.0
+        # the base's log-probabilities come from the sampler, an arm's from a second reading: equal up to rounding
+        assert [m[f"{arm}/ctr_lift{end}"] for end in ("", "_lo", "_hi")] == pytest.approx([1.0] * 3, abs=1e-6)
         assert m[f"{arm}/kl"] == 0.0 and m[f"{arm}/reward_change"] == 0.0 and m[f"{arm}/top10_overlap"] == 1.0
 
 
@@ -176,7 +177,7 @@ def test_controls_warm_arms_and_groups(world):
     found = evaluation.control_metrics(scored)
     assert found["control_empty/reward"] == found["control_empty/quality"] == 0
     assert found["reference/quality"] > max(v for k, v in found.items() if k.startswith("control_") and k.endswith("/quality"))
-    assert set(evaluation.losers(found, "reference".replace("reference", "base"))) == {
+    assert set(evaluation.losers(found, "base")) == {
         "empty", "constant", "longest", "keywords", "another_item", "copied_prompt"}
     by_ppo = evaluation.added_by_ppo("shielded", scored, 200, np.random.default_rng(0))
     assert by_ppo["shielded/users_by_ppo"] == 5 and by_ppo["shielded/reward_by_ppo"] == 0  # untuned: the same texts
@@ -200,7 +201,8 @@ def test_questions_and_detectable_effects(world):
     table, _ = evaluation.ranking_table(made, made.text)
     ranking = pd.concat([table.assign(arm=a) for a in evaluation.TEXT_ARMS])
     questions = evaluation.tests(explanations, ranking, 200, np.random.default_rng(0))
-    assert len(questions) == 8 and (questions["p"] == 1).all() and (questions["difference"] == 0).all()  # untuned
+    untuned = questions[questions["measure"].isin(["reward", "ndcg"])]
+    assert len(questions) == 8 and (untuned["p"] == 1).all() and (questions["difference"].abs() < 1e-6).all()
     assert (evaluation.detectable(explanations)["reward"] == 0).all()
     noisy = explanations.assign(reward=np.random.default_rng(0).random(len(explanations)))
     found = evaluation.detectable(noisy).set_index("profile")["reward"]
