@@ -11,11 +11,11 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     explainer   the LLM, LoRA, prompts, batched sampling, item vectors
     shield      protected subspaces, and the shield that hooks any torch optimizer
     rewards     the training reward, in TRL's signature
-    warmstart   supervised warm start (TRL) under the arm's own shield     references   composed explanations
+    warmstart   supervised warm start (TRL) under the arm's own shield     references   composed explanations, controls
     ppo         Shielded PPO: rollout, advantages, losses, update
     simulator   the click model          judge   measures never used as a reward
     claims      what a text claims: titles, genres, years, names (shared by rewards and judge)
-    metrics     ranking, churn and text metrics       stats   bootstrap intervals
+    metrics     ranking, churn and text metrics       stats   intervals, tests, detectable effects
     evaluation  arms side by side          audit     toxicity, popularity, parity, privacy
     study       one run's tables, ranker and base ranking, as notebooks 03-10 share them
     demonstration  small real trainings that show what the shield forbids

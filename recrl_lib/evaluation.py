@@ -167,7 +167,8 @@ def sensitivity_table(
         lift = simulator.sensitivity(model, score, quality, base["quality"].to_numpy(), base["position"].to_numpy(), noise)
         i, j = np.meshgrid(simulator.FACTORS, simulator.FACTORS, indexing="ij")
         frames += [
-            pd.DataFrame({"arm": arm, "first": first, "second": second, "first_factor": i.ravel(), "second_factor": j.ravel(), "lift": grid.ravel()})
+            pd.DataFrame({"arm": arm, "first": first, "second": second, "first_factor": i.ravel(),
+                          "second_factor": j.ravel(), "lift": grid.ravel()})  # fmt: skip
             for (first, second), grid in zip(simulator.ASSUMPTIONS, lift, strict=True)
         ]
     return pd.concat(frames, ignore_index=True)

@@ -192,13 +192,16 @@ def _more_claims(m: Mapping[str, Any]) -> list[Claim]:
             found.append(Claim(f"Did PPO add reward to the warm start ({arm})?", _rose(m, f"{arm}/reward_by_ppo"), words))
         if f"{arm}/reward_new_items" in m:
             words = f"change {with_interval(m, f'{arm}/reward_new_items')}, {m[f'{arm}/users_new_items']:g} users"
-            found.append(Claim(f"Did the reward rise on films that PPO never explained ({arm})?", _rose(m, f"{arm}/reward_new_items"), words))
+            question = f"Did the reward rise on films that PPO never explained ({arm})?"
+            found.append(Claim(question, _rose(m, f"{arm}/reward_new_items"), words))
         if (survives := m.get(f"{arm}/lift_sign_survives")) is not None:
             words = f"lift between {number(m[f'{arm}/lift_lowest'])} and {number(m[f'{arm}/lift_highest'])}"
-            found.append(Claim(f"Does the sign of the lift survive half and double the click model's weights ({arm})?", "yes" if survives else "no", words))
+            question = f"Does the sign of the lift survive half and double the click model's weights ({arm})?"
+            found.append(Claim(question, "yes" if survives else "no", words))
         if any(key.startswith(ev.CONTROL) for key in m):
             won = [name.replace("_", " ") for name, lost in ev.losers(m, arm).items() if not lost]
-            found.append(Claim(f"Do all texts composed to fool the measures lose to the policy ({arm})?", "no" if won else "yes", f"not below it: {', '.join(won) or 'none'}"))
+            question = f"Do all texts composed to fool the measures lose to the policy ({arm})?"
+            found.append(Claim(question, "no" if won else "yes", f"not below it: {', '.join(won) or 'none'}"))
     return found
 
 
@@ -341,7 +344,8 @@ def _doubts_about_explanations(e: Evidence) -> list[Doubt]:
 
 def _doubts_about_procedure(e: Evidence) -> list[Doubt]:
     ppo, checks, found = e.metrics["ppo"], e.metrics["audit"], []
-    shown = [arm for arm in SHARED if f"{arm}/reward_by_ppo_lo" in e.evaluation and verdict(e.evaluation, f"{arm}/reward_by_ppo", 0.0) == "up"]
+    m = e.evaluation
+    shown = [arm for arm in SHARED if f"{arm}/reward_by_ppo" in m and verdict(m, f"{arm}/reward_by_ppo", 0.0) == "up"]
     if e.params.warm_start and len(shown) < len(SHARED):
         rewards = "; ".join(
             f"{arm} {number(_get(ppo, f'{arm}/reward_first', PPO))} before PPO's first step, "
@@ -484,13 +488,15 @@ def evidence_tables(m: Mapping[str, Any]) -> list[tuple[str, pd.DataFrame]]:
     if "reference/reward" in m:
         shown = ev.control_table(m).rename_axis("texts").reset_index()
         found.append(("Texts composed by rule, and the arms on the same users. Each control must lose to the tuned arms.", shown))
-        found.append(("Gains with 95 % intervals: over the base on all films, on films of the training and on new ones, and over the warm start.", ev.gain_table(m)))
+        found.append(("Gains with 95 % intervals: over the base on all films, on films of the training and on new ones, "
+                      "and over the warm start.", ev.gain_table(m)))  # fmt: skip
     if "shielded/reward_p_holm" in m:
         rows = [{"question": f"{arm}: {what} differs from the base", "p": m[f"{arm}/{what}_p"], "p (Holm)": m[f"{arm}/{what}_p_holm"]}
                 for arm in SHARED for what in ("reward", "quality", "click", "ndcg")]  # fmt: skip
         found.append(("Eight questions at once: p of a paired bootstrap, and corrected for their number (Holm).", pd.DataFrame(rows)))
     if "mde/smoke/reward" in m:
-        rows = [{"profile": profile, **{name: m[f"mde/{profile}/{name}"] for name in (*ev.GAINS, "ctr_lift")}} for profile in config.PROFILES]
+        rows = [{"profile": profile, **{name: m[f"mde/{profile}/{name}"] for name in (*ev.GAINS, "ctr_lift")}}
+                for profile in config.PROFILES if f"mde/{profile}/reward" in m]  # fmt: skip
         found.append(("Smallest gain that each profile's users show four times out of five, given this run's spread.", pd.DataFrame(rows)))
     return [(caption, frame.map(lambda v: "" if v != v else number(v) if isinstance(v, float) else str(v))) for caption, frame in found]
 
