@@ -34,6 +34,7 @@ TUNED = ("separate", *SHARED)
 SEALED = 1e-6  # a leak below this is rounding of float32 adapters
 HELD = 0.99  # share of the top 10 below which the page says that the shield did not hold the ranking
 FEW_USERS = 100
+LEAST_USERS = 10  # in a group of users, to answer a question about it
 CHANCE = 0.1  # own-item retrieval among ten candidates
 
 
@@ -189,11 +190,11 @@ def _more_claims(m: Mapping[str, Any]) -> list[Claim]:
     for arm in SHARED:
         if f"{arm}/reward_by_ppo" in m:
             words = f"reward {with_interval(m, f'{arm}/reward_by_ppo')}, quality {with_interval(m, f'{arm}/quality_by_ppo')}"
-            found.append(Claim(f"Did PPO add reward to the warm start ({arm})?", _rose(m, f"{arm}/reward_by_ppo"), words))
+            found.append(Claim(f"Did PPO add reward to the warm start ({arm})?", _rose_in_group(m, arm, "by_ppo"), words))
         if f"{arm}/reward_new_items" in m:
-            words = f"change {with_interval(m, f'{arm}/reward_new_items')}, {m[f'{arm}/users_new_items']:g} users"
+            words = f"change {with_interval(m, f'{arm}/reward_new_items')}, users: {m[f'{arm}/users_new_items']:g}"
             question = f"Did the reward rise on films that PPO never explained ({arm})?"
-            found.append(Claim(question, _rose(m, f"{arm}/reward_new_items"), words))
+            found.append(Claim(question, _rose_in_group(m, arm, "new_items"), words))
         if (survives := m.get(f"{arm}/lift_sign_survives")) is not None:
             words = f"lift between {number(m[f'{arm}/lift_lowest'])} and {number(m[f'{arm}/lift_highest'])}"
             question = f"Does the sign of the lift survive half and double the click model's weights ({arm})?"
@@ -213,6 +214,11 @@ def _gains(m: Mapping[str, Any], change: str, question: str, words: str) -> list
 
 def _rose(evaluation: Mapping[str, Any], key: str) -> str:
     return {"up": "yes", "down": "no, it fell", "undecided": "not shown"}[verdict(evaluation, key, 0.0)]
+
+
+def _rose_in_group(m: Mapping[str, Any], arm: str, group: str) -> str:
+    """A bootstrap over a handful of users knows nothing: one user has an interval of no width."""
+    return _rose(m, f"{arm}/reward_{group}") if _get(m, f"{arm}/users_{group}") >= LEAST_USERS else "too few users to say"
 
 
 def _moved(evaluation: Mapping[str, Any], arm: str) -> bool:
@@ -345,7 +351,7 @@ def _doubts_about_explanations(e: Evidence) -> list[Doubt]:
 def _doubts_about_procedure(e: Evidence) -> list[Doubt]:
     ppo, checks, found = e.metrics["ppo"], e.metrics["audit"], []
     m = e.evaluation
-    shown = [arm for arm in SHARED if f"{arm}/reward_by_ppo" in m and verdict(m, f"{arm}/reward_by_ppo", 0.0) == "up"]
+    shown = [arm for arm in SHARED if f"{arm}/reward_by_ppo" in m and _rose_in_group(m, arm, "by_ppo") == "yes"]
     if e.params.warm_start and len(shown) < len(SHARED):
         rewards = "; ".join(
             f"{arm} {number(_get(ppo, f'{arm}/reward_first', PPO))} before PPO's first step, "

@@ -442,7 +442,7 @@ def more_evaluation() -> dict:
     for arm in report.SHARED:
         for what in ("by_ppo", "new_items", "seen_items"):
             found |= {f"{arm}/{m}_{what}{end}": 0.2 for m in ("reward", "quality", "ctr_lift") for end in ("", "_lo", "_hi")}
-            found[f"{arm}/users_{what}"] = 7.0
+            found[f"{arm}/users_{what}"] = 20.0
         found |= {f"{arm}/lift_lowest": 1.01, f"{arm}/lift_highest": 1.2, f"{arm}/lift_sign_survives": True}
         found |= {f"{arm}/{m}_{p}": 0.04 for m in ("reward", "quality", "click", "ndcg") for p in ("p", "p_holm")}
     found |= {f"mde/{profile}/{m}": 0.02 for profile in config.PROFILES for m in ("reward", "quality", "ctr_lift")}
@@ -456,6 +456,8 @@ def test_a_full_run_shows_its_measures_and_answers_more_questions():
     assert all(isinstance(cell, str) for _, frame in shown for cell in frame.to_numpy().ravel())
     extra = {c.question: c.answer for c in report.claims(m)[len(report.claims(evaluation())) :]}
     assert len(extra) == 8 and all(answer == "yes" for answer in extra.values())
+    few = report.claims(m | {"shielded/users_by_ppo": 1.0})
+    assert [c.answer for c in few if c.answer.startswith("too few")] == ["too few users to say"]
     fooled = report.claims(m | {"control_empty/reward": 0.9})
     assert [c.evidence for c in fooled if c.question.startswith("Do all texts")] == ["not below it: empty"] * 2
     assert not any("gain is PPO's" in d.text for d in report.not_shown(evidence({"evaluation": m})))
