@@ -12,13 +12,13 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     explainer   the LLM, LoRA, prompts, item vectors          decoding   batched sampling, fast
     shield      protected subspaces, and the shield that hooks any torch optimizer
     rewards     the training reward, in TRL's signature
-    warmstart   supervised warm start (TRL) under the arm's own shield     references   composed explanations
+    warmstart   supervised warm start (TRL) under the arm's own shield     references   composed explanations, controls
     ppo         Shielded PPO: rollout, advantages, losses, update          vitals       what its steps log, and warnings
     trl_arms    TRL's RLOO and GRPO on the same prompts, reward and shield
     checkpoint  an arm's state on disk     arms       one arm: warm start, merge, PPO (or TRL), resume
     simulator   the click model          judge   measures never used as a reward
     claims      what a text claims: titles, genres, years, names (shared by rewards and judge)
-    metrics     ranking, churn and text metrics       stats   bootstrap intervals
+    metrics     ranking, churn and text metrics       stats   intervals, tests, detectable effects
     evaluation  arms side by side          audit     toxicity, popularity, parity, privacy
     study       one run's tables, ranker and base ranking, as notebooks 03-10 share them
     frontier    many short trainings: learning kept against ranking moved

@@ -17,8 +17,7 @@ before a colon (two words or more) and the form without a leading article. A for
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]  # see ``recrl_lib.__init__``
 NOUNS = {"film": ("viewer", "watched"), "book": ("reader", "read"), "game": ("player", "played"), "item": ("customer", "chose")}
@@ -38,7 +37,10 @@ _NOT_NAMES = SMALL | frozenset(
     rating recommend recommendation recommended recommending similar story system thanks title try user viewer
     watch watching year""".split()
 )
-_NAME_CUES = frozenset("by starring director actor actress".split())
+# A capitalised word after one of these is a name even when it stands alone: "liked Palglone" invents a film.
+_NAME_CUES = frozenset(
+    "by starring director actor actress like liked love loved enjoy enjoyed watched recommend recommended".split()
+)
 _TITLE_FOLLOWERS = frozenset("is was has and s".split())
 _ABBREVIATIONS = frozenset("mr mrs ms dr st jr vs".split())
 
@@ -55,8 +57,8 @@ GENRE_FORMS = {  # lower-case forms beside the name itself and its plural; only 
 }
 NO_GENRE = frozenset({"", "unknown"})
 
-_TOKEN = re.compile(r"(\W*)(\w+)")
-_WORD = re.compile(r"[^\W_]+(?:['’.\-][^\W_]+)*")
+_TOKEN = re.compile(r"(\w+)")
+_WORD = re.compile(r"\w+(?:['’.\-]\w+)*")
 _YEAR = re.compile(r"(?:19|20)\d\d\Z")
 _BREAK = re.compile(r"[.!?\n]")
 _ARTICLE = re.compile(r"(?:the|an?)\s+(?=\w)", re.IGNORECASE)
@@ -65,13 +67,13 @@ _PAREN = re.compile(r"\s*\(([^)]*)\)")
 _ANY_CASE, _CAPITALS, _ALONE, _GENRE = range(4)
 
 
-@dataclass(frozen=True)
-class Claims:
+class Claims(NamedTuple):
     """What a text says, each thing once, in order of first mention.
 
     titles: one set a mention: the catalogue titles it may mean.  genres: names as in the catalogue.
-    years: four-digit years outside titles.  people: proper names (two capitalised words or more, or one
-    after "by" or "starring") that are no title; mostly people, and never checkable from metadata.
+    years: four-digit years outside titles.  people: proper names that are no title: two capitalised words or more,
+    or one after "by", "liked" and their like, or after a title and "and". People and invented titles both: the
+    metadata supports neither.
     prose: how far the words outside titles and genres are running English, in [0, 1]: full if a quarter of them,
     and three different ones, are function words. A list of true keywords has 0.
     """
@@ -83,9 +85,8 @@ class Claims:
     prose: float = 0.0
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A text's claims held against its record. Counts are of distinct claims."""
+class Verdict(NamedTuple):
+    """A text's claims held against its record. Counts are of distinct claims; ``all_…`` what the record offers."""
 
     title: bool  # names the recommended film
     history: int  # own history titles named
@@ -96,6 +97,8 @@ class Verdict:
     wrong_genres: int
     wrong_years: int
     people: int
+    all_history: int  # different history titles of the record
+    all_genres: int  # its genres, placeholders apart
 
     @property
     def supported(self) -> int:
@@ -108,13 +111,13 @@ class Verdict:
 
 def words(text: str) -> list[str]:
     """Words of ``text`` as written; "Sci-Fi", "don't" and "U.S" are one word each."""
-    return _WORD.findall(text)
+    return _WORD.findall(text.replace("_", " "))
 
 
 def distinct_share(tokens: list[str], n: int) -> float:
     """Share of the n-grams of ``tokens`` that are distinct; 1 where there are none."""
-    grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
-    return len(set(grams)) / len(grams) if grams else 1.0
+    grams = len(tokens) - n + 1
+    return len(set(zip(*[tokens[i:] for i in range(n)], strict=False))) / grams if grams > 0 else 1.0
 
 
 def real_genres(record: Record) -> list[str]:
@@ -147,6 +150,7 @@ class Catalogue:
             raise ValueError("catalogue: no titles; give the item table's title column")
         self._trie: dict = {}
         self._last = ("", Claims())  # one text is asked about several times in a row
+        self._record = None  # and one record
         genre_keys = {key: genre for genre in self.genres for key in _genre_keys(genre)}
         exact, alias = _title_keys(sorted(self.titles))
         for key, (spelt, named) in (alias | exact).items():
@@ -168,33 +172,56 @@ class Catalogue:
         return self._last[1]
 
     def _find(self, text: str) -> Claims:
-        tokens = _TOKEN.findall(text.replace("_", " ").replace("&", " and ").replace("’", "'"))
-        gaps = [gap for gap, _ in tokens]
-        names = [word for _, word in tokens]
-        lower = [word.lower() for word in names]
-        used = [False] * len(tokens)
-        titles: dict[frozenset[str], None] = {}
-        genres: dict[str, None] = {}
-        i, n, trie = 0, len(tokens), self._trie
-        while i < n:
-            node, j, end = trie.get(lower[i]), i, 0
+        tokens = _TOKEN.split(text.replace("_", " ").replace("&", " and ").replace("’", "'"))
+        gaps, names = tokens[::2], tokens[1::2]  # gaps[i] stands before names[i], and one after the last
+        lower = list(map(str.lower, names))
+        forms, used = self._forms(gaps, names, lower)
+        titles = dict.fromkeys([what for _, _, rule, what in forms if rule != _GENRE])
+        genres = dict.fromkeys([what for _, _, rule, what in forms if rule == _GENRE])
+        years = dict.fromkeys(int(w) for i, w in enumerate(names) if w[0] in "12" and not used[i] and _YEAR.match(w))
+        people = dict.fromkeys([" ".join(names[a:b]) for a, b in _proper_names(gaps, names, lower, used)])
+        return Claims(tuple(titles), tuple(genres), tuple(years), tuple(people), _prose(lower, used))
+
+    def _forms(self, gaps, names, lower) -> tuple[list[tuple], bytearray]:
+        """([(first word, one past the last, rule, titles it may mean or genre)], for each word 0 free 1 genre 2 title)."""
+        n, free = len(names), 0  # words before ``free`` are part of a form found already
+        forms, used = [], bytearray(n)
+        for i, node in enumerate(map(self._trie.get, lower)):
+            if node is None or i < free:
+                continue
+            j, end = i, 0
             while node is not None:
                 j += 1
-                hit = node.get(None)
-                if hit is not None and _accepts(hit, gaps, names, lower, i):
-                    end, found = j, hit
+                if None in node and _accepts(node[None], gaps, names, lower, i):
+                    end, found = j, node[None]
                 node = node.get(lower[j]) if j < n else None
-            if not end:
-                i += 1
-                continue
-            (genres if found[0] == _GENRE else titles)[found[2]] = None
-            used[i:end] = [True] * (end - i)
-            i = end
-        years = dict.fromkeys(
-            int(w) for w, u in zip(names, used, strict=True) if not u and w[0] in "12" and _YEAR.match(w)
-        )
-        people = dict.fromkeys(_proper_names(gaps, names, lower, used))
-        return Claims(tuple(titles), tuple(genres), tuple(years), tuple(people), _prose(lower, used))
+            if end:
+                forms.append((i, end, found[0], found[2]))
+                used[i:end] = (b"\1" if found[0] == _GENRE else b"\2") * (end - i)
+                free = end
+        return forms, used
+
+    def marks(self, record: Record, text: str) -> list[tuple[int, int, bool]]:
+        """What ``text`` claims, in its order: (first character, one past the last, supported by ``record``).
+
+        The same claims that ``verdict`` counts, each of its mentions.
+        """
+        own, own_genres, genres_of, _ = self._facts(record)
+        places = list(re.finditer(r"\w+|&", text.replace("_", " ")))
+        names = ["and" if place[0] == "&" else place[0] for place in places]
+        ends = [0, *(place.end() for place in places)]
+        gaps = [text[a:b].replace("’", "'") for a, b in zip(ends, [*(p.start() for p in places), len(text)], strict=True)]
+        lower = list(map(str.lower, names))
+        forms, used = self._forms(gaps, names, lower)
+        named = {t for _, _, rule, what in forms if rule != _GENRE and own not in what for t in what if t in genres_of}
+        right = own_genres.union(*[genres_of[t] for t in named])
+        found = [
+            (a, b, what in right if rule == _GENRE else own in what or not what.isdisjoint(genres_of))
+            for a, b, rule, what in forms
+        ]
+        found += [(i, i + 1, int(w) == record["year"]) for i, w in enumerate(names) if not used[i] and _YEAR.match(w)]
+        found += [(a, b, False) for a, b in _proper_names(gaps, names, lower, used)]
+        return [(places[a].start(), places[b - 1].end(), true) for a, b, true in sorted(found)]
 
     def verdict(self, record: Record, text: str) -> Verdict:
         """Hold the claims of ``text`` against ``record``.
@@ -202,36 +229,43 @@ class Catalogue:
         A genre is right if the recommended film has it, or a history film that the text names.
         Raises ``ValueError`` if the record's titles are not in the catalogue.
         """
-        own = record["title"]
-        genres_of = dict(zip(record["history_titles"], record["history_genres"], strict=True))
-        for title in (own, *genres_of):
-            if title not in self.titles:
-                raise ValueError(
-                    f"record of user {record['user']}: title {title!r} is not in the catalogue; "
-                    "build it from the same item table"
-                )
+        own, own_genres, genres_of, all_genres = self._facts(record)
         said = self.claims(text)
-        named = {t for mention in said.titles if own not in mention for t in mention & genres_of.keys()}
-        strangers = sum(own not in mention and mention.isdisjoint(genres_of) for mention in said.titles)
-        genres = set(said.genres)
-        true = genres & set(record["genres"])
-        theirs = (genres - true) & {g for t in named for g in genres_of[t]}
+        others = [mention for mention in said.titles if own not in mention]
+        named = {t for mention in others for t in mention if t in genres_of}
+        false = [g for g in said.genres if g not in own_genres]
+        theirs = {g for t in named for g in genres_of[t]}.intersection(false) if false else ()
         right_year = record["year"] in said.years
         return Verdict(
-            title=any(own in mention for mention in said.titles),
+            title=len(others) < len(said.titles),
             history=len(named),
-            genres=len(true),
+            genres=len(said.genres) - len(false),
             history_genres=len(theirs),
             years=int(right_year),
-            foreign_titles=strangers,
-            wrong_genres=len(genres - true - theirs),
+            foreign_titles=sum([mention.isdisjoint(genres_of) for mention in others]),
+            wrong_genres=len(false) - len(theirs),
             wrong_years=len(said.years) - right_year,
             people=len(said.people),
+            all_history=len(genres_of),
+            all_genres=all_genres,
         )
+
+    def _facts(self, record: Record) -> tuple[str, set[str], dict[str, list[str]], int]:
+        """(title, genres, genres by history title, number of real genres); kept: PPO samples a prompt several times."""
+        if record is not self._record:
+            own, genres_of = record["title"], dict(zip(record["history_titles"], record["history_genres"], strict=True))
+            for title in (own, *genres_of):
+                if title not in self.titles:
+                    raise ValueError(
+                        f"record of user {record['user']}: title {title!r} is not in the catalogue; "
+                        "build it from the same item table"
+                    )
+            self._record, self._known = record, (own, set(record["genres"]), genres_of, len(real_genres(record)))
+        return self._known
 
 
 def _split(text: str) -> tuple[str, ...]:
-    return tuple(word for _, word in _TOKEN.findall(text.replace("_", " ").replace("&", " and ")))
+    return tuple(_TOKEN.findall(text.replace("_", " ").replace("&", " and ")))
 
 
 def _lower(key: Iterable[str]) -> tuple[str, ...]:
@@ -301,28 +335,40 @@ def _joins(gap: str, before: str) -> bool:
     return gap in (" ", "-", "'") or (gap in (". ", ".") and (len(before) == 1 or before in _ABBREVIATIONS))
 
 
-def _prose(lower: list[str], used: list[bool]) -> float:
-    free = [word for word, u in zip(lower, used, strict=True) if not u]
-    function = [word for word in free if word in SMALL]
-    return min(len(function) / (FUNCTION_WORDS * len(free)), len(set(function)) / 3, 1.0) if function else 0.0
+def _prose(lower: list[str], used: bytearray) -> float:
+    function = [word for i, word in enumerate(lower) if word in SMALL and not used[i]]
+    free = used.count(0)
+    return min(len(function) / (FUNCTION_WORDS * free), len(set(function)) / 3, 1.0) if function else 0.0
 
 
-def _proper_names(gaps, names, lower, used) -> Iterable[str]:
+def _proper_names(gaps, names, lower, used) -> list[tuple[int, int]]:
+    """(first word, one past the last) of each proper name that is no title."""
+    found: list[tuple[int, int]] = []
     run: list[int] = []
-    for i, name in enumerate(names):
-        named = name[0].isupper() and not used[i]
+    for i in [i for i, name in enumerate(names) if name != lower[i] and not used[i]]:  # few have a capital at all
+        if not names[i][0].isupper():
+            continue
         # "The Matrix" inside a sentence: a capitalised article belongs to the name
-        named = named and (
-            lower[i] not in _NOT_NAMES or (lower[i] == "the" and not run and not _opens_sentence(gaps, lower, i))
-        )
-        if run and not (named and _joins(gaps[i], lower[run[-1]])):
-            yield from _name(run, names, lower)
+        if lower[i] in _NOT_NAMES and (
+            lower[i] != "the" or (run and run[-1] == i - 1) or _opens_sentence(gaps, lower, i)
+        ):
+            continue
+        if run and not (run[-1] == i - 1 and _joins(gaps[i], lower[i - 1])):
+            found += _name(run, gaps, names, lower, used)
             run = []
-        if named:
-            run.append(i)
-    yield from _name(run, names, lower)
+        run.append(i)
+    return found + _name(run, gaps, names, lower, used)
 
 
-def _name(run: list[int], names, lower) -> Iterable[str]:
-    if len(run) > 1 or (run and run[0] and lower[run[0] - 1] in _NAME_CUES and lower[run[0]] != "the"):
-        yield " ".join(names[i] for i in run)
+def _name(run: list[int], gaps, names, lower, used) -> list[tuple[int, int]]:
+    if len(run) > 1 or (run and _alone_but_cued(run[0], gaps, names, lower, used)):
+        return [(run[0], run[-1] + 1)]
+    return []
+
+
+def _alone_but_cued(i: int, gaps, names, lower, used) -> bool:
+    """Whether word ``i``, alone, is a name by what stands before it: a cue, or a title and "and"."""
+    cut_off = i == len(names) - 1 and not gaps[i + 1].strip()  # the text's last word may be the first of a title
+    if i == 0 or cut_off or len(names[i]) == 1 or lower[i] == "the":
+        return False
+    return lower[i - 1] in _NAME_CUES or (lower[i - 1] == "and" and i > 1 and used[i - 2] == 2)

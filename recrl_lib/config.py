@@ -110,6 +110,7 @@ class Params:
     frontier_seeds: int = _p(1, "shield", "seeds of the frontier", 1)
     frontier_users: int = _p(4, "shield", "held-out users whose explanations measure a point", 2)
 
+    heldout_items: float = _p(0.2, "shielded_ppo", "share of items that PPO never explains", 0.0, 0.9)
     reward: str = _p("grounded", "shielded_ppo", "reward variant", choices=("grounded", "paper"))
     warm_start: bool = _p(True, "shielded_ppo", "supervised steps on composed explanations before PPO, under the arm's own shield")
     warm_steps: int = _p(4, "shielded_ppo", "optimizer steps of the warm start", 1)
@@ -137,6 +138,9 @@ class Params:
     checkpoint_every: int = _p(1, "shielded_ppo", "iterations between checkpoints", 1)
     checkpoint_keep: int = _p(2, "shielded_ppo", "checkpoints kept of each arm while it trains", 1)
     processes: int = _p(1, "shielded_ppo", "data-parallel processes (accelerate launch); must divide prompts_per_step", 1)
+    weight_length: float = _p(0.5, "shielded_ppo", "reward: weight of length; 0 removes a part, the others are rescaled to sum to 1", 0.0)
+    weight_relevance: float = _p(0.3, "shielded_ppo", "reward: weight of relevance", 0.0)
+    weight_coherence: float = _p(0.2, "shielded_ppo", "reward: weight of coherence", 0.0)
 
     eval_users: int = _p(24, "evaluation", "held-out users whose explanations are judged", 2)
     bootstrap: int = _p(2000, "evaluation", "bootstrap resamples of users", 100)
@@ -145,6 +149,8 @@ class Params:
     sim_bias: float = _p(-2.0, "evaluation", "click model: intercept")
     sim_position: float = _p(0.5, "evaluation", "click model: weight of the position's discount")
     sim_user_std: float = _p(0.5, "evaluation", "click model: spread of the users' own bias", 0.0)
+    control_users: int = _p(6, "evaluation", "users for whom the control texts are scored, the first of eval_users", 2)
+    warm_users: int = _p(6, "evaluation", "users for whom the warm-started policies speak, so that PPO's own gain shows; 0 = none", 0)
 
     interactive: bool = _p(False, "explore", "show the chat widget (needs a live JupyterLab)")
 
@@ -167,6 +173,8 @@ class Params:
             raise ValueError("parameter run='reference': that folder holds the published runs; choose another name")
         if self.ranker_dim % self.ranker_heads:
             raise ValueError(f"parameter ranker_dim={self.ranker_dim}: must be a multiple of ranker_heads={self.ranker_heads}")
+        if not self.weight_length + self.weight_relevance + self.weight_coherence:
+            raise ValueError("parameters weight_length, weight_relevance, weight_coherence: at least one must be above 0")
         samples = self.prompts_per_step * self.samples_per_prompt
         if samples % self.minibatches:
             raise ValueError(f"parameter minibatches={self.minibatches}: must divide prompts_per_step x samples_per_prompt = {samples}")
@@ -196,7 +204,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=20, ranker_patience=4,
         lora_layers=10, max_new_tokens=40, explain_users=12, shield_penalty=1000.0, frontier_steps=16, frontier_users=24,
         warm_steps=30, ppo_steps=6, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
-        eval_users=128, bootstrap=10_000,
+        eval_users=128, bootstrap=10_000, control_users=12, warm_users=32,
     ),
     "pod": dict(
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=6, ranker_seeds=5,
@@ -204,7 +212,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         frontier_points="full", frontier_steps=60, frontier_seeds=3, frontier_users=64,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         micro_batch=32, checkpoint_every=10,
-        eval_users=377, bootstrap=10_000,
+        eval_users=377, bootstrap=10_000, control_users=64, warm_users=377,
     ),
     "paper": dict(
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -212,7 +220,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         lora_layers=0, max_new_tokens=40, explain_users=32,
         warm_start=False, ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
         micro_batch=16, checkpoint_every=25,
-        eval_users=377, bootstrap=10_000, reward="paper",
+        eval_users=377, bootstrap=10_000, control_users=64, warm_users=377, reward="paper",
     ),
 }
 

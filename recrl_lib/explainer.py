@@ -66,6 +66,7 @@ class Explainer:
         self.device = torch.device(device)
         self.peft: PeftModel | None = None
         self._base_sha256: str | None = None
+        self.adapters_off = True  # the model as it speaks now is the reference policy
         self._fused: decoding.Fused | None = None
         self.cut = self.n_layers if self.split else 0
         # PAD must not be EOS: this tokenizer ships with pad == eos == <|im_end|>, which also ends
@@ -100,6 +101,7 @@ class Explainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # LoRA draws A on the CPU at creation
             self.peft = get_peft_model(self.lm, config)
+        self.adapters_off = False
         return self
 
     def _projections(self) -> list[tuple[str, int, str]]:
@@ -133,10 +135,12 @@ class Explainer:
             yield
             return
         trainable = [(p, p.requires_grad) for p in self.lm.parameters()]
+        before_off, self.adapters_off = self.adapters_off, True
         try:
             with self.peft.disable_adapter():
                 yield
         finally:
+            self.adapters_off = before_off
             for p, before in trainable:  # PEFT's context makes every adapter trainable again, a frozen A too
                 p.requires_grad_(before)
 
@@ -326,11 +330,14 @@ def explain(
     for start in track(range(0, len(records), batch), desc):
         prompts = [prompt_ids(explainer, messages(r)) for r in records[start:start + batch]]
         rollout = sample(explainer, prompts, 1, max_new_tokens, temperature, generator)
-        new = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
-        with explainer.reference():
-            ref = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
-        divergence = (new.exp() * (new - ref)).sum(-1).masked_fill(~rollout.mask, 0.0).sum(-1)
-        chosen = ref.gather(-1, rollout.response[..., None])[..., 0]
+        if explainer.adapters_off:  # the policy is the reference, which sampled with the log-probabilities wanted
+            chosen, divergence = rollout.logprobs, torch.zeros(len(prompts))
+        else:
+            new = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
+            with explainer.reference():
+                ref = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
+            divergence = (new.exp() * (new - ref)).sum(-1).masked_fill(~rollout.mask, 0.0).sum(-1)
+            chosen = ref.gather(-1, rollout.response[..., None])[..., 0]
         texts += rollout.texts
         reference += [row[keep].cpu().numpy() for row, keep in zip(chosen, rollout.mask)]
         kl.append(divergence.clamp(min=0).cpu().numpy())

@@ -594,6 +594,53 @@ def tradeoff(metrics: Mapping[str, Any]) -> Figure:
     return fig
 
 
+def sensitivity(table: pd.DataFrame, arm: str = "shielded") -> Figure:
+    """Simulated lift of one arm with two assumptions of the click model multiplied at a time: three heat maps.
+
+    ``table``: ``evaluation.sensitivity_table``. Below 1 a cell is outlined: there the sign of the lift changes.
+    """
+    table = _columns(table, "sensitivity", "arm", "first", "second", "first_factor", "second_factor", "lift")
+    table = table[table["arm"] == arm]
+    pairs = list(dict.fromkeys(zip(table["first"], table["second"])))
+    reach = 1.6 * max(float((table["lift"] - 1).abs().max()), 1e-3)  # light enough for black numbers
+    fig, axes = _axes(1, len(pairs), 3.6 * len(pairs), 3.4, squeeze=False)
+    for ax, (first, second) in zip(axes[0], pairs):
+        part = table[(table["first"] == first) & (table["second"] == second)]
+        grid = part.pivot(index="first_factor", columns="second_factor", values="lift")
+        ax.imshow(grid, cmap="RdBu", vmin=1 - reach, vmax=1 + reach, origin="lower", aspect="auto")
+        for (i, j), lift in np.ndenumerate(grid.to_numpy()):
+            edge = dict(boxstyle="round", facecolor="white", edgecolor="black") if lift < 1 else None
+            ax.text(j, i, f"{lift:.2f}", ha="center", va="center", fontsize=8, bbox=edge)
+        ax.set_xticks(range(len(grid.columns)), [f"{f:.2g}" for f in grid.columns])
+        ax.set_yticks(range(len(grid.index)), [f"{f:.2g}" for f in grid.index])
+        ax.set(xlabel=f"{second} times", ylabel=f"{first} times")
+        ax.grid(visible=False)
+    fig.suptitle(f"Simulated CTR lift, {arm}: does it survive other assumptions?")
+    return fig
+
+
+def controls(metrics: Mapping[str, Any], arm: str = "shielded") -> Figure:
+    """Reward, judged quality and CTR lift of the texts composed by rule, with a line at the same users' ``arm``."""
+    names = [key.split("/")[0] for key in metrics if key.startswith("control_") and key.endswith("/reward")]
+    if not names:
+        raise ValueError("metrics/evaluation.json has no controls: run notebooks/06_evaluation.ipynb again")
+    names.append("reference")
+    fig, axes = _axes(1, 3, 10, 1.2 + 0.32 * len(names), sharey=True)
+    for ax, (name, label) in zip(axes, (("reward", "mean reward"), ("quality", "judged quality"), ("ctr_lift", "CTR / CTR of base"))):
+        values = [_metric(metrics, f"{n}/{name}") for n in names]
+        ax.barh(range(len(names)), values, color=_PALETTE[7], edgecolor="black", linewidth=0.8)
+        ax.axvline(
+            _metric(metrics, f"{arm}/control_users_{name}"), color=LOOKS[arm].colour, linestyle=LOOKS[arm].line, label=arm
+        )
+        ax.set_xlabel(label)
+        ax.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(names)), [n.removeprefix("control_").replace("_", " ") for n in names])
+    axes[0].invert_yaxis()
+    axes[0].legend(loc="lower right")
+    fig.suptitle("Texts composed by rule: each control must stay below the line")
+    return fig
+
+
 # --- 08 audit ----------------------------------------------------------------------------------------
 
 

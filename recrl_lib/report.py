@@ -19,7 +19,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from recrl_lib import audit, config, datasets, paths, plots, runs, shield, simulator, study
+from recrl_lib import audit, config, datasets, evaluation as ev, paths, plots, runs, shield, simulator, study
 from recrl_lib.config import Params
 from recrl_lib.files import write_atomic
 
@@ -34,6 +34,7 @@ TUNED = ("separate", *SHARED)
 SEALED = 1e-6  # a leak below this is rounding of float32 adapters
 HELD = 0.99  # share of the top 10 below which the page says that the shield did not hold the ranking
 FEW_USERS = 100
+LEAST_USERS = 10  # in a group of users, to answer a question about it
 CHANCE = 0.1  # own-item retrieval among ten candidates
 
 
@@ -52,6 +53,7 @@ class Evidence:
     overlap: pd.DataFrame
     top10: pd.DataFrame
     protected: dict[str, shield.Subspace]
+    sensitivity: pd.DataFrame | None = None  # of runs made before there was one
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def gather(stage: runs.StageRun) -> Evidence:
         curves={name: pd.read_csv(stage.input(f"{name}.csv", "curves")) for name in ("ranker", "ppo")},
         protected=shield.from_tensors(stage.load_tensors("subspaces")),
         **{name: stage.load_table(name) for name in tables},
+        sensitivity=stage.load_table("sensitivity") if (stage.folder / "artifacts" / "sensitivity.parquet").is_file() else None,
     )
 
 
@@ -178,6 +181,28 @@ def claims(evaluation: Mapping[str, Any]) -> list[Claim]:
                 "lift " + with_interval(evaluation, f"{arm}/ctr_lift"),
             )
         )
+    return [*found, *_more_claims(evaluation)]
+
+
+def _more_claims(m: Mapping[str, Any]) -> list[Claim]:
+    """Questions that runs made before they were asked cannot answer."""
+    found = []
+    for arm in SHARED:
+        if f"{arm}/reward_by_ppo" in m:
+            words = f"reward {with_interval(m, f'{arm}/reward_by_ppo')}, quality {with_interval(m, f'{arm}/quality_by_ppo')}"
+            found.append(Claim(f"Did PPO add reward to the warm start ({arm})?", _rose_in_group(m, arm, "by_ppo"), words))
+        if f"{arm}/reward_new_items" in m:
+            words = f"change {with_interval(m, f'{arm}/reward_new_items')}, users: {m[f'{arm}/users_new_items']:g}"
+            question = f"Did the reward rise on films that PPO never explained ({arm})?"
+            found.append(Claim(question, _rose_in_group(m, arm, "new_items"), words))
+        if (survives := m.get(f"{arm}/lift_sign_survives")) is not None:
+            words = f"lift between {number(m[f'{arm}/lift_lowest'])} and {number(m[f'{arm}/lift_highest'])}"
+            question = f"Does the sign of the lift survive half and double the click model's weights ({arm})?"
+            found.append(Claim(question, "yes" if survives else "no", words))
+        if any(key.startswith(ev.CONTROL) for key in m):
+            won = [name.replace("_", " ") for name, lost in ev.losers(m, arm).items() if not lost]
+            question = f"Do all texts composed to fool the measures lose to the policy ({arm})?"
+            found.append(Claim(question, "no" if won else "yes", f"not below it: {', '.join(won) or 'none'}"))
     return found
 
 
@@ -189,6 +214,11 @@ def _gains(m: Mapping[str, Any], change: str, question: str, words: str) -> list
 
 def _rose(evaluation: Mapping[str, Any], key: str) -> str:
     return {"up": "yes", "down": "no, it fell", "undecided": "not shown"}[verdict(evaluation, key, 0.0)]
+
+
+def _rose_in_group(m: Mapping[str, Any], arm: str, group: str) -> str:
+    """A bootstrap over a handful of users knows nothing: one user has an interval of no width."""
+    return _rose(m, f"{arm}/reward_{group}") if _get(m, f"{arm}/users_{group}") >= LEAST_USERS else "too few users to say"
 
 
 def _moved(evaluation: Mapping[str, Any], arm: str) -> bool:
@@ -320,7 +350,9 @@ def _doubts_about_explanations(e: Evidence) -> list[Doubt]:
 
 def _doubts_about_procedure(e: Evidence) -> list[Doubt]:
     ppo, checks, found = e.metrics["ppo"], e.metrics["audit"], []
-    if e.params.warm_start:
+    m = e.evaluation
+    shown = [arm for arm in SHARED if f"{arm}/reward_by_ppo" in m and _rose_in_group(m, arm, "by_ppo") == "yes"]
+    if e.params.warm_start and len(shown) < len(SHARED):
         rewards = "; ".join(
             f"{arm} {number(_get(ppo, f'{arm}/reward_first', PPO))} before PPO's first step, "
             f"{number(_get(ppo, f'{arm}/reward_last', PPO))} at its last"
@@ -387,11 +419,11 @@ def _limits(e: Evidence) -> list[Doubt]:
 
 # --- examples, audit, provenance -------------------------------------------------------------------------
 
-PERCENTILES = (10, 50, 90)
+PERCENTILES = (4, 12, 21, 29, 38, 46, 54, 62, 71, 79, 88, 96)
 
 
 def chosen_users(explanations: pd.DataFrame) -> list[tuple[int, int]]:
-    """(percentile, user): the users nearest the 10th, 50th and 90th percentile of quality gain, shielded - base.
+    """(percentile, user): the users nearest each of ``PERCENTILES`` of the quality gain, shielded - base.
 
     Ties go to the lower user number; nobody is chosen twice.
     """
@@ -408,15 +440,21 @@ def examples(e: Evidence) -> list[dict[str, Any]]:
     """The chosen users: percentile, user, history (titles), film (with year), genres, position, texts by arm."""
     histories = datasets.split(e.interactions, len(e.users), e.params.split).with_valid
     items = e.items.set_index("item")
+    catalogue = study.catalogue_of(e.items)
     found = []
     for percentile, user in chosen_users(e.explanations):
         rows = e.explanations[e.explanations["user"] == user].set_index("arm")
         film = items.loc[rows["item"].iloc[0]]
+        watched = items.loc[histories[user][-e.params.history_length :]]
+        record = {
+            "user": user, "title": film["title"], "year": int(film["year"]), "genres": film["genres"].split("|"),
+            "history_titles": watched["title"].tolist(), "history_genres": [g.split("|") for g in watched["genres"]],
+        }  # fmt: skip
         found.append(
             {
                 "percentile": percentile,
                 "user": user,
-                "history": items.loc[histories[user][-e.params.history_length :], "title"].tolist(),
+                "history": record["history_titles"],
                 "film": film["title"] + (f" ({film['year']})" if film["year"] else ""),
                 "genres": film["genres"].replace("|", ", "),
                 "position": int(rows["position"].iloc[0]),
@@ -424,6 +462,7 @@ def examples(e: Evidence) -> list[dict[str, Any]]:
                     {
                         "arm": arm,
                         "text": rows.loc[arm, "text"],
+                        "marked": marked(rows.loc[arm, "text"], catalogue.marks(record, rows.loc[arm, "text"])),
                         "reward": number(rows.loc[arm, "reward"], 2),
                         "quality": number(rows.loc[arm, "quality"], 2),
                     }
@@ -432,6 +471,40 @@ def examples(e: Evidence) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def marked(text: str, marks: list[tuple[int, int, bool]]) -> Markup:
+    """``text`` as HTML, escaped, with what it claims marked as true or false (``claims.Catalogue.marks``)."""
+    out, at = Markup(""), 0
+    for start, end, true in marks:
+        claim = Markup('<mark class="{}" title="{}">{}</mark>').format(
+            "true" if true else "false", "true by the metadata" if true else "not supported by the metadata", text[start:end]
+        )
+        out, at = out + text[at:start] + claim, end
+    return out + text[at:]
+
+
+def evidence_tables(m: Mapping[str, Any]) -> list[tuple[str, pd.DataFrame]]:
+    """(caption, table as text) of what section "The measures themselves" shows; those that the run has numbers for."""
+    found = []
+    if "reference/fcr" in m:
+        shown = ev.judge_table(m).rename_axis("measure").reset_index()
+        found.append(("The judge beside its controls: the same texts shuffled among the records, and explanations composed from metadata. "
+                      "LOWER div is more varied; chance is one in ten for own_item and own_film.", shown))  # fmt: skip
+    if "reference/reward" in m:
+        shown = ev.control_table(m).rename_axis("texts").reset_index()
+        found.append(("Texts composed by rule, and the arms on the same users. Each control must lose to the tuned arms.", shown))
+        found.append(("Gains with 95 % intervals: over the base on all films, on films of the training and on new ones, "
+                      "and over the warm start.", ev.gain_table(m)))  # fmt: skip
+    if "shielded/reward_p_holm" in m:
+        rows = [{"question": f"{arm}: {what} differs from the base", "p": m[f"{arm}/{what}_p"], "p (Holm)": m[f"{arm}/{what}_p_holm"]}
+                for arm in SHARED for what in ("reward", "quality", "click", "ndcg")]  # fmt: skip
+        found.append(("Eight questions at once: p of a paired bootstrap, and corrected for their number (Holm).", pd.DataFrame(rows)))
+    if "mde/smoke/reward" in m:
+        rows = [{"profile": profile, **{name: m[f"mde/{profile}/{name}"] for name in (*ev.GAINS, "ctr_lift")}}
+                for profile in config.PROFILES if f"mde/{profile}/reward" in m]  # fmt: skip
+        found.append(("Smallest gain that each profile's users show four times out of five, given this run's spread.", pd.DataFrame(rows)))
+    return [(caption, frame.map(lambda v: "" if v != v else number(v) if isinstance(v, float) else str(v))) for caption, frame in found]
 
 
 def audit_table(found: Mapping[str, Any]) -> pd.DataFrame:
@@ -523,6 +596,13 @@ CAPTIONS = {  # in the order of the page: (caption, source)
         "click model can give, where length alone is quality.",
         EVALUATION,
     ),
+    "sensitivity": (
+        "The shielded arm's lift with two of the click model's assumptions multiplied at a time; outlined where it is below 1.",
+        "artifacts/sensitivity.parquet",
+    ),
+    "controls": ("Texts composed by rule against the shielded policy, on the same users.", EVALUATION),
+    "frontier": ("What each way of shielding keeps of the ranking and of the reward.", "curves/frontier.csv"),
+    "ablations": ("What becomes of reward and ranking when one thing is changed.", "curves/ablations.csv"),
     "ppo_curves": ("PPO by step. Every step has new prompts, so single steps are noisy.", "curves/ppo.csv"),
     "spectrum": (
         "Energy of the item texts' activations outside the protected directions.",
@@ -542,7 +622,12 @@ CAPTIONS = {  # in the order of the page: (caption, source)
 
 
 def figures(e: Evidence) -> dict[str, Figure]:
-    """The page's figures by name, in the order of ``CAPTIONS``."""
+    """The figures drawn from this run's numbers, by name. ``frontier`` and ``ablations`` come as files (``build``)."""
+    more = {}
+    if e.sensitivity is not None:
+        more["sensitivity"] = plots.sensitivity(e.sensitivity)
+    if any(key.startswith(ev.CONTROL) for key in e.evaluation):
+        more["controls"] = plots.controls(e.evaluation)
     base, after = (study.top_array(e.top10, arm) for arm in ("base", "shielded"))
     return {
         "ranking_moved": plots.ranking_moved(e.evaluation),
@@ -555,6 +640,7 @@ def figures(e: Evidence) -> dict[str, Figure]:
         "ranker_training": plots.ranker_training(e.curves["ranker"]),
         "data_overview": plots.data_overview(e.interactions, e.items),
         "recommendation_concentration": plots.recommendation_concentration(base, after, len(e.items)),
+        **more,
     }
 
 
@@ -573,7 +659,7 @@ def inline_svg(svg: str, name: str, label: str) -> Markup:
 
 
 def render(e: Evidence, pictures: Mapping[str, str]) -> str:
-    """The page from the evidence and the figures' SVG documents by name."""
+    """The page from the evidence and the figures' SVG documents by name; of ``CAPTIONS``, those that there are."""
     environment = Environment(
         loader=FileSystemLoader(paths.LIBRARY / "templates"),
         autoescape=True,
@@ -583,7 +669,7 @@ def render(e: Evidence, pictures: Mapping[str, str]) -> str:
     )
     shown = [
         {"svg": inline_svg(pictures[name], name, caption), "caption": caption, "source": source, "number": i}
-        for i, (name, (caption, source)) in enumerate(CAPTIONS.items(), 1)
+        for i, (name, (caption, source)) in enumerate(((n, c) for n, c in CAPTIONS.items() if n in pictures), 1)
     ]
     return environment.get_template("report.html.j2").render(
         run=e.params.run,
@@ -598,6 +684,7 @@ def render(e: Evidence, pictures: Mapping[str, str]) -> str:
         figures=shown,
         examples=examples(e),
         percentiles=PERCENTILES,
+        measures=evidence_tables(e.evaluation),
         audit=audit_table(e.metrics["audit"]),
         parameters=parameter_table(e.params),
         provenance=provenance(e),
@@ -614,6 +701,9 @@ def build(stage: runs.StageRun) -> Path:
     for name, fig in figures(e).items():
         pictures[name] = plots.save(fig, e.params.run, name).read_text(encoding="utf-8")
         plt.close(fig)  # or a notebook would show it a second time
+    for name in CAPTIONS.keys() - pictures.keys():  # drawn by another notebook, if at all
+        if (path := paths.FIGURES / e.params.run / f"{name}.svg").is_file():
+            pictures[name] = path.read_text(encoding="utf-8")
     path = stage.output("report.html", folder="")
     write_atomic(path, render(e, pictures))
     return path

@@ -33,16 +33,26 @@ FOREIGN_TITLE, NAME, WRONG_GENRE, WRONG_YEAR = 0.25, 0.2, 0.15, 0.15
 
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _OPENING = re.compile(r"""["“'(]?[A-ZÀ-Þ0-9]""")
-_ENDING = re.compile(r"""[.!?]["”')]*\Z""")
-# Chat-template tokens, list markers, role and field labels, and instructions: a prompt's text, not an explanation's.
-_RESIDUE = re.compile(
-    r"""<\|?\w+\|?>|\[/?INST\]|^\s*(?:\#|[-*]\s|\d+[.)]\s)
-    |\b(?:system|user|assistant|human|question|answer|titles?|genres?|history|year|prompt|films?|movies?|watched
-       |recommended|recommendations?|explanation|output|input)\s*:
-    |\bexplain\s+(?:each|why|the|this|your)\b|\bin\s+one\s+(?:or\s+two\s+)?(?:short\s+)?sentences?\b
-    |\byou\s+recommend\b|\byou\s+are\s+an?\s+(?:\w+\s+)?(?:assistant|recommender)\b""",
-    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+# Chat-template tokens, role and field labels, and instructions: a prompt's text, not an explanation's. Each with
+# what a lower-case text must hold for it to match: looking for that first is many times as fast.
+_RESIDUES = tuple(
+    (needle, re.compile(pattern, re.IGNORECASE | re.VERBOSE))
+    for needle, pattern in (
+        ("<", r"<\|?\w+\|?>"),
+        ("inst]", r"\[/?INST\]"),
+        (
+            ":",
+            r"""\b(?:system|user|assistant|human|question|answer|titles?|genres?|history|year|prompt|films?|movies?|watched
+            |recommended|recommendations?|explanation|output|input)\s*:""",
+        ),
+        ("explain", r"\bexplain\s+(?:each|why|the|this|your)\b"),
+        ("sentence", r"\bin\s+one\s+(?:or\s+two\s+)?(?:short\s+)?sentences?\b"),
+        ("recommend", r"\byou\s+recommend\b"),
+        ("you", r"\byou\s+are\s+an?\s+(?:\w+\s+)?(?:assistant|recommender)\b"),
+    )
 )
+_LIST_MARKER = re.compile(r"\s*(?:#|[-*]\s|\d+[.)]\s)")
+_ASCII_OTHERS = {code: None for code in range(128) if not chr(code).isalpha()}  # for str.translate: drop them
 
 
 def score(record: Record, text: str, catalogue: Catalogue, variant: str = "grounded") -> dict[str, float]:
@@ -57,16 +67,23 @@ class Reward:
     Args:
         variant: ``grounded`` or ``paper``.
         catalogue: titles and genres of the item table.
-        weights: of length, relevance and coherence, in this order.
+        weights: of length, relevance and coherence, in this order. 0 removes a part; the weights are rescaled to sum
+            to 1, so that a reward without one part has the same range, and KL and penalties weigh the same beside it.
 
-    Raises ``ValueError`` for an unknown variant, or weights that are not three non-negative numbers.
+    Raises ``ValueError`` for an unknown variant, or weights that are not three non-negative numbers, one above 0.
     """
 
     def __init__(self, variant: str, catalogue: Catalogue, weights: Sequence[float] = WEIGHTS):
         self.parts = _parts(variant)
-        self.variant, self.catalogue, self.weights = variant, catalogue, tuple(map(float, weights))
-        if len(self.weights) != len(PARTS) or not all(0 <= w < np.inf for w in self.weights):
-            raise ValueError(f"reward weights {weights!r}: give three non-negative numbers, for {', '.join(PARTS)}")
+        self.variant, self.catalogue = variant, catalogue
+        if len(weights) != len(PARTS) or not all(0 <= w < np.inf for w in weights) or not sum(weights):
+            raise ValueError(f"reward weights {weights!r}: give three non-negative numbers, for {', '.join(PARTS)}, not all 0")
+        self.weights = tuple(w / sum(weights) for w in weights)
+
+    @classmethod
+    def of(cls, params, catalogue: Catalogue) -> "Reward":
+        """The reward of a run; ``params`` is a ``config.Params``."""
+        return cls(params.reward, catalogue, (params.weight_length, params.weight_relevance, params.weight_coherence))
 
     def __call__(self, records: Sequence[Record], texts: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Total reward, float32 (n,), and each unweighted part, float32 (n,)."""
@@ -151,21 +168,22 @@ def _grounded_relevance(record: Record, text: str, catalogue: Catalogue) -> floa
     Earned only in running English of one's own: mentions in a keyword list or a copied prompt do not count.
     """
     verdict = catalogue.verdict(record, text)
-    offers = (
+    earned = scale = 0.0
+    for weight, named, most in (
         (TITLE, verdict.title, 1),
-        (HISTORY, verdict.history, min(2, len(set(record["history_titles"])))),
-        (GENRES, verdict.genres, min(2, len(real_genres(record)))),
-    )
-    earned = sum(w * min(named / most, 1) for w, named, most in offers if most) / sum(
-        w for w, _, most in offers if most
-    )
+        (HISTORY, verdict.history, min(2, verdict.all_history)),
+        (GENRES, verdict.genres, min(2, verdict.all_genres)),
+    ):
+        if most:
+            earned += weight * min(named / most, 1)
+            scale += weight
     charged = (
         FOREIGN_TITLE * verdict.foreign_titles
         + NAME * verdict.people
         + WRONG_GENRE * verdict.wrong_genres
         + WRONG_YEAR * verdict.wrong_years
     )
-    return max(earned * _prose(text, catalogue) - charged, 0.0)
+    return max(earned / scale * _prose(text, catalogue) - charged, 0.0)
 
 
 def _form(record: Record, text: str, catalogue: Catalogue) -> float:
@@ -173,26 +191,36 @@ def _form(record: Record, text: str, catalogue: Catalogue) -> float:
     the text is prose and the share of distinct trigrams."""
     if not (share := _prose(text, catalogue)):
         return 0.0
-    checks = bool(_OPENING.match(text.lstrip())), bool(_ENDING.search(text.rstrip())), _sane(text)
+    checks = bool(_OPENING.match(text.lstrip())), text.rstrip().rstrip("\"”')").endswith((".", "!", "?")), _sane(text)
     return sum(checks) / len(checks) * share * distinct_share(_said(text), 3)
 
 
-@lru_cache(maxsize=256)  # the parts ask in turn about the same text
+@lru_cache(maxsize=1)  # the parts ask in turn about the same text
 def _said(text: str) -> list[str]:
     return words(text.lower())
 
 
 def _prose(text: str, catalogue: Catalogue) -> float:
     """How far the text is running English (see ``Claims``); 0 for a prompt's or chat template's text."""
-    return 0.0 if _RESIDUE.search(text) else catalogue.claims(text).prose
+    return 0.0 if _residue(text) else catalogue.claims(text).prose
+
+
+@lru_cache(maxsize=1)
+def _residue(text: str) -> bool:
+    lower = text.lower()
+    for needle, pattern in _RESIDUES:
+        if needle in lower and pattern.search(text):
+            return True
+    return any(map(_LIST_MARKER.match, text.split("\n")))
 
 
 def _sane(text: str) -> bool:
     """Mostly Latin letters, in words of ordinary length."""
     lengths = list(map(len, _said(text)))
     visible = "".join(text.split())
-    letters = len(visible) if visible.isalpha() else sum(map(str.isalpha, visible))
-    ascii_share = len(visible.encode("ascii", "ignore")) / len(visible)
+    rest = visible.translate(_ASCII_OTHERS)
+    letters = len(rest) if rest.isascii() else sum(map(str.isalpha, rest))
+    ascii_share = 1.0 if visible.isascii() else len(visible.encode("ascii", "ignore")) / len(visible)
     return (
         letters >= 0.8 * len(visible)
         and ascii_share >= 0.9

@@ -14,6 +14,10 @@ from recrl_lib.claims import words
 from recrl_lib.stats import bootstrap_ratio
 
 
+FACTORS = np.geomspace(0.5, 2.0, 5)  # of a weight, in the sensitivity table
+ASSUMPTIONS = (("alpha", "beta"), ("alpha", "user_std"), ("beta", "user_std"))  # its three panels
+
+
 @dataclass(frozen=True)
 class Noise:
     """What the arms share: each user's own bias (n,), and the uniform (n,) that turns a probability into a click."""
@@ -98,6 +102,30 @@ def ctr_lift(
     Probabilities, not sampled clicks: the expectation over the click's own coin has the same mean and less variance.
     """
     return bootstrap_ratio(p_arm, p_base, n_boot, rng)
+
+
+def sensitivity(
+    model: ClickModel, score: np.ndarray, arm: np.ndarray, base: np.ndarray, position: np.ndarray, noise: Noise,
+    factors: np.ndarray = FACTORS,
+) -> np.ndarray:
+    """Lift (3, F, F) over multiples of two of the model's assumptions at a time, the third as stated.
+
+    Entry [0, i, j]: alpha times ``factors[i]``, beta times ``factors[j]``; [1]: alpha and the users' spread;
+    [2]: beta and the spread. ``arm`` and ``base`` are qualities (n,); all else as in ``ClickModel.probabilities``.
+    """
+    fixed = model.bias + model.position_weight / np.log2(1 + np.asarray(position, np.float64))
+    f = np.asarray(factors, np.float64)
+    one = np.ones_like(f)
+    grids = [(f[:, None], f[None], one[None]), (f[:, None], one[None], f[None]), (one[None], f[:, None], f[None])]
+
+    def clicked(quality: np.ndarray, a, b, u) -> np.ndarray:
+        logit = (
+            fixed + (model.alpha * a)[..., None] * np.asarray(score) + (model.beta * b)[..., None] * np.asarray(quality)
+            + u[..., None] * noise.user_bias
+        )
+        return sigmoid(logit).mean(-1)
+
+    return np.stack([clicked(arm, *grid) / clicked(base, *grid) for grid in grids])
 
 
 # --- the published account's variant ------------------------------------------------------------------

@@ -23,6 +23,7 @@ class Study:
     split: datasets.Split
     ppo_users: np.ndarray
     heldout_users: np.ndarray
+    heldout_items: np.ndarray
     ranker: ranker.SASRec
     text: Tensor | None
     top: np.ndarray
@@ -35,8 +36,10 @@ class Study:
         return build_records(self.items, self.split.with_valid, self.top, users, positions, self.history_length, self.noun)
 
     def training_records(self) -> list[dict]:
-        """Every top-10 item of every PPO user."""
-        return [r for p in range(1, TOP_K + 1) for r in self.records(self.ppo_users, [p] * len(self.ppo_users))]
+        """Every top-10 item of every PPO user, held-out items excepted."""
+        everything = (r for p in range(1, TOP_K + 1) for r in self.records(self.ppo_users, [p] * len(self.ppo_users)))
+        unseen = set(self.heldout_items.tolist())
+        return [r for r in everything if r["item"] not in unseen]
 
     def heldout_records(self, n: int, rng: np.random.Generator) -> list[dict]:
         """``n`` held-out users, in random order, each with one random position of the base top 10.
@@ -46,6 +49,15 @@ class Study:
         if n > len(self.heldout_users):
             raise ValueError(f"eval_users={n}: only {len(self.heldout_users)} users are held out; lower it, or lower ppo_users")
         return self.records(rng.permutation(self.heldout_users)[:n], rng.integers(1, TOP_K + 1, n))
+
+
+def held_out(n_items: int, share: float, seed: int) -> np.ndarray:
+    """Sorted items that no explanation of the training is about: ``share`` of 1..``n_items``, drawn by ``seed``.
+
+    They may occur in a prompt's history, since the users watched them; what PPO never does is recommend them.
+    """
+    drawn = np.random.default_rng([seed, n_items]).permutation(np.arange(1, n_items + 1))
+    return np.sort(drawn[: round(share * n_items)])
 
 
 def catalogue_of(items: pd.DataFrame) -> Catalogue:
@@ -66,6 +78,7 @@ def load(stage) -> Study:
         split=datasets.split(interactions, len(users), stage.params.split),
         ppo_users=np.array(groups["ppo"]),
         heldout_users=np.array(groups["heldout"]),
+        heldout_items=held_out(len(items), stage.params.heldout_items, stage.params.seed),
         ranker=model,
         text=stored.get("text"),
         top=stored["top"].numpy(),

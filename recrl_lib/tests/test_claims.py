@@ -89,6 +89,11 @@ def test_years_outside_titles():
         ("Because Tom Hanks acts", ("Tom Hanks",)),
         ("by J. K. Rowling and Jean-Luc Godard", ("J K Rowling", "Jean Luc Godard")),
         ("like The Matrix", ("The Matrix",)),  # a film that is in no catalogue
+        ("Because you liked Palglone and Heat, try it", ("Palglone",)),  # an invented film of one word
+        ("Because you liked Heat and Palglone, try it", ("Palglone",)),
+        ("a drama and American story, in English and French", ()),  # "and" after a genre shows no name
+        ("I think you will like Palgl", ()),  # cut off: it may have become a title
+        ("I think you will like Palgl.", ("Palgl",)),
         ("I recommend Heat. You will love Con Air. The story is American.", ()),
         ("Action Comedy", ()),
     ],
@@ -127,6 +132,26 @@ def test_verdict_by_hand():
     assert (v.title, v.history, v.genres, v.history_genres, v.years) == (True, 1, 1, 1, 0)
     assert (v.foreign_titles, v.wrong_genres, v.wrong_years, v.people) == (2, 1, 1, 1)
     assert (v.supported, v.unsupported) == (4, 5)
+
+
+def test_marks_by_hand():
+    text = "Like the comedy Fargo & Heat, Con Air (1996) is an action romance by John Woo."
+    marked = [(text[a:b], true) for a, b, true in CATALOGUE.marks(RECORD, text)]
+    assert marked == [
+        ("comedy", True), ("Fargo", True), ("Heat", True), ("Con Air", True), ("1996", False), ("action", True),
+        ("romance", False), ("John Woo", False),
+    ]  # fmt: skip
+    assert CATALOGUE.marks(RECORD, "") == []
+
+
+@given(st.lists(st.sampled_from("Con Air Heat Fargo The Rock & action comedy 1997 1990 by John Woo , . is a’s _".split()), max_size=14))
+def test_marks_are_the_claims_that_the_verdict_counts(tokens):
+    text = " ".join(tokens)
+    marked = CATALOGUE.marks(RECORD, text)
+    verdict = CATALOGUE.verdict(RECORD, text)
+    assert any(not true for _, _, true in marked) == (verdict.unsupported > 0)
+    assert any(true for _, _, true in marked) == (verdict.supported > 0)
+    assert all(a < b <= c for (a, b, _), (c, _, _) in zip(marked, [*marked[1:], (len(text), 0, 0)]))
 
 
 def test_a_history_genre_needs_its_film():

@@ -9,7 +9,7 @@ import torch
 from recrl_lib import demonstration, evaluation, ranker, rewards, shield as sh, simulator, study
 from recrl_lib.config import resolve
 from recrl_lib.datasets import Split
-from recrl_lib.explainer import ItemTexts
+from recrl_lib.explainer import ItemTexts, explain, messages, prompt_ids
 from recrl_lib.tests.tiny import WORDS, tiny_explainer, tune_randomly
 
 PARAMS = resolve("smoke", lora_layers=1, max_new_tokens=8, temperature=1.0)
@@ -40,22 +40,27 @@ def world():
     ranker.freeze(model)
     made = study.Study(
         items=items, users=pd.DataFrame({"user": range(N_USERS)}), split=split, ppo_users=np.arange(6),
-        heldout_users=np.arange(6, N_USERS), ranker=model, text=text, top=ranker.top_k(model, split.with_valid, text, 10),
+        heldout_users=np.arange(6, N_USERS), heldout_items=study.held_out(N_ITEMS, 0.2, 0), ranker=model, text=text, top=ranker.top_k(model, split.with_valid, text, 10),
         catalogue=study.catalogue_of(items), history_length=3,
     )
     return made, explainer
 
 
-def tables(world, explainer):
+def panel_of(world):
     records = world.heldout_records(12, np.random.default_rng(1))
-    reward = rewards.Reward("grounded", world.catalogue)
+    return evaluation.panel(world, records, rewards.Reward("grounded", world.catalogue), BagOfWords(), 3)
 
-    def said(arm):
-        return evaluation.explanation_table(arm, world, explainer, records, reward, BagOfWords(), PARAMS, 3)
 
+def tables(world, explainer):
+    panel = panel_of(world)
     with explainer.reference():
-        base = said("base")
-    return pd.concat([base, said("unshielded"), said("shielded")], ignore_index=True)
+        base = panel.explain("base", explainer, PARAMS)
+    said = [panel.explain(arm, explainer, PARAMS) for arm in ("unshielded", "shielded")]
+    return pd.concat([base, *said], ignore_index=True)
+
+
+def clicked(made, explanations):
+    return evaluation.click_table(made, explanations, simulator.ClickModel(), np.random.default_rng(2))[0]
 
 
 def test_an_untuned_model_moves_nothing(world):
@@ -80,12 +85,13 @@ def test_score_change_equals_the_full_matrix(world):
 
 def test_untuned_arms_have_no_lift_no_kl_and_equal_texts(world):
     made, explainer = world
-    explanations = evaluation.click_table(made, tables(made, explainer), simulator.ClickModel(), np.random.default_rng(2))
+    explanations = clicked(made, tables(made, explainer))
     table, _ = evaluation.ranking_table(made, made.text)
     ranking = pd.concat([table.assign(arm=a) for a in ("base", "separate", "unshielded", "shielded")])
     for arm in ("base", "separate", "shielded"):
         m = evaluation.arm_metrics(arm, explanations, ranking, evaluation.score_change(made, made.text), 200, np.random.default_rng(3))
-        assert m[f"{arm}/ctr_lift"] == m[f"{arm}/ctr_lift_lo"] == m[f"{arm}/ctr_lift_hi"] == 1.0
+        # the base's log-probabilities come from the sampler, an arm's from a second reading: equal up to rounding
+        assert [m[f"{arm}/ctr_lift{end}"] for end in ("", "_lo", "_hi")] == pytest.approx([1.0] * 3, abs=1e-6)
         assert m[f"{arm}/kl"] == 0.0 and m[f"{arm}/reward_change"] == 0.0 and m[f"{arm}/top10_overlap"] == 1.0
 
 
@@ -93,13 +99,13 @@ def test_separate_speaks_like_unshielded_and_ranks_like_base(world):
     made, explainer = world
     tune_randomly(explainer, 0.3)
     text = ItemTexts(explainer, made.items["text"].tolist()).vectors()
-    explanations = evaluation.click_table(made, tables(made, explainer), simulator.ClickModel(), np.random.default_rng(2))
+    explanations = clicked(made, tables(made, explainer))
     moved, _ = evaluation.ranking_table(made, text)
     same, _ = evaluation.ranking_table(made, made.text)
     ranking = pd.concat([same.assign(arm="base"), same.assign(arm="separate"), moved.assign(arm="unshielded")])
     change = {"separate": evaluation.score_change(made, made.text), "unshielded": evaluation.score_change(made, text)}
     got = {a: evaluation.arm_metrics(a, explanations, ranking, change[a], 200, np.random.default_rng(3)) for a in change}
-    for name in ("ctr", "ctr_lift", "reward", "kl", "usr"):
+    for name in ("ctr", "ctr_lift", "reward", "kl", "mean_tokens"):
         assert got["separate"][f"separate/{name}"] == got["unshielded"][f"unshielded/{name}"]
     assert got["separate"]["separate/kl"] > 0
     assert got["separate"]["separate/max_abs_score_delta"] == 0 < got["unshielded"]["unshielded/max_abs_score_delta"]
@@ -110,7 +116,7 @@ def test_click_table_refuses_arms_about_other_items(world):
     explanations = tables(made, explainer)
     explanations.loc[explanations["arm"] == "shielded", "item"] = explanations["item"].to_numpy()[0]
     with pytest.raises(ValueError, match="shielded"):
-        evaluation.click_table(made, explanations, simulator.ClickModel(), np.random.default_rng(2))
+        clicked(made, explanations)
 
 
 def test_heldout_records_are_heldout_and_bounded(world):
@@ -118,9 +124,89 @@ def test_heldout_records_are_heldout_and_bounded(world):
     records = made.heldout_records(12, np.random.default_rng(0))
     assert {r["user"] for r in records} == set(range(6, 18))
     assert all(r["item"] == made.top[r["user"], r["position"] - 1] for r in records)
-    assert {r["user"] for r in made.training_records()} == set(range(6)) and len(made.training_records()) == 60
+    shown = [(u, i) for u in range(6) for i in made.top[u] if i not in made.heldout_items]
+    assert sorted((r["user"], r["item"]) for r in made.training_records()) == sorted(shown) and len(shown) < 60
     with pytest.raises(ValueError, match="eval_users=13"):
         made.heldout_records(13, np.random.default_rng(0))
+
+
+def test_held_out_items_are_drawn_by_seed():
+    drawn = study.held_out(50, 0.2, 3)
+    assert len(set(drawn)) == 10 and drawn.min() >= 1 and drawn.max() <= 50 and (np.diff(drawn) > 0).all()
+    assert np.array_equal(drawn, study.held_out(50, 0.2, 3)) and not np.array_equal(drawn, study.held_out(50, 0.2, 4))
+    assert study.held_out(50, 0.0, 3).size == 0
+
+
+def test_given_texts_get_the_log_probabilities_of_a_plain_forward(world):
+    made, explainer = world
+    tune_randomly(explainer, 0.3)  # the base model is asked, whatever the adapters are
+    records = panel_of(made).records[:5]
+    texts = ["a good red film", "", "short", "you watched a long film and a blue film", "good"]
+    got = evaluation.base_logprobs(explainer, records, texts, 0.7, batch=2)
+    for record, text, found in zip(records, texts, got, strict=True):
+        if not text:
+            assert found.size == 0
+            continue
+        prompt = prompt_ids(explainer, messages(record))
+        ids = torch.tensor([prompt + explainer.tokenizer(text, add_special_tokens=False)["input_ids"] + [explainer.eos_id]])
+        with torch.no_grad(), explainer.reference():
+            logp = torch.log_softmax(explainer.lm(ids).logits[0, :-1] / 0.7, -1)
+        wanted = logp.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
+
+
+def test_the_base_is_asked_once_and_says_the_same(world):
+    made, explainer = world
+    records = panel_of(made).records
+    tune_randomly(explainer, 0.3)
+    with explainer.reference():
+        once = explain(explainer, records, 8, 1.0, 3)
+    for p in explainer.adapter_parameters():
+        p.data.zero_()
+    twice = explain(explainer, records, 8, 1.0, 3)  # adapters on, but zero: both passes are made
+    assert once.texts == twice.texts and (once.kl == 0).all() and twice.kl.max() < 1e-5
+    for a, b in zip(once.reference, twice.reference, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_controls_warm_arms_and_groups(world):
+    made, explainer = world
+    panel = panel_of(made)
+    said = [tables(made, explainer), panel.explain("shielded_warm", explainer, PARAMS, 5), panel.controls(explainer, 1.0, 4)]
+    scored = clicked(made, pd.concat(said, ignore_index=True))
+    found = evaluation.control_metrics(scored)
+    assert found["control_empty/reward"] == found["control_empty/quality"] == 0
+    assert found["reference/quality"] > max(v for k, v in found.items() if k.startswith("control_") and k.endswith("/quality"))
+    assert set(evaluation.losers(found, "base")) == {
+        "empty", "constant", "longest", "keywords", "another_item", "copied_prompt"}
+    by_ppo = evaluation.added_by_ppo("shielded", scored, 200, np.random.default_rng(0))
+    assert by_ppo["shielded/users_by_ppo"] == 5 and by_ppo["shielded/reward_by_ppo"] == 0  # untuned: the same texts
+    assert evaluation.added_by_ppo("unshielded", scored, 200, np.random.default_rng(0)) == {}
+    groups = evaluation.group_metrics("shielded", scored, 200, np.random.default_rng(0))
+    new = scored.loc[scored["arm"] == "base", "new_item"]
+    assert groups.get("shielded/users_new_items", 0) == new.sum() and groups["shielded/users_seen_items"] == (~new).sum()
+    shuffled = panel.shuffled("base", scored.loc[scored["arm"] == "base", "text"].tolist())
+    results = found | shuffled | by_ppo | groups | {"eval_users": 12}
+    for arm in (*evaluation.TEXT_ARMS, "reference"):
+        results |= evaluation.judge_metrics(arm, scored[scored["arm"] == arm], panel.records, made.catalogue)
+    table = evaluation.judge_table(results)
+    assert table.loc["usr", "base"] == results["base/usr"] and np.isnan(table.loc["usr", "base, shuffled"])
+    assert set(evaluation.control_table(results).index) >= {"empty", "reference", "base"}
+    assert list(evaluation.gain_table(results)["gain"][:1]) == ["over base, films of the training"]
+
+
+def test_questions_and_detectable_effects(world):
+    made, explainer = world
+    explanations = clicked(made, tables(made, explainer))
+    table, _ = evaluation.ranking_table(made, made.text)
+    ranking = pd.concat([table.assign(arm=a) for a in evaluation.TEXT_ARMS])
+    questions = evaluation.tests(explanations, ranking, 200, np.random.default_rng(0))
+    untuned = questions[questions["measure"].isin(["reward", "ndcg"])]
+    assert len(questions) == 8 and (untuned["p"] == 1).all() and (questions["difference"].abs() < 1e-6).all()
+    assert (evaluation.detectable(explanations)["reward"] == 0).all()
+    noisy = explanations.assign(reward=np.random.default_rng(0).random(len(explanations)))
+    found = evaluation.detectable(noisy).set_index("profile")["reward"]
+    assert found["smoke"] / found["laptop"] == pytest.approx(np.sqrt(128 / 24))
 
 
 def test_top_lists_survive_the_table():

@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from recrl_lib.references import reference_line
 from recrl_lib import judge
 from recrl_lib.claims import Catalogue
+from recrl_lib.explainer import messages
+from recrl_lib.references import control_texts, reference_line
 
 TITLES = [f"{a} {b}" for a in ("Lost", "Golden", "Silent", "Broken") for b in ("River", "Castle", "Island", "Engine")]
 GENRES = ["Action", "Comedy", "Drama", "Horror", "Western"]
@@ -160,6 +161,65 @@ def test_candidates_are_other_cards_and_the_same_in_every_arm():
         judge.card_cosines(REFERENCES[:3], RECORDS[:3], BagOfWords(), np.random.default_rng(0))
 
 
+RIVALS = [[RECORDS[i], *(RECORDS[j] for j in range(N) if j != i)][:10] for i in range(N)]
+
+
+def test_features_by_hand():
+    text = "Because you liked Lost Engine, try Lost River, an action film unlike Golden Castle."
+    assert judge.features(RECORD, text, CATALOGUE) == {"Lost Engine", "Lost River", "Golden Castle", "Action"}
+    assert judge.true_features(RECORD) == {"Lost River", "Action", "Comedy"}
+    named = [frozenset({"Lost River", "Action"}), frozenset({"Action", "Horror"}), frozenset()]
+    # wanted of the two records: Lost River, Action, Comedy, and Lost Castle, Comedy, Drama
+    assert judge.feature_coverage(RECORDS[:2], named) == pytest.approx(2 / 5)
+    assert judge.feature_diversity(named) == pytest.approx(1 / 3)  # one pair of three shares one feature
+    twin = [len(a & b) for i, a in enumerate(named) for b in named[i + 1 :]]
+    assert judge.feature_diversity(named) == np.mean(twin) and judge.feature_diversity(named[:1]) == 0
+    assert judge.feature_diversity([frozenset({"a", "b"})] * 4) == 2
+
+
+def test_the_film_is_picked_among_the_same_users_films():
+    plain = [f"I recommend {r['title']}, {' and '.join(r['genres'])}." for r in RECORDS]
+    assert judge.own_film(plain, RIVALS, BagOfWords()).all()
+    by_history = [f"You liked {' and '.join(r['history_titles'])}, so try it." for r in RECORDS]
+    assert judge.own_film(by_history, RIVALS, BagOfWords()).mean() < 0.4  # the history gives nothing away
+    assert not judge.own_film(["the same for all"] * N, RIVALS, BagOfWords()).any()
+    with pytest.raises(ValueError, match="as many rivals"):
+        judge.own_film(REFERENCES, RIVALS[1:], BagOfWords())
+
+
+def test_candidates_from_a_pool_are_the_same_for_the_first_few():
+    whole = judge.card_cosines(REFERENCES, RECORDS, BagOfWords(), np.random.default_rng(5))
+    few = judge.card_cosines(REFERENCES[:4], RECORDS[:4], BagOfWords(), np.random.default_rng(5), pool=RECORDS)
+    assert np.array_equal(whole[:4], few)
+
+
+def test_shuffled_texts_are_never_their_own():
+    for seed in range(5):
+        frame = judge.shuffled(RECORDS, REFERENCES, BagOfWords(), CATALOGUE, np.random.default_rng(seed), rivals=RIVALS)
+        assert list(frame.drop(columns="own_item_probability")) == list(judge.PAIRED)
+        assert frame["grounding_precision"].max() < 1 and frame["own_item"].mean() < 0.3
+
+
+def test_own_words_by_hand():
+    question = messages(RECORD)[1]["content"]
+    assert judge.own_words(RECORD, question) == 0 and judge.own_words(RECORD, "") == 1
+    assert judge.own_words(RECORD, REFERENCES[0]) == 1
+    # 4-grams: 6 copied of "why do you recommend lost river 1980 genres action"[:9], 3 with the two words after it
+    copied = "why do you recommend Lost River (1980), genres Action so good"
+    assert judge.own_words(RECORD, copied) == pytest.approx(2 * 2 / 8)
+
+
+def test_controls_are_about_their_records_as_they_should():
+    texts = control_texts(RECORDS, [f"prompt {i}" for i in range(N)])
+    assert {name: len(said) for name, said in texts.items()} == dict.fromkeys(texts, N) and len(texts) == 6
+    assert set(texts["empty"]) == {""} and len(set(texts["constant"])) == 1
+    assert all(len(judge.words(t)) > 90 for t in texts["longest"])
+    assert texts["another_item"] == REFERENCES[1:] + REFERENCES[:1] and texts["copied_prompt"][3] == "prompt 3"
+    assert [judge.grounding(r, t, CATALOGUE) for r, t in zip(RECORDS, texts["keywords"], strict=True)] == [(1, 1)] * N
+    with pytest.raises(ValueError, match="two records"):
+        control_texts(RECORDS[:1], ["p"])
+
+
 def test_fluency_by_hand():
     out = judge.fluency([np.log([0.5, 0.125]), np.zeros(3), np.array([])])
     assert out == pytest.approx([0.25, 1, 0])
@@ -206,18 +266,8 @@ def test_quality_orders_texts_and_the_controls_do_not_win():
         return judge.judge_texts(RECORDS, texts, LOGPROBS, BagOfWords(), CATALOGUE, np.random.default_rng(0))
 
     honest = judged(REFERENCES)
-    assert list(honest) == [
-        "grounding_precision",
-        "grounding_recall",
-        "grounding_f1",
-        "own_item",
-        "own_item_probability",
-        "own_item_masked",
-        "fluency",
-        "readability",
-        "words",
-        "quality",
-    ]
+    paired = [m for m in judge.PAIRED if not m.startswith("own_film")]  # no rivals given
+    assert set(honest) == {*paired, "own_item_probability", "fluency", "readability", "words", "quality"}
     assert honest["quality"].between(0, 1).all() and honest["fluency"].to_numpy() == pytest.approx(0.25)
     row = honest.iloc[0]
     language = judge.language(REFERENCES[0], 0.25)
@@ -228,6 +278,7 @@ def test_quality_orders_texts_and_the_controls_do_not_win():
         "longest": ["It is the one that you want to see when you come home and it is what it is and so on. " * 6] * N,
         "keywords": [", ".join([r["title"], *r["history_titles"], *r["genres"]]) for r in RECORDS],
         "another item": REFERENCES[1:] + REFERENCES[:1],
+        "copied prompt": [messages(r)[1]["content"] for r in RECORDS],
     }
     for name, texts in controls.items():
         assert judged(texts)["quality"].mean() < honest["quality"].mean() - 0.2, name

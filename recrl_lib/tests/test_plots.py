@@ -252,3 +252,23 @@ def test_save_writes_the_svg_below_figures(tmp_path, monkeypatch):
     path = plots.save(fig, "toy", "bars")
     assert path == tmp_path / "toy" / "bars.svg" and path.read_text(encoding="utf-8") == plots.svg(fig)
     assert [p.name for p in path.parent.iterdir()] == ["bars.svg"]
+
+
+def test_sensitivity_outlines_what_changes_sign():
+    rows = [
+        {"arm": "shielded", "first": a, "second": b, "first_factor": f, "second_factor": g, "lift": 0.97 if f == g == 2 else 1.1}
+        for a, b in (("alpha", "beta"), ("beta", "user_std")) for f in (0.5, 2) for g in (0.5, 2)
+    ]
+    fig = plots.sensitivity(pd.DataFrame(rows))
+    assert [len(ax.texts) for ax in fig.axes] == [4, 4]
+    assert [sum(t.get_bbox_patch() is not None for t in ax.texts) for ax in fig.axes] == [1, 1]
+    with pytest.raises(ValueError, match="lift"):
+        plots.sensitivity(pd.DataFrame([{"arm": "shielded"}]))
+
+
+def test_controls_are_shown_below_the_line():
+    found = {f"{a}/{m}": 0.4 for a in ("control_empty", "control_keywords", "reference") for m in ("reward", "quality", "ctr_lift")}
+    fig = plots.controls(found | {f"shielded/control_users_{m}": 0.8 for m in ("reward", "quality", "ctr_lift")})
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["empty", "keywords", "reference"]
+    with pytest.raises(ValueError, match="no controls"):
+        plots.controls({})

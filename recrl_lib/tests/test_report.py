@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from recrl_lib import config, paths, report, runs, shield
+from recrl_lib import config, evaluation as ev, paths, report, runs, shield
 from recrl_lib.config import Params
 from recrl_lib.tests.test_plots import ARMS, overlap, ppo_curve
 from recrl_lib.tests.test_plots import evaluation as arm_numbers
@@ -258,19 +258,23 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_self_contained_escaped_and_repeatable(stage):
+    elsewhere = paths.FIGURES / "smoke" / "frontier.svg"  # a figure of another notebook
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_text('<svg viewBox="0 0 9 9"></svg>', encoding="utf-8")
+    there = set(report.CAPTIONS) - {"sensitivity", "controls", "ablations"}  # the toy run has no numbers for these
     path = report.build(stage)
     assert path == stage.folder / "report.html"
     source = path.read_text(encoding="utf-8")
     page = Page(source)
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == page.tags.count("figure") == len(report.CAPTIONS)
+    assert page.tags.count("svg") == page.tags.count("figure") == len(there)
     assert page.tags.count("caption") == page.tags.count("table")
     assert "script" not in page.tags and HOSTILE in page.text
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import""", source)
     assert {name for name in re.findall(r'(?:href="|url\()#([^")]+)', source)} <= set(page.ids)
 
     pictures = {p.stem: p.read_text(encoding="utf-8") for p in (paths.FIGURES / "smoke").iterdir()}
-    assert set(pictures) == set(report.CAPTIONS)
+    assert set(pictures) == there
     assert report.render(report.gather(stage), pictures) == source  # the page shows the figures that were saved
     assert not plt.get_fignums()
     stage.finish()
@@ -404,7 +408,8 @@ def test_a_tree_that_is_not_its_commit_is_a_doubt(manifest):
 # --- pieces -----------------------------------------------------------------------------------------------
 
 
-def test_chosen_users_by_hand():
+def test_chosen_users_by_hand(monkeypatch):
+    monkeypatch.setattr(report, "PERCENTILES", (10, 50, 90))
     gains = [0.5, 0.1, 0.2, 0.3, 0.4, 0.0, 0.6, 0.7, 0.8, 0.9, 1.0]  # percentiles 10, 50, 90 are .1, .5, .9
     frame = pd.concat(
         [
@@ -415,6 +420,49 @@ def test_chosen_users_by_hand():
     assert report.chosen_users(frame) == [(10, 1), (50, 0), (90, 9)]
     same = frame.assign(quality=0.5)
     assert report.chosen_users(same) == [(10, 0), (50, 1), (90, 2)]  # ties: lowest number, nobody twice
+
+
+def test_twelve_users_are_chosen():
+    assert len(report.PERCENTILES) == 12 and len({e["user"] for e in report.examples(evidence())}) == 12
+
+
+def test_marked_escapes_and_marks():
+    assert report.marked("a <b> Heat", [(6, 10, True)]) == (
+        'a &lt;b&gt; <mark class="true" title="true by the metadata">Heat</mark>'
+    )
+    assert report.marked("<i>", [(0, 3, False)]).count("<") == 2 and report.marked("", []) == ""
+
+
+def more_evaluation() -> dict:
+    """What a run of today adds to ``evaluation()``: controls, judge, gains, tests, detectable effects."""
+    found = {f"{a}/{m}": 0.3 for a in ("control_empty", "control_copied_prompt", "reference") for m in ("reward", "quality", "ctr_lift")}
+    for arm in (*ev.TEXT_ARMS, "reference"):
+        found |= {f"{arm}/{ev.NAMES.get(m, m)}": 0.5 for m in (*ev.JUDGED, "fcr", "div", "distinct_1", "distinct_2", "usr")}
+        found |= {f"{arm}/control_users_{m}": 0.6 for m in ("reward", "quality", "ctr_lift")}
+    for arm in report.SHARED:
+        for what in ("by_ppo", "new_items", "seen_items"):
+            found |= {f"{arm}/{m}_{what}{end}": 0.2 for m in ("reward", "quality", "ctr_lift") for end in ("", "_lo", "_hi")}
+            found[f"{arm}/users_{what}"] = 20.0
+        found |= {f"{arm}/lift_lowest": 1.01, f"{arm}/lift_highest": 1.2, f"{arm}/lift_sign_survives": True}
+        found |= {f"{arm}/{m}_{p}": 0.04 for m in ("reward", "quality", "click", "ndcg") for p in ("p", "p_holm")}
+    found |= {f"mde/{profile}/{m}": 0.02 for profile in config.PROFILES for m in ("reward", "quality", "ctr_lift")}
+    return evaluation(**found, eval_users=24)
+
+
+def test_a_full_run_shows_its_measures_and_answers_more_questions():
+    m = more_evaluation()
+    shown = report.evidence_tables(m)
+    assert len(shown) == 5 and report.evidence_tables(evaluation()) == []
+    assert all(isinstance(cell, str) for _, frame in shown for cell in frame.to_numpy().ravel())
+    extra = {c.question: c.answer for c in report.claims(m)[len(report.claims(evaluation())) :]}
+    assert len(extra) == 8 and all(answer == "yes" for answer in extra.values())
+    few = report.claims(m | {"shielded/users_by_ppo": 1.0})
+    assert [c.answer for c in few if c.answer.startswith("too few")] == ["too few users to say"]
+    fooled = report.claims(m | {"control_empty/reward": 0.9})
+    assert [c.evidence for c in fooled if c.question.startswith("Do all texts")] == ["not below it: empty"] * 2
+    assert not any("gain is PPO's" in d.text for d in report.not_shown(evidence({"evaluation": m})))
+    page = report.render(evidence({"evaluation": m}), {})
+    assert "The measures themselves" in page and "<figure>" not in page
 
 
 def test_examples_show_the_history_of_the_prompt():

@@ -1,4 +1,5 @@
 import ast
+import json
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recrl_lib import paths
+from recrl_lib import config, paths, runs
 from recrl_lib.claims import Catalogue
 from recrl_lib.rewards import PARTS, VARIANTS, WEIGHTS, Reward, score
 
@@ -131,6 +132,30 @@ def test_batch_is_the_weighted_sum_of_single_scores(variant):
         )
 
 
+def test_500_real_texts_keep_their_values():
+    """``golden_rewards.json``: the first, slower implementation's values; its comment names what was charged since."""
+    golden = json.loads((Path(__file__).parent / "golden_rewards.json").read_text(encoding="utf-8"))
+    catalogue = Catalogue(golden["titles"], golden["genres"])
+    records, texts = [golden["records"][row[0]] for row in golden["rows"]], [row[1] for row in golden["rows"]]
+    for variant, first in zip(VARIANTS, (2, 5), strict=True):
+        _, parts = Reward(variant, catalogue)(records, texts)
+        wanted = np.array([row[first : first + 3] for row in golden["rows"]])
+        assert np.array_equal(np.stack([parts[p] for p in PARTS], 1).astype(np.float64), wanted), variant
+
+
+def test_a_false_mention_costs_more_than_a_true_one_earns():
+    """So that a guess pays only where it is right more often than not."""
+    true = "I recommend Con Air to you because you liked Heat, and it is good."
+    named = score(RECORD, true, CATALOGUE)["relevance"]
+    earned = named - score(RECORD, true.replace("Heat", "it"), CATALOGUE)["relevance"]
+    assert earned == pytest.approx(0.15)
+    for false in ("Palglone", "Kurt Russell", "Annie Hall"):  # an invented film, a person, a film not watched
+        without = score(RECORD, true, CATALOGUE)["relevance"]
+        assert without - score(RECORD, true.replace("Heat", f"Heat and {false}"), CATALOGUE)["relevance"] > earned
+    wrong_year = true.replace("Con Air", "Con Air (1995)")
+    assert named - score(RECORD, wrong_year, CATALOGUE)["relevance"] == pytest.approx(0.15)
+
+
 def test_empty_batch():
     values, parts = Reward("grounded", CATALOGUE)([], [])
     assert values.shape == (0,) and all(p.shape == (0,) for p in parts.values())
@@ -162,7 +187,21 @@ def test_trl_without_the_record_columns_says_which():
         Reward("grounded", CATALOGUE).as_trl()[0](["p"], ["x"], user=[1])
 
 
+def test_a_removed_part_leaves_a_reward_of_the_same_range():
+    texts = [HONEST, *DEGENERATE.values()]
+    without = Reward("grounded", CATALOGUE, (0.5, 0.0, 0.2))
+    values, parts = without([RECORD] * len(texts), texts)
+    assert without.weights == pytest.approx((5 / 7, 0, 2 / 7)) and values[0] == pytest.approx(1)
+    np.testing.assert_allclose(values, 5 / 7 * parts["length"] + 2 / 7 * parts["coherence"], rtol=1e-6)
+    assert Reward("grounded", CATALOGUE, (1, 0.6, 0.4)).weights == pytest.approx(WEIGHTS)
+    assert Reward("grounded", CATALOGUE).weights == WEIGHTS  # already sum to 1: left as they are, to the bit
+    of = Reward.of(config.Params(reward="paper", weight_length=0.0), CATALOGUE)
+    assert of.variant == "paper" and of.weights == pytest.approx((0, 0.6, 0.4))
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="not all 0"):
+        Reward("paper", CATALOGUE, (0, 0, 0))
     with pytest.raises(ValueError, match="choose one of grounded, paper"):
         Reward("best", CATALOGUE)
     with pytest.raises(ValueError, match="three non-negative"):
@@ -193,9 +232,29 @@ def closure(name: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize(
-    "one, other", [("rewards", "judge"), ("judge", "rewards"), ("rewards", "simulator"), ("simulator", "rewards")]
-)
-def test_reward_and_judge_stay_apart(one, other):
-    assert "claims" in closure(one)  # the walk finds imports
-    assert other not in closure(one)
+# What tunes the policy must not reach what judges it: neither the judge's code, nor the simulator, nor the evaluation.
+TUNING = ("rewards", "ppo", "warmstart", "arms")
+HELD_OUT = ("judge", "simulator", "evaluation")
+
+
+@pytest.mark.parametrize("one", TUNING)
+@pytest.mark.parametrize("other", HELD_OUT)
+def test_what_tunes_cannot_reach_what_judges(one, other):
+    walked = closure(one)
+    assert len(walked) > 1 and other not in walked  # the walk finds imports
+    assert f"recrl_lib.{other}" not in runs.library_closure(f"from recrl_lib import {one}")
+
+
+@pytest.mark.parametrize("one, other", [("judge", "rewards"), ("simulator", "rewards")])
+def test_what_judges_cannot_reach_the_reward(one, other):
+    assert other not in closure(one) and f"recrl_lib.{other}" not in runs.library_closure(f"from recrl_lib import {one}")
+
+
+def test_no_name_of_the_judge_is_used_in_tuning():
+    """Not by import, and not by a measure's column either: PPO reads the reward's total and parts alone."""
+    measures = {"own_item", "own_item_probability", "own_item_masked", "fluency", "readability", "quality", "grounding_f1"}
+    for module in TUNING:
+        tree = ast.parse((paths.LIBRARY / f"{module}.py").read_text(encoding="utf-8"))
+        said = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        named = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        assert not measures & (said | named) and not {"judge_texts", "importlib", "__import__"} & named, module

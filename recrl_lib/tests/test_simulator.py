@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 from recrl_lib.simulator import (
+    FACTORS,
     ClickModel,
     Noise,
     clicks,
     ctr_lift,
     paper_ceiling,
     paper_quality,
+    sensitivity,
     sigmoid,
     standardised_score,
 )
@@ -76,6 +78,23 @@ def test_standardised_score_against_its_naive_twin():
     assert standardised_score(np.full((1, 4), 3.0), np.array([1])) == pytest.approx([0])
     with pytest.raises(ValueError, match="masked"):
         standardised_score(scores, np.zeros(6, int))
+
+
+def test_sensitivity_against_its_naive_twin():
+    rng = np.random.default_rng(4)
+    model, n = ClickModel(), 20
+    noise = model.draw(n, rng)
+    score, position, base, arm = rng.normal(size=n), rng.integers(1, 11, n), rng.random(n), rng.random(n)
+    got = sensitivity(model, score, arm, base, position, noise)
+    assert got.shape == (3, len(FACTORS), len(FACTORS))
+    for i, f in enumerate(FACTORS):
+        for j, g in enumerate(FACTORS):
+            for panel, (a, b, u) in enumerate([(f, g, 1), (f, 1, g), (1, f, g)]):
+                other = ClickModel(model.alpha * a, model.beta * b, model.bias, model.user_std * u, model.position_weight)
+                heard = Noise(noise.user_bias * u, noise.uniform)
+                p = [other.probabilities(score, q, position, heard).mean() for q in (arm, base)]
+                assert got[panel, i, j] == pytest.approx(p[0] / p[1])
+    assert (sensitivity(model, score, base, base, position, noise) == 1).all()
 
 
 def test_paper_variant():

@@ -67,6 +67,96 @@ def test_coverage_of_the_interval_and_level_of_the_test():
     assert 0.02 <= rejected / 400 <= 0.09  # nominal .05
 
 
+def test_bca_against_its_naive_twin():
+    from scipy.stats import norm
+
+    x = rng(3).exponential(size=19)
+    means = np.array(naive_means(x, 400))
+    z0 = norm.ppf(np.mean(means < x.mean()))
+    jack = np.array([np.delete(x, i).mean() for i in range(len(x))])
+    a = sum((jack.mean() - j) ** 3 for j in jack) / (6 * sum((jack.mean() - j) ** 2 for j in jack) ** 1.5)
+    ends = [norm.cdf(z0 + (z0 + z) / (1 - a * (z0 + z))) for z in norm.ppf([0.025, 0.975])]
+    _, lo, hi = stats.bootstrap_mean(x, 400, rng(), method="bca")
+    np.testing.assert_allclose((lo, hi), np.quantile(means, ends), rtol=1e-10)
+    _, plain_lo, plain_hi = stats.bootstrap_mean(x, 400, rng())
+    assert lo > plain_lo and hi > plain_hi  # a long right tail moves both ends to the right
+
+
+def test_bca_of_a_ratio_agrees_with_scipy():
+    from scipy.stats import bootstrap
+
+    num, den = rng(4).exponential(size=40), rng(5).random(40) + 0.5
+    theirs = bootstrap(
+        (num, den), lambda a, b, axis: a.mean(axis) / b.mean(axis), paired=True, vectorized=True, n_resamples=20_000, method="BCa",
+        random_state=rng(6),
+    ).confidence_interval
+    _, lo, hi = stats.bootstrap_ratio(num, den, 20_000, rng(7), method="bca")
+    np.testing.assert_allclose((lo, hi), theirs, atol=0.015)  # the two draw different resamples
+
+
+def test_bca_limits():
+    assert stats.bootstrap_mean(np.full(9, 2.0), 50, rng(), method="bca") == (2, 2, 2)
+    assert stats.bootstrap_mean(np.array([3.0]), 50, rng(), method="bca") == (3, 3, 3)
+    with pytest.raises(ValueError, match="percentile, bca"):
+        stats.bootstrap_mean(np.ones(3), 10, rng(), method="t")
+
+
+def test_hierarchical_bootstrap_against_its_naive_twin(monkeypatch):
+    x, y = rng(1).random((3, 7)), rng(2).random((3, 7)) + 0.5
+
+    def naive(generator):
+        seeds = generator.integers(0, 3, (150, 3, 1))
+        users = generator.integers(0, 7, (150, 3, 7))
+        return [[(s[k, 0], u) for k in range(3) for u in users_[k]] for s, users_ in zip(seeds, users, strict=True)]
+
+    picks = naive(rng())
+    means = [np.mean([x[p] for p in pick]) for pick in picks]
+    ratios = [np.mean([x[p] for p in pick]) / np.mean([y[p] for p in pick]) for pick in picks]
+    np.testing.assert_allclose(stats.hierarchical_mean(x, 150, rng()), [x.mean(), *np.quantile(means, [0.025, 0.975])], rtol=1e-12)
+    expected = [x.mean() / y.mean(), *np.quantile(ratios, [0.025, 0.975])]
+    np.testing.assert_allclose(stats.hierarchical_ratio(x, y, 150, rng()), expected, rtol=1e-12)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    users = rng(1).normal(0, 0.1, (4, 100))
+    _, lo, hi = stats.hierarchical_mean(users, 1000, rng())
+    _, wide_lo, wide_hi = stats.hierarchical_mean(users + np.array([[-1.0], [0], [0], [1]]), 1000, rng())
+    assert wide_hi - wide_lo > 10 * (hi - lo)
+    with pytest.raises(ValueError, match="2-D"):
+        stats.hierarchical_mean(np.ones(3), 10, rng())
+
+
+def test_holm_by_hand_and_against_its_naive_twin():
+    np.testing.assert_allclose(stats.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.8]).tolist() == [1.0, 1.0] and stats.holm([]).size == 0
+    p = rng(3).random(9) ** 3
+    for alpha in (0.01, 0.05, 0.2):  # step down: the smallest against a/m, the next against a/(m-1), stop at the first miss
+        rejected, left = set(), sorted(range(9), key=lambda i: p[i])
+        while left and p[left[0]] <= alpha / len(left):
+            rejected.add(left.pop(0))
+        assert rejected == set(np.flatnonzero(stats.holm(p) <= alpha))
+    with pytest.raises(ValueError, match="holm"):
+        stats.holm([1.2])
+
+
+def test_the_minimum_detectable_effect_is_detected_as_often_as_promised():
+    effect = stats.minimum_detectable(2.0, 60)
+    assert effect == pytest.approx(2.8016 * 2 / np.sqrt(60), rel=1e-4)
+    means = rng(0).normal(effect, 2.0, (20_000, 60)).mean(1)
+    assert np.mean(np.abs(means) > 1.959964 * 2 / np.sqrt(60)) == pytest.approx(0.8, abs=0.01)
+    assert stats.minimum_detectable(0.0, 5) == 0 and stats.minimum_detectable(2.0, 240) == pytest.approx(effect / 2)
+    with pytest.raises(ValueError, match="n=0"):
+        stats.minimum_detectable(1.0, 0)
+
+
+def test_influence_gives_the_spread_of_a_ratio():
+    num, den = rng(1).random(400), rng(2).random(400) + 1
+    influence = stats.ratio_influence(num, den)
+    _, lo, hi = stats.bootstrap_ratio(num, den, 4000, rng())
+    assert abs(influence.mean()) < 1e-12
+    assert influence.std() / 20 == pytest.approx((hi - lo) / (2 * 1.96), rel=0.05)
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="x must be"):
         stats.bootstrap_mean(np.array([1.0, np.nan]), 10, rng())
