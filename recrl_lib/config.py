@@ -33,6 +33,7 @@ STAGES = (
     Stage(4, "shield", ("data", "ranker", "explainer")),
     Stage(5, "shielded_ppo", ("data", "ranker", "explainer", "shield")),
     Stage(6, "evaluation", ("data", "ranker", "explainer", "shield", "shielded_ppo")),
+    Stage(7, "ablations", ("evaluation",)),
     Stage(8, "audit", ("data", "ranker", "evaluation")),
     Stage(9, "report", ("data", "ranker", "explainer", "shield", "shielded_ppo", "evaluation", "audit")),
     Stage(10, "explore", ("data", "ranker", "explainer", "shielded_ppo")),
@@ -105,6 +106,11 @@ class Params:
     gae_lambda: float = _p(1.0, "shielded_ppo", "GAE lambda (gamma is 1)", 0.0, 1.0)
     max_grad_norm: float = _p(1.0, "shielded_ppo", "gradient norm clip, before the shield", 0.0)
     missing_eos_penalty: float = _p(0.2, "shielded_ppo", "subtracted from the score of an explanation cut off before its end", 0.0)
+    weight_length: float = _p(0.5, "shielded_ppo", "weight of the reward's length part", 0.0)
+    weight_relevance: float = _p(0.3, "shielded_ppo", "weight of the reward's relevance part", 0.0)
+    weight_coherence: float = _p(0.2, "shielded_ppo", "weight of the reward's coherence part", 0.0)
+    algorithm: str = _p("ppo", "shielded_ppo", "how the policy is tuned", choices=("ppo", "rloo", "grpo"))
+    tracker: str = _p("none", "shielded_ppo", "mirror the curves to a tracker, files in logs/", choices=("none", "wandb", "tensorboard"))
 
     eval_users: int = _p(24, "evaluation", "held-out users whose explanations are judged", 2)
     bootstrap: int = _p(2000, "evaluation", "bootstrap resamples of users", 100)
@@ -113,6 +119,8 @@ class Params:
     sim_bias: float = _p(-2.0, "evaluation", "click model: intercept")
     sim_position: float = _p(0.5, "evaluation", "click model: weight of the position's discount")
     sim_user_std: float = _p(0.5, "evaluation", "click model: spread of the users' own bias", 0.0)
+
+    batch: str = _p("smoke", "ablations", "name of the grid whose finished runs are compared (make batch)")
 
     interactive: bool = _p(False, "explore", "show the chat widget (needs a live JupyterLab)")
 
@@ -129,6 +137,8 @@ class Params:
                 raise ValueError(f"parameter {f.name}={value!r}: must be at most {meta['high']}")
         if not self.run or not all(c.isalnum() or c in "-_." for c in self.run) or self.run[0] in ".-":
             raise ValueError(f"parameter run={self.run!r}: use letters, digits, '-', '_' and '.', starting with a letter or digit")
+        if not all(c.isalnum() or c in "-_" for c in self.batch):
+            raise ValueError(f"parameter batch={self.batch!r}: use the name of a grid: letters, digits, '-' and '_'")
         if self.run == "reference":
             raise ValueError("parameter run='reference': that folder holds the published runs; choose another name")
         if self.ranker_dim % self.ranker_heads:
@@ -158,20 +168,20 @@ PROFILES: dict[str, dict[str, Any]] = {
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=16, ranker_patience=6,
         lora_layers=10, max_new_tokens=40, explain_users=12,
         warm_steps=30, ppo_steps=8, prompts_per_step=8, samples_per_prompt=4,
-        eval_users=128, bootstrap=10_000,
+        eval_users=128, bootstrap=10_000, batch="ablations",
     ),
     "pod": dict(
         ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=60, ranker_patience=10,
         lora_layers=0, max_new_tokens=64, explain_users=32,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
-        eval_users=377, bootstrap=10_000,
+        eval_users=377, bootstrap=10_000, batch="ablations",
     ),
     "paper": dict(
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
         ranker_dim=128, ranker_layers=2, ranker_dropout=0.3, ranker_batch=32, ranker_epochs=100, ranker_patience=10,
         lora_layers=0, max_new_tokens=40, explain_users=32,
         warm_start=False, ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
-        eval_users=377, bootstrap=10_000, reward="paper",
+        eval_users=377, bootstrap=10_000, reward="paper", batch="ablations",
     ),
 }
 
