@@ -216,15 +216,18 @@ def _scan(text: str, module: str, is_package: bool) -> tuple[str, tuple[str, ...
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(n for n in names if n.split(".")[0] == _PACKAGE)
 
 
-def stage_key(stage: str, params: Params) -> str:
+def stage_key(stage: str, params: Params, anew: bool = False) -> str:
     """Sha256 over all that decides a stage's result: if it is unchanged, the stage need not run again.
 
     It covers the notebook's code (not its prose, outputs or parameters cell), the library modules that
     it imports, the values of the parameters it owns (the run's name excepted), for the stages that read
     them the data files shipped in the library or the results of a batch, and the keys of the stages it needs.
-    A stage that a derived run shares with its base has the base's key.
+    A stage that a derived run shares with its base has the base's key, unless it is executed ``anew``.
     """
-    return _stage_key(stage, params, read_manifest(params.run).get("derived_from", {}), {})
+    origin = read_manifest(params.run).get("derived_from", {})
+    if anew:
+        origin = origin | {"stages": [name for name in origin.get("stages", ()) if name != stage]}
+    return _stage_key(stage, params, origin, {})
 
 
 def _stage_key(stage: str, params: Params, origin: dict[str, Any], known: dict[str, str]) -> str:
@@ -302,7 +305,7 @@ def start(stage: str, namespace: dict[str, Any]) -> StageRun:
     params = replace(stored or Params(run=run), **given)
     _check_needs(spec, params)
     device = resolve_device(params.device)
-    key = stage_key(stage, params)
+    key = stage_key(stage, params, anew=True)
     if not reader:
         write_params(params)
     _seed_everything(params.seed, device)
