@@ -38,9 +38,9 @@ def derive(base: str, run: str, **changes: Any) -> Params:
     was computed from it is no longer up to date. Raises ``ValueError`` for parameters that are not valid, a base that
     is missing or out of date, or a folder ``run`` that holds something else.
     """
-    source = base_params(base)
+    source, ready = base_run(base)
     params = changed(source, run, changes)
-    shared = shareable(source, params)
+    shared = shareable(source, params, ready)
     stages = runs.read_manifest(base)["stages"]
     _check_basis(source, params, shared)
     present = runs.read_manifest(run)
@@ -68,14 +68,15 @@ def derive(base: str, run: str, **changes: Any) -> Params:
     return params
 
 
-def base_params(base: str) -> Params:
-    """The parameters of a base run. ``ValueError`` unless the stages before the training are up to date."""
+def base_run(base: str) -> tuple[Params, list[str]]:
+    """(parameters of a base run, its stages that are up to date). ``ValueError`` unless those before the training are."""
     source = runs.read_params(base)
     if source is None:
         raise ValueError(f"base run {base!r}: runs/{base} does not exist; make all RUN={base}, with its profile")
-    if stale := [name for name in PREPARING if not runs.up_to_date(name, source)]:
+    ready = [stage.name for stage in SHAREABLE if runs.up_to_date(stage.name, source)]
+    if stale := [name for name in PREPARING if name not in ready]:
         raise ValueError(f"base run {base!r}: stages {', '.join(stale)} are missing or out of date; make all RUN={base}, with its profile")
-    return source
+    return source, ready
 
 
 def changed(source: Params, run: str, changes: dict[str, Any]) -> Params:
@@ -84,8 +85,8 @@ def changed(source: Params, run: str, changes: dict[str, Any]) -> Params:
     return replace(source, **{**changes, "run": run})
 
 
-def shareable(source: Params, params: Params) -> list[str]:
-    """Names of the stages of run ``source.run`` whose results hold for ``params`` too, in the order of the pipeline."""
+def shareable(source: Params, params: Params, ready: list[str]) -> list[str]:
+    """Those of the ``ready`` stages of run ``source.run`` whose results hold for ``params`` too, in the order of the pipeline."""
     different = {name for name, value in source.as_dict().items() if name != "run" and value != getattr(params, name)}
     shared: list[str] = []
     for stage in SHAREABLE:
@@ -93,7 +94,7 @@ def shareable(source: Params, params: Params) -> list[str]:
         read = {name for need in with_needs(stage.name) for name in config.owned_by(need)}
         if read & different - set(REUSED if stage.name in PREPARING else ()):
             continue
-        if set(stage.needs) <= set(shared) and runs.up_to_date(stage.name, source):
+        if set(stage.needs) <= set(shared) and stage.name in ready:
             shared.append(stage.name)
     return shared
 

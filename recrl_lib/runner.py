@@ -469,7 +469,7 @@ def _job(arguments: argparse.Namespace) -> int:
 
 def _end_with_parent() -> None:
     """Our standard input is a pipe that nobody writes to: when it ends, whoever started us is gone, so are we."""
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # sys.stdin has a lock that a thread must not hold when Python ends
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 

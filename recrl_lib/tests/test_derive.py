@@ -2,57 +2,15 @@
 
 import json
 import os
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from conftest import House, code, notebook, parameters_source
+from conftest import finish
 
-from recrl_lib import config, derive, paths, runs
+from recrl_lib import derive, runs
 from recrl_lib.config import Params
 from recrl_lib.files import write_atomic
-
-BASE = Params(run="base", seed=4)
-OWN = {"data": "interactions", "ranker": "ranker", "explainer": "first", "shield": "subspaces", "shielded_ppo": "adapter", "evaluation": "said"}
-
-
-def finish(name: str, params: Params, value: float = 1.0) -> None:
-    """Stage ``name`` of a run, finished without its notebook."""
-    stage = runs.start(name, params.as_dict())
-    for need in config.stage_named(name).needs:
-        if need in OWN:
-            stage.load_tensors(OWN[need])
-    if name == "shield":
-        stage.save_tensors("subspaces", {"0.attn/basis": torch.zeros(8, 5), "0.attn/spectrum": torch.zeros(8)})
-    elif name in OWN:
-        stage.save_tensors(OWN[name], {"x": torch.tensor([value])})
-    stage.metrics({key: 0.5 for key in runs.REQUIRED_METRICS.get(runs.metrics_name(name), ())} | {"n": value})
-    stage.finish()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A house with the finished run ``base``, to be copied."""
-    house = House(tmp_path_factory.mktemp("base"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "NOTEBOOKS", house.notebooks)
-        patch.setattr(paths, "RUNS", house.runs)
-        for stage in config.PIPELINE:
-            path = house.notebooks / stage.notebook
-            write_atomic(path, json.dumps(notebook(code(parameters_source(stage.name), "parameters"), code("from recrl_lib import runs"))))
-        for name in (*derive.PREPARING, "shielded_ppo", "evaluation"):
-            finish(name, BASE)
-    torch.use_deterministic_algorithms(False)
-    return house
-
-
-@pytest.fixture
-def base(house, finished):
-    shutil.copytree(finished.root, house.root, dirs_exist_ok=True)
-    return BASE
-
 
 def test_only_what_the_change_reaches_is_left_to_run(base):
     for changes, left in (
@@ -65,7 +23,7 @@ def test_only_what_the_change_reaches_is_left_to_run(base):
         ({"ranker_epochs": 7}, ("ranker", "explainer", "shield", "shielded_ppo", "evaluation")),
     ):
         params = derive.changed(base, "d", changes)
-        shared = derive.shareable(base, params)
+        shared = derive.shareable(base, params, derive.base_run("base")[1])
         assert [name for name in derive.with_needs("evaluation") if name not in shared] == list(left), changes
 
 
