@@ -236,7 +236,8 @@ def test_a_batch_of_real_notebooks(base, house, argv, tmp_path):
         for job in grid.jobs:
             derive.derive(grid.base, job.run, **job.changes)
         failed = batch.run_local(grid, 2, out, argv)
-        assert list(failed) == ["base-g-high-seed4"] and "cell 3: AssertionError: too much" in failed["base-g-high-seed4"]
+        assert list(failed) == ["base-g-high-seed4"], failed
+        assert "cell 3: AssertionError: too much" in failed["base-g-high-seed4"]
     assert "base-g-low-seed4: done (before, kept)" in out.getvalue()
     low = runs.read_manifest("base-g-low-seed4")
     assert low["stages"]["shielded_ppo"] == runs.read_manifest("base")["stages"]["shielded_ppo"]
@@ -265,7 +266,8 @@ def test_a_run_is_executed_by_one_process_at_a_time(base, house, tmp_path, monke
     assert held.stdout.readline() == b"held\n"
     monkeypatch.setattr(runner, "run_all", lambda params, stages: 0)
     assert runner.main(["job", "--run", job.run, "--stages", *job.stages]) == 0
-    assert "another process executes it, waiting" in capfd.readouterr().out and held.poll() is not None
+    assert "another process executes it, waiting" in capfd.readouterr().out
+    held.wait(5)
     assert runner.main(["job", "--run", "unknown", "--stages", "evaluation"]) == 2
 
 
