@@ -237,7 +237,7 @@ def test_a_batch_of_real_notebooks(base, house, argv, tmp_path):
             derive.derive(grid.base, job.run, **job.changes)
         failed = batch.run_local(grid, 2, out, argv)
         assert list(failed) == ["base-g-high-seed4"], failed
-        assert "cell 3: AssertionError: too much" in failed["base-g-high-seed4"]
+        assert "cell 4: AssertionError: too much" in failed["base-g-high-seed4"]
     assert "base-g-low-seed4: done (before, kept)" in out.getvalue()
     low = runs.read_manifest("base-g-low-seed4")
     assert low["stages"]["shielded_ppo"] == runs.read_manifest("base")["stages"]["shielded_ppo"]
