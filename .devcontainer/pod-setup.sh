@@ -22,9 +22,10 @@ esac
 [[ $volume != *[[:space:]\$\#]* ]] || fail "VOLUME=$volume: a path without blanks, \$ and # is needed"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed; name one: make pod-setup PYTHON=python3.12"
 
-home=$volume/shielded-recrl
+home=$volume/.shielded-recrl
 mkdir -p "$home"
-[[ -x .venv/bin/python ]] || "$python" -m venv --system-site-packages .venv
+before=$(cat .venv/pod.env 2> /dev/null || true)
+if ! .venv/bin/python -c '' 2> /dev/null; then "$python" -m venv --clear --system-site-packages .venv; fi
 torch=$("$python" -c 'import torch; print(torch.__version__)' 2> /dev/null || true)
 case $torch in
   2.11.* | 2.12.* | 2.13.*) echo "keeping torch $torch of the image" ;;
@@ -41,6 +42,7 @@ esac
   echo "export WANDB_DATA_DIR=$home/wandb"
   [[ -z $torch ]] || echo "export RECRL_TORCH=$torch"
 } > .venv/pod.env
+[[ $(cat .venv/pod.env) == "$before" ]] || rm -f .venv/.installed  # another image than last time
 make env PYTHON="$python" PIP_ARGS="${PIP_ARGS:-}"
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -1 || true)
 echo "ready: ${gpu:-no GPU}; caches in $home, runs in $PWD/runs"

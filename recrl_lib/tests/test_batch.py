@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -283,3 +284,51 @@ def until(true, limit: float = 40.0):
     while not true():
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+# ------------------------------------------------------------------------------------------ two Ray nodes
+
+
+def test_two_ray_nodes_and_one_is_lost(base, house, argv, tmp_path, monkeypatch):
+    """Four jobs, one GPU each, on two nodes of one GPU; a node goes while it works. Nothing is lost, nothing done twice.
+
+    Skipped where Ray is not installed, as in the study's own environment (see 'optional' in environment.yml).
+    """
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    trace = tmp_path / "trace"
+    note = f"open({str(trace)!r}, 'a').write('%s ' + run + ' ' + os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')"
+    house.write("evaluation", "\n".join(["import os, time", note % "start", "time.sleep(6)", FINISH.format("evaluation"), note % "finish"]))
+    path = grid_of(tmp_path, "base: base\nstages: [evaluation]\nseeds: [4]\ncross: {sim_beta: [1.0, 1.1, 1.2, 1.3]}")
+    grid = batch.load(path)
+    for job in grid.jobs:
+        derive.derive("base", job.run, **job.changes)
+
+    def lines(kind):
+        return [line.split()[1] for line in trace.read_text().splitlines() if line.startswith(kind)] if trace.exists() else []
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
+    try:
+        def lose_one():
+            until(lambda: len(lines("start")) >= 2, 120)
+            cluster.remove_node(nodes[1], allow_graceful=False)
+
+        killer = threading.Thread(target=lose_one)
+        killer.start()
+        out = io.StringIO()
+        failed = batch.run_ray(grid, cluster.address, gpus=1, cpus=1, out=out, argv=argv)
+        killer.join()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    runs_ = sorted(job.run for job in grid.jobs)
+    assert failed == {} and all(job.done() for job in grid.jobs), out.getvalue()
+    assert sorted(lines("finish")) == runs_  # each once
+    assert sorted(set(lines("start"))) == runs_ and len(lines("start")) == len(runs_) + 1  # the lost one began again
+    assert all(line.split()[2] == "0" for line in trace.read_text().splitlines())  # Ray gave each its GPU
+    started = len(lines("start"))
+    assert batch.run_local(grid, 1, io.StringIO(), argv) == {} and len(lines("start")) == started
