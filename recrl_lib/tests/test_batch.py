@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import BASE
 
-from recrl_lib import batch, config, derive, paths, runner, runs
+from recrl_lib import batch, derive, paths, runner, runs
 
 FINISH = (
     "from recrl_lib import runs\nstage = runs.start({0!r}, globals())\n"
@@ -183,6 +183,10 @@ def test_a_lost_kernel_or_process_is_tried_once_more_and_only_once(toys):
     assert {arm: arms.count(arm) for arm in arms} == {"lost": 2, "killed": 2, "always_lost": 2}
 
 
+def test_what_counts_as_lost():
+    assert batch.lost(runner.KernelDied.exit_code) and batch.lost(-9) and not any(map(batch.lost, (0, 1, 2, 130)))
+
+
 def test_exit_code_0_alone_does_not_make_a_job_done(toys, monkeypatch):
     monkeypatch.setattr(batch.Job, "done", lambda job: False)
     assert list(batch.run_local(toys("a"), 1, io.StringIO(), toys.argv, poll=0.05)) == ["b-a"]
@@ -270,13 +274,6 @@ def test_a_run_is_executed_by_one_process_at_a_time(base, house, tmp_path, monke
     assert "another process executes it, waiting" in capfd.readouterr().out
     held.wait(5)
     assert runner.main(["job", "--run", "unknown", "--stages", "evaluation"]) == 2
-
-
-def test_a_dead_kernel_has_an_exit_code_of_its_own(house):
-    house.write("environment", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    out = io.StringIO()
-    assert runner.run_all(BASE, config.STAGES[:1], out=out) == runner.KernelDied.exit_code == 3
-    assert "the kernel died" in out.getvalue() and batch.lost(3) and batch.lost(-9) and not batch.lost(1)
 
 
 def until(true, limit: float = 40.0):
