@@ -66,17 +66,20 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
-def open(kind: str, folder: Path, job_type: str, name: str, config: dict[str, Any], group: str | None = None) -> Tracker:
+def open(kind: str, folder: Path, job_type: str, name: str, config: dict[str, Any]) -> Tracker:
     """A tracker of ``kind`` that writes below ``folder``.
 
-    ``group`` is the batch (default: ``$RECRL_BATCH``, which ``make batch`` sets, else the run's name), ``job_type``
-    the arm, ``name`` the run. ``ValueError`` for an unknown kind, or a package that is not installed.
+    ``job_type`` is the policy (``shielded``), ``name`` the run. In a batch (``RECRL_BATCH`` and ``RECRL_ARM``, which
+    ``make batch`` sets) the group is the batch, and the job type begins with the arm: ``kl0-shielded``; elsewhere the
+    group is the run. ``ValueError`` for an unknown kind, or a package that is not installed.
     """
     if kind not in KINDS:
         raise ValueError(f"parameter tracker={kind!r}: choose one of {', '.join(map(repr, KINDS))}")
     if kind == "none":
         return Tracker()
-    group = group or os.environ.get("RECRL_BATCH") or name
+    group = os.environ.get("RECRL_BATCH") or name
+    if arm := os.environ.get("RECRL_ARM"):
+        job_type = f"{arm}-{job_type}"
     try:
         return (WandB if kind == "wandb" else TensorBoard)(Path(folder), group, job_type, name, config)
     except ImportError as error:

@@ -64,11 +64,9 @@ class Evidence:
     """A finished run, read only. ``RuntimeError`` where a file is missing or not what its stage recorded."""
 
     def __init__(self, run: str, encoder=None):
-        params = runs.read_params(run)
-        if params is None:
-            raise RuntimeError(f"runs/{run} does not exist: make all RUN={run}")
-        self.stage = runs.StageRun(config.stage_named("report"), params, torch.device("cpu"), key="")
-        self.params, self.table, self.tensors = params, self.stage.load_table, self.stage.load_tensors
+        self.params = runs.read_params(run)
+        self.stage = runs.StageRun(config.stage_named("report"), self.params, torch.device("cpu"), key="")
+        self.table, self.tensors = self.stage.load_table, self.stage.load_tensors
         self.world = study.load(self.stage)
         self.encoder = encoder or judge.SentenceEncoder(assets.minilm_folder())
 
@@ -203,18 +201,25 @@ def changed_files(run: str) -> list[str]:
     return [name for name, sha in sorted(recorded.items()) if not (folder / name).is_file() or sha256_file(folder / name) != sha]
 
 
-def recompute(run: str, encoder=None) -> list[Check]:
-    """Every number that can be computed again, against the run's stored one. ``RuntimeError`` if an artifact is not intact.
+def unfinished(run: str) -> list[str]:
+    """Names of the metrics files that the run does not have, of those that can be recomputed."""
+    finished = {runs.metrics_name(stage) for stage in runs.read_manifest(run)["stages"]}
+    return [name for name in RECOMPUTED if name not in finished]
 
-    ``encoder``: as ``judge.SentenceEncoder``, which is the default.
+
+def recompute(run: str, encoder=None) -> list[Check]:
+    """Every number of the finished stages that can be computed again, against the run's stored one.
+
+    ``encoder``: as ``judge.SentenceEncoder``, which is the default. ``RuntimeError`` if an artifact is not intact, or
+    the evaluation has not finished; a run of a batch may lack the audit.
     """
+    if missing := {"data", "ranker", "shield", "ppo", "evaluation"} & set(unfinished(run)):
+        raise RuntimeError(f"run {run!r} has no finished {', '.join(sorted(missing))}: make all RUN={run}")
     e = Evidence(run, encoder)
-    finished = runs.read_manifest(run)["stages"]
-    stages = {runs.metrics_name(stage): stage for stage in finished}
     checks = []
     for name, numbers in RECOMPUTED.items():
-        if name not in stages:
-            raise RuntimeError(f"run {run!r} has not finished the stage that writes metrics/{name}.json: make all RUN={run}")
+        if name in unfinished(run):
+            continue
         stored = runs.read_metrics(run, name)
         for key, value, relative in numbers(e):
             size = 0.0 if isinstance(value, str) or relative == EXACT else max(relative * abs(value), FLOOR)
@@ -257,6 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", required=True)
     run = parser.parse_args(argv).run
     try:
+        if runs.read_params(run) is None:
+            raise RuntimeError(f"runs/{run} does not exist: make all RUN={run}")
         changed = changed_files(run)
         checks = recompute(run)
         published = against_reference(run)
@@ -269,7 +276,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"CHANGED runs/{run}/{name}: not what its stage wrote")
     for check in wrong:
         print(f"DIFFERS {check.name}: stored {check.stored}, from {check.source} {check.expected} (within {check.tolerance:.2g})")
-    total = sum(isinstance(v, float) for name in RECOMPUTED for v in runs.read_metrics(run, name).values())
+    absent = unfinished(run)
+    total = sum(isinstance(v, float) for name in RECOMPUTED if name not in absent for v in runs.read_metrics(run, name).values())
+    if absent:
+        print(f"not finished, not looked at: {', '.join(absent)}")
     reference = "not compared with a reference run" if published is None else f"{len(published)} compared with runs/reference/{run}"
     print(f"run {run}: {len(checks)} numbers recomputed ({total} stored), {reference}; {len(wrong)} differ, {len(changed)} files changed")
     return 1 if wrong or changed else 0

@@ -15,6 +15,7 @@ ROWS = [{"step": 1, "reward": 0.5, "arm": "shielded"}, {"step": 2, "reward": np.
 def write(kind, folder, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("RECRL_BATCH", "ablations")
+    monkeypatch.setenv("RECRL_ARM", "kl0")
     tracker = tracking.open(kind, folder, job_type="shielded", name="r-kl0", config={"kl_coef": 0.0})
     for row in ROWS:
         tracker.log(row, row["step"])
@@ -44,7 +45,7 @@ def test_tensorboard(tmp_path, monkeypatch):
     write("tensorboard", tmp_path, monkeypatch)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "shielded"))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "kl0-shielded"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.5), (2, 0.75)]
     assert "arm" not in events.Tags()["scalars"]
@@ -58,7 +59,7 @@ from pathlib import Path
 from recrl_lib import tracking
 for arm in ("unshielded", "shielded"):
     tracker = tracking.open("wandb", Path(sys.argv[1]), job_type=arm, name="r-kl0", config={"kl_coef": 0.0})
-    assert (tracker._run.group, tracker._run.job_type, tracker._run.offline) == ("ablations", arm, True)
+    assert (tracker._run.group, tracker._run.job_type, tracker._run.offline) == ("ablations", f"kl0-{arm}", True)
     for row in ({"step": 1, "reward": .5, "arm": arm}, {"step": 2, "reward": .75, "arm": arm}):
         tracker.log(row, row["step"])
     tracker.finish()
@@ -67,7 +68,7 @@ for arm in ("unshielded", "shielded"):
 
 def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"RECRL_BATCH": "ablations", "HOME": str(tmp_path / "home")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"RECRL_BATCH": "ablations", "RECRL_ARM": "kl0", "HOME": str(tmp_path / "home")}
     (tmp_path / "home").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "logs")], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120

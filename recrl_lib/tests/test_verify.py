@@ -206,7 +206,9 @@ def test_a_published_run_with_equal_parameters_is_compared(run):
     assert verify.against_reference("r") is None
 
 
-def test_an_unfinished_run_is_refused(run):
+def test_a_run_without_an_audit_is_verified_and_one_without_an_evaluation_refused(run):
     edit(run / "manifest.json", lambda m: m["stages"].pop("audit"))
-    with pytest.raises(RuntimeError, match="metrics/audit.json: make all RUN=r"):
+    assert verify.unfinished("r") == ["audit"] and {c.name.split(":")[0] for c in verify.recompute("r", BagOfWords())} == set(verify.RECOMPUTED) - {"audit"}
+    edit(run / "manifest.json", lambda m: m["stages"].pop("evaluation"))
+    with pytest.raises(RuntimeError, match="no finished evaluation: make all RUN=r"):
         verify.recompute("r", BagOfWords())
