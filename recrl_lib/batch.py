@@ -483,7 +483,7 @@ def main(argv: list[str] | None = None) -> int:
     for run, reason in failed.items():
         print(f"FAILED {run}: {reason}")
     if not failed:
-        print(f"compare them: make all RUN={grid.base}, then notebook 07 or the report")
+        print(f"compare them in notebook 07: make all RUN={grid.base}, with its profile and seed")
     return 1 if failed else 0
 
 

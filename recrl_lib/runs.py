@@ -257,7 +257,7 @@ def _stage_key(stage: str, params: Params, origin: dict[str, Any], known: dict[s
 def _data_files() -> dict[str, str]:
     files = (p for p in sorted(paths.LIBRARY.rglob("*")) if p.is_file() and p.suffix not in (".py", ".pyc"))
     relative = {p.relative_to(paths.LIBRARY).as_posix(): p for p in files}
-    return {name: sha256_file(p) for name, p in relative.items() if not name.startswith(("tests/", "."))}
+    return {name: sha256_file(p) for name, p in relative.items() if not name.startswith(("tests/", "batches/", "."))}
 
 
 def batch_files(params: Params) -> dict[str, str]:
