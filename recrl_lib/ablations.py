@@ -118,7 +118,7 @@ DIRECTIONS = (
 
 
 def claims(table: pd.DataFrame, evaluation: dict[str, float]) -> list[Claim]:
-    """The published claims, each with a verdict built from ``table`` (see ``compare``) and the base run's ``evaluation``.
+    """The published claims, each with a verdict built from ``table`` (see ``compare``) and the ``evaluation`` of a run of ``main``.
 
     A difference counts if its interval excludes 0.
     """
