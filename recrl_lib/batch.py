@@ -13,7 +13,6 @@ A grid is a YAML file, in ``recrl_lib/batches/`` or anywhere, with these fields:
     fixed: {eval_users: 64}             parameters of every job
     arms: {kl0: {kl_coef: 0.0}}         named sets of parameters, one job each
     cross: {shield_energy: [.9, .99]}   lists to cross, with every arm if there are arms
-    twins: {no_projection: main}        a name for the unshielded policy of an arm's runs (no job)
     skip: [{arm: kl0, seed: 2}]         combinations to leave out
 
 It is checked whole before anything starts. A job is one run folder ``<base>-<grid>-<arm>-seed<n>`` and one process,
@@ -43,7 +42,7 @@ from recrl_lib.config import Params
 from recrl_lib.runner import KernelDied, clock
 
 GRIDS = paths.LIBRARY / "batches"
-FIELDS = ("base", "stages", "seeds", "fixed", "arms", "cross", "twins", "skip")
+FIELDS = ("base", "stages", "seeds", "fixed", "arms", "cross", "skip")
 TRIES = 2  # a job whose kernel or process died is started again, once
 GRACE = 15.0  # seconds that a job has to end its kernel before it is killed
 
@@ -64,12 +63,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Grid:
-    """A batch, checked. ``twins``: name of an unshielded row -> the arm whose runs hold it."""
+    """A batch, checked."""
 
     name: str
     base: str
     jobs: tuple[Job, ...]
-    twins: dict[str, str]
 
 
 # ------------------------------------------------------------------------------------------------ grids
@@ -126,7 +124,7 @@ def load(grid: str, base: str | None = None, seeds: Iterable[int] | None = None)
         problems.append(f"{where}: there is no job in it; give arms or lists to cross")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    return Grid(path.stem, base, tuple(jobs), given["twins"])
+    return Grid(path.stem, base, tuple(jobs))
 
 
 def _checked_fields(content: Any, where: str) -> dict[str, Any]:
@@ -134,7 +132,7 @@ def _checked_fields(content: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{where}: must be a mapping with the fields {', '.join(FIELDS)}")
     problems = [f"{where}: unknown field {name!r}; fields: {', '.join(FIELDS)}" for name in content if name not in FIELDS]
-    given = {"seeds": [0], "fixed": {}, "arms": {}, "cross": {}, "twins": {}, "skip": []} | content
+    given = {"seeds": [0], "fixed": {}, "arms": {}, "cross": {}, "skip": []} | content
     stages = [stage.name for stage in derive.SHAREABLE]
 
     def check(name: str, good: bool, remedy: str) -> None:
@@ -167,9 +165,6 @@ def _checked_fields(content: Any, where: str) -> dict[str, Any]:
     parameters("cross", given["cross"])
     for name, values in (given["cross"] if isinstance(given["cross"], dict) else {}).items():
         check(f"cross: {name}", isinstance(values, list) and bool(values), "give a list of values")
-    twins = given["twins"]
-    known = isinstance(twins, dict) and isinstance(given["arms"], dict) and all(arm in given["arms"] and t not in given["arms"] for t, arm in twins.items())
-    check("twins", known, "must map new names to names of arms")
     skip = given["skip"]
     check("skip", isinstance(skip, list) and all(isinstance(s, dict) and s for s in skip), "must be a list of mappings, e.g. - {arm: kl0, seed: 2}")
     if problems:

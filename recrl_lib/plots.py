@@ -547,7 +547,7 @@ def ablations(table: pd.DataFrame) -> Figure:
     lost.set(title="Reward against the ranking moved", xlabel="share of the base top 10 lost")
     lost.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for ax in (drift, lost):
-        ax.margins(0.15)
+        ax.margins(x=0.25, y=0.15)  # room for the names
     return fig
 
 

@@ -42,7 +42,6 @@ def test_arms_seeds_and_lists_are_crossed_and_what_is_to_be_skipped_is_not_there
         fixed: {eval_users: 12}
         arms: {main: {}, lora4: {lora_rank: 3, eval_users: 13}}
         cross: {kl_coef: [0.0, 0.1]}
-        twins: {no_projection: main}
         skip: [{arm: main-0.1, seed: 5}, {arm: lora4-0.0}]
     """))  # fmt: skip
     assert [job.run for job in grid.jobs] == [
@@ -51,7 +50,7 @@ def test_arms_seeds_and_lists_are_crossed_and_what_is_to_be_skipped_is_not_there
     assert grid.jobs[1].changes == {"seed": 5, "eval_users": 12, "kl_coef": 0.0}
     assert grid.jobs[-1].changes == {"seed": 5, "eval_users": 13, "kl_coef": 0.1, "lora_rank": 3}
     assert grid.jobs[-1].params == replace(BASE, run="base-g-lora4-0.1-seed5", **grid.jobs[-1].changes)
-    assert all(job.stages == ("shielded_ppo", "evaluation") for job in grid.jobs) and grid.twins == {"no_projection": "main"}
+    assert all(job.stages == ("shielded_ppo", "evaluation") for job in grid.jobs)
 
 
 def test_factors_multiply_the_base_runs_values(base, tmp_path):
@@ -82,7 +81,6 @@ def test_a_job_that_changes_nothing_has_nothing_to_run(base, tmp_path):
         ("base: base\nstages: [evaluation]\narms: {a: {seed: 3}}", "seeds have a field of their own"),
         ("base: base\nstages: [evaluation]\narms: {a b: {}}", "'a b': use letters"),
         ("base: base\nstages: [evaluation]\ncross: {kl_coef: 0.1}", "cross: kl_coef: give a list"),
-        ("base: base\nstages: [evaluation]\narms: {a: {}}\ntwins: {b: c}", "twins: must map new names to names of arms"),
         ("base: base\nstages: [evaluation]\narms: {a: {}}\nskip: [{arm: b}]", "skip: {'arm': 'b'} matches no job"),
         ("base: base\nstages: [evaluation]\ncross: {kl_coef: [0.1, 0.1]}", "several jobs would be called base-g-0.1-seed0"),
         ("base: base\nstages: [evaluation]", "there is no job in it"),
@@ -145,7 +143,7 @@ def toys(house, monkeypatch):
     class Toys:
         def __call__(self, *arms):
             jobs = tuple(batch.Job(f"b-{arm}", arm, {}, replace(BASE, run=f"b-{arm}"), ("evaluation",)) for arm in arms)
-            return batch.Grid("toys", "base", jobs, {})
+            return batch.Grid("toys", "base", jobs)
 
         def argv(self, job):
             return [sys.executable, "-c", TOY, str(house.root), job.arm]
