@@ -90,7 +90,8 @@ def compare(found: Iterable[Finished], n_boot: int, rng: np.random.Generator) ->
     for arm in sorted(by_arm, key=lambda name: (name != MAIN, name != NO_PROJECTION, name)):
         texts = _pooled(by_arm[arm])
         paired = texts.join(main.add_suffix("_main"), how="inner")
-        row: dict[str, float | str | int] = {"arm": arm, "seeds": len({f.seed for f in by_arm[arm]}), "texts": len(texts), "paired": len(paired)}
+        seeds = {f.seed for f in by_arm[arm]}
+        row: dict[str, float | str | int] = {"arm": arm, "seeds": len(seeds), "texts": len(texts), "paired": len(paired)}
         for m in PAIRED:
             row[m], row[f"{m}_lo"], row[f"{m}_hi"] = stats.bootstrap_mean(texts[m].to_numpy(), n_boot, rng)
             means = texts[m].groupby("seed").mean()
@@ -104,7 +105,8 @@ def compare(found: Iterable[Finished], n_boot: int, rng: np.random.Generator) ->
 
 def _pooled(of_arm: list[Finished]) -> pd.DataFrame:
     """The texts of an arm's runs, indexed by what pairs them: seed, user, item."""
-    return pd.concat([f.texts.assign(seed=f.seed)[["seed", "user", "item", *PAIRED]] for f in of_arm]).set_index(["seed", "user", "item"]).astype(float)
+    key = ["seed", "user", "item"]
+    return pd.concat([f.texts.assign(seed=f.seed)[[*key, *PAIRED]] for f in of_arm]).set_index(key).astype(float)
 
 
 # ------------------------------------------------------------------------------------- the paper's claims
@@ -129,8 +131,8 @@ def claims(table: pd.DataFrame, evaluation: dict[str, float]) -> list[Claim]:
     kept = row.loc[MAIN, "top10_overlap"]
     free = row.loc[NO_PROJECTION, "top10_overlap"]
     ndcg_lo, ndcg_hi = (evaluation[f"shielded/ndcg@10_change{end}"] for end in ("_lo", "_hi"))
-    words = f"{kept:.1%} of the top ten kept, NDCG@10 changes by [{ndcg_lo:+.4f}, {ndcg_hi:+.4f}]"
-    out.append(Claim("the ranking is virtually unchanged", "yes" if kept >= 0.95 and ndcg_lo <= 0 <= ndcg_hi else "no", f"{words}; asked for: 95 %, and 0 inside"))
+    words = f"{kept:.1%} of the top ten kept, NDCG@10 changes by [{ndcg_lo:+.4f}, {ndcg_hi:+.4f}]; asked for: 95 %, and 0 inside"
+    out.append(Claim("the ranking is virtually unchanged", "yes" if kept >= 0.95 and ndcg_lo <= 0 <= ndcg_hi else "no", words))
     out.append(Claim("it is the projection that keeps it", "yes" if kept > free else "no", f"{kept:.1%} kept with it, {free:.1%} without"))
     for claim, arm, measure, sign in DIRECTIONS:
         if arm not in row.index or np.isnan(row.loc[arm, f"{measure}_diff"]):

@@ -154,9 +154,11 @@ def _checked_fields(content: Any, where: str) -> dict[str, Any]:
 
     check("base", isinstance(given.get("base"), str), "give the name of a finished run")
     targets = given.get("stages")
-    check("stages", isinstance(targets, list) and bool(targets) and all(t in stages for t in targets), f"give a list of {', '.join(stages)}")
+    known = isinstance(targets, list) and bool(targets) and all(t in stages for t in targets)
+    check("stages", known, f"give a list of {', '.join(stages)}")
     seeds = given["seeds"]
-    check("seeds", isinstance(seeds, list) and bool(seeds) and all(type(s) is int and s >= 0 for s in seeds), "give a list of integers from 0")
+    whole = isinstance(seeds, list) and bool(seeds) and all(type(s) is int and s >= 0 for s in seeds)
+    check("seeds", whole, "give a list of integers from 0")
     parameters("fixed", given["fixed"])
     check("arms", isinstance(given["arms"], dict), "must map the name of each arm to its parameters")
     for arm, values in (given["arms"] if isinstance(given["arms"], dict) else {}).items():
@@ -166,7 +168,8 @@ def _checked_fields(content: Any, where: str) -> dict[str, Any]:
     for name, values in (given["cross"] if isinstance(given["cross"], dict) else {}).items():
         check(f"cross: {name}", isinstance(values, list) and bool(values), "give a list of values")
     skip = given["skip"]
-    check("skip", isinstance(skip, list) and all(isinstance(s, dict) and s for s in skip), "must be a list of mappings, e.g. - {arm: kl0, seed: 2}")
+    mappings = isinstance(skip, list) and all(isinstance(s, dict) and s for s in skip)
+    check("skip", mappings, "must be a list of mappings, e.g. - {arm: kl0, seed: 2}")
     if problems:
         raise ValueError("\n".join(problems))
     return given

@@ -87,4 +87,7 @@ def open(kind: str, folder: Path, job_type: str, name: str, config: dict[str, An
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    return {key: float(value) for key, value in row.items() if isinstance(value, numbers.Real) or hasattr(value, "dtype") and value.ndim == 0}
+    def is_number(value: Any) -> bool:
+        return isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0
+
+    return {key: float(value) for key, value in row.items() if is_number(value)}

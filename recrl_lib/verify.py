@@ -252,7 +252,8 @@ def table(checks: list[Check]) -> str:
     for check in checks:
         if check.name in headline or not check.holds:
             stored, expected = (f"{v:.6g}" if isinstance(v, float) else str(v) for v in (check.stored, check.expected))
-            rows.append((check.name, stored[:24], expected[:24], f"{check.tolerance:.2g}", check.source, "ok" if check.holds else "DIFFERS"))
+            verdict = "ok" if check.holds else "DIFFERS"
+            rows.append((check.name, stored[:24], expected[:24], f"{check.tolerance:.2g}", check.source, verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 

@@ -91,7 +91,10 @@ def house(tmp_path, monkeypatch) -> Iterator[House]:
 
 
 BASE = Params(run="base", seed=4)
-OWN = {"data": "interactions", "ranker": "ranker", "explainer": "first", "shield": "subspaces", "shielded_ppo": "adapter", "evaluation": "said"}
+OWN = {
+    "data": "interactions", "ranker": "ranker", "explainer": "first", "shield": "subspaces", "shielded_ppo": "adapter",
+    "evaluation": "said",
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- a finished run to derive from

@@ -1,10 +1,8 @@
 """Derived runs: what they share, what is left to run, and that nothing shared can be damaged or mistaken."""
 
-import json
 import os
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from conftest import finish
 
@@ -49,7 +47,8 @@ def test_executing_a_shared_stage_makes_it_the_runs_own(base):
     assert runs.read_manifest("d")["derived_from"]["stages"] == list(derive.PREPARING[:-1])
     assert runs.up_to_date("shield", params)
     finish("shield", base)  # a stage writes whole files, so the base cannot reach into the derived run
-    assert not (runs.run_folder("d") / "artifacts/subspaces.safetensors").samefile(runs.run_folder("base") / "artifacts/subspaces.safetensors")
+    ours, theirs = (runs.run_folder(run) / "artifacts/subspaces.safetensors" for run in ("d", "base"))
+    assert not ours.samefile(theirs)
 
 
 def test_a_base_that_ran_again_is_taken_over_and_what_was_made_of_it_is_stale(base):
@@ -107,11 +106,8 @@ def test_a_changed_shared_parameter_of_another_kind_is_noticed(base):
     assert runs.up_to_date("shield", params) and not runs.up_to_date("shield", replace(params, shield_energy=0.5))
 
 
-def test_the_manifest_is_plain_json(base):
+def test_a_damaged_manifest_is_named(base):
     derive.derive("base", "d", kl_coef=0.0)
-    text = (runs.run_folder("d") / "manifest.json").read_text()
-    assert json.loads(text)["derived_from"]["changed"] == {"kl_coef": Params().kl_coef}
-    assert np.isfinite(Params().kl_coef)
     write_atomic(runs.run_folder("d") / "manifest.json", "{")
     with pytest.raises(RuntimeError, match="not valid JSON"):
         derive.derive("base", "d", kl_coef=0.0)

@@ -18,7 +18,8 @@ def repo(tmp_path):
     """A repository on a volume: the scripts, and a Makefile whose environment costs nothing."""
     folder = tmp_path / "volume" / "repo"
     shutil.copytree(paths.ROOT / ".devcontainer", folder / ".devcontainer")
-    (folder / "Makefile").write_text("-include .venv/pod.env\nenv:\n\t@echo torch $(RECRL_TORCH) >> made; touch .venv/.installed\nslow:\n\t@sleep 1; echo $$HF_HOME; exit 3\n")
+    env = "env:\n\t@echo torch $(RECRL_TORCH) >> made; touch .venv/.installed\n"
+    (folder / "Makefile").write_text(f"-include .venv/pod.env\n{env}slow:\n\t@sleep 1; exit 3\n")
     return folder
 
 
@@ -48,7 +49,8 @@ def test_the_images_torch_is_kept_if_the_code_runs_on_it(repo, tmp_path, torch, 
         done = script(repo, "pod-setup.sh", VOLUME=str(repo.parent), PYTHONPATH=str(image.parent))
         assert done.returncode == 0, done.stderr
     settings = (repo / ".venv" / "pod.env").read_text()
-    assert (f"export RECRL_TORCH={torch}" in settings) is kept and (repo / "made").read_text().split("\n")[0] == (f"torch {torch}" if kept else "torch")
+    assert (f"export RECRL_TORCH={torch}" in settings) is kept
+    assert (repo / "made").read_text().split("\n")[0] == (f"torch {torch}" if kept else "torch")
     assert f"export HF_HOME={repo.parent}/.shielded-recrl/huggingface" in settings and "make pod-run" in done.stdout
     assert (repo / ".venv" / ".installed").exists()
 

@@ -68,12 +68,13 @@ for arm in ("unshielded", "shielded"):
 
 def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"RECRL_BATCH": "ablations", "RECRL_ARM": "kl0", "HOME": str(tmp_path / "home")}
-    (tmp_path / "home").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "logs")], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
-    )
+    home = tmp_path / "home"
+    home.mkdir()
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environment = clean | {"RECRL_BATCH": "ablations", "RECRL_ARM": "kl0", "HOME": str(home)}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "logs")]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     files = sorted((tmp_path / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2 and all(b"reward" in file.read_bytes() for file in files)
-    assert not (tmp_path / "home" / ".netrc").exists()
+    assert not (home / ".netrc").exists()

@@ -45,7 +45,8 @@ def build():
     """A finished run of a random 3-layer model on random films: every number is made as the notebooks make it."""
     rng = np.random.default_rng(0)
     titles = [" ".join(rng.choice(WORDS, 3, replace=False)).title() for _ in range(ITEMS)]
-    items = pd.DataFrame({"item": np.arange(1, ITEMS + 1), "title": titles, "year": 1990, "genres": "Drama|Comedy", "text": [t.lower() for t in titles]})
+    facts = {"title": titles, "year": 1990, "genres": "Drama|Comedy", "text": [t.lower() for t in titles]}
+    items = pd.DataFrame({"item": np.arange(1, ITEMS + 1), **facts})
     users = pd.DataFrame({"user": range(USERS), "gender": ["F", "M"] * (USERS // 2), "age": 30})
     rows = [(u, i, 100 * t) for u in range(USERS) for t, i in enumerate(rng.permutation(np.arange(1, ITEMS + 1))[:10])]
     stage = start("data")
@@ -67,7 +68,8 @@ def build():
     stage.save_tensors("base", {"top": torch.from_numpy(ranker.top_k(model, split.with_valid, text, 10)), "text": text})
     stage.save_json("ranker_hashes", {"weights": ranker.state_sha256(model), "scores": ""})
     stage.curve([{"epoch": 1, "valid_ndcg@10": 0.25}])
-    found = {f"{n}@10": float(f(ranks[False], 10).mean()) for n, f in (("ndcg", metrics.ndcg_at), ("hr", metrics.hr_at), ("mrr", metrics.mrr_at))}
+    functions = {"ndcg@10": metrics.ndcg_at, "hr@10": metrics.hr_at, "mrr@10": metrics.mrr_at}
+    found = {name: float(function(ranks[False], 10).mean()) for name, function in functions.items()}
     bare = float(metrics.ndcg_at(ranks[True], 10).mean())
     fill(stage, **found, **{"text_free_ndcg@10": bare, "valid_ndcg@10": 0.25, "epochs": 1, "weights_sha256": ranker.state_sha256(model)})
     fill(start("explainer"))
@@ -79,10 +81,12 @@ def build():
     stage.save_table("overlap", overlap)
     left = float((1 - overlap["rank"] / overlap["width"]).mean())
     energy = float(np.mean([s.energy for s in protected.values()]))
-    fill(stage, energy=energy, rank_mean=float(overlap["rank"].mean()), rank_max=int(overlap["rank"].max()), capacity_left_mean=left, overlap_mean=0.5)
+    ranks = {"rank_mean": float(overlap["rank"].mean()), "rank_max": int(overlap["rank"].max())}
+    fill(stage, energy=energy, capacity_left_mean=left, overlap_mean=0.5, **ranks)
 
     stage, adapters = start("shielded_ppo"), {}
-    names = ["step", "episodes", *"reward kl eos_rate clip_fraction ratio_first_minibatch_max_dev shield_seconds step_seconds generated_tokens_per_second".split()]
+    names = "step episodes reward kl eos_rate clip_fraction ratio_first_minibatch_max_dev shield_seconds step_seconds".split()
+    names.append("generated_tokens_per_second")
     curve = pd.DataFrame([{"arm": a, **{n: k + 1 for n in names}} for a in ("unshielded", "shielded") for k in range(2)])
     stage.curve(curve.to_dict("records"))
     values = {}
@@ -113,8 +117,10 @@ def build():
     explanations = evaluation.click_table(world, pd.concat(said, ignore_index=True), clicks, stage.rng("clicks"))
     results = {}
     for arm in runs.ARMS:
-        results |= evaluation.arm_metrics(arm, explanations, ranking, {"max_abs_score_delta": 0.0}, PARAMS.bootstrap, stage.rng("bootstrap"))
-    for name, table in (("explanations", explanations), ("ranking", ranking), ("top10", evaluation.top_frame(dict(zip(runs.ARMS, tops))))):
+        change = {"max_abs_score_delta": 0.0}
+        results |= evaluation.arm_metrics(arm, explanations, ranking, change, PARAMS.bootstrap, stage.rng("bootstrap"))
+    lists = evaluation.top_frame(dict(zip(runs.ARMS, tops)))
+    for name, table in (("explanations", explanations), ("ranking", ranking), ("top10", lists)):
         stage.save_table(name, table)
     fill(stage, **results)
 
@@ -208,7 +214,8 @@ def test_a_published_run_with_equal_parameters_is_compared(run):
 
 def test_a_run_without_an_audit_is_verified_and_one_without_an_evaluation_refused(run):
     edit(run / "manifest.json", lambda m: m["stages"].pop("audit"))
-    assert verify.unfinished("r") == ["audit"] and {c.name.split(":")[0] for c in verify.recompute("r", BagOfWords())} == set(verify.RECOMPUTED) - {"audit"}
+    looked_at = {c.name.split(":")[0] for c in verify.recompute("r", BagOfWords())}
+    assert verify.unfinished("r") == ["audit"] and looked_at == set(verify.RECOMPUTED) - {"audit"}
     edit(run / "manifest.json", lambda m: m["stages"].pop("evaluation"))
     with pytest.raises(RuntimeError, match="no finished evaluation: make all RUN=r"):
         verify.recompute("r", BagOfWords())
