@@ -305,8 +305,9 @@ def test_two_ray_nodes_and_one_is_lost(base, house, argv, tmp_path, monkeypatch)
     def lines(kind):
         return [line.split()[1] for line in trace.read_text().splitlines() if line.startswith(kind)] if trace.exists() else []
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
+    small = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    nodes = [cluster.add_node(num_cpus=1, num_gpus=1, **small) for _ in range(2)]
     try:
         def lose_one():
             until(lambda: len(lines("start")) >= 2, 120)
