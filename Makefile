@@ -4,6 +4,8 @@ PYTHON ?= python3
 PY ?= .venv/bin/python
 PIP_ARGS ?=
 LAB_ARGS ?=
+# What make pod-setup has found out about a pod: where caches go, and the image's torch.
+-include .venv/pod.env
 # The environment is ours to build only if PY is the one in .venv.
 STAMP := $(if $(filter .venv/bin/python,$(PY)),.venv/.installed)
 
@@ -12,7 +14,11 @@ OPTIONS := $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) $(if 
 	$(if $(filter 1,$(FORCE)),--force) $(if $(SET),--set $(SET)) $(if $(TO),--to $(TO))
 
 .DEFAULT_GOAL := help
-.PHONY: help env all test lab bench notebooks sync-reference clean distclean
+BATCH := --grid $(GRID) $(if $(BASE),--base $(BASE)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) \
+	$(if $(ENGINE),--engine $(ENGINE)) $(if $(ADDRESS),--address $(ADDRESS)) $(if $(GPUS),--gpus $(GPUS)) \
+	$(if $(CPUS),--cpus $(CPUS)) $(if $(filter 1,$(LIST)),--list)
+
+.PHONY: help env all test lab bench notebooks batch verify sync-reference pod-setup pod-run clean distclean
 
 ## this list
 help:
@@ -21,6 +27,7 @@ help:
 	@echo
 	@echo 'make all takes PROFILE=smoke|laptop|pod|paper RUN=name SEED=n FORCE=1 SET="name=value ..." TO=stage'
 	@echo '              DATASET=ml-100k|ml-25m|ml-32m|ml-latest-small|amazon-books|steam-200k|csv DATA_DIR=folder with its files'
+	@echo 'make batch takes GRID=name or path, BASE=run SEEDS="0 1" JOBS=n LIST=1, ENGINE=ray ADDRESS=auto GPUS=.5 CPUS=n'
 	@echo 'make env takes PYTHON=python3.12 (the interpreter to build on) and PIP_ARGS="..." (options for pip install)'
 	@echo 'make lab takes LAB_ARGS="..." (options for jupyter lab, e.g. --allow-root or --no-browser)'
 	@echo 'Every target takes PY=python to use an environment of your own, e.g. conda env create -f environment.yml'
@@ -33,7 +40,8 @@ env: $(STAMP)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else 1)' || \
 		{ echo "Python 3.11 or newer is needed; name one: make env PYTHON=python3.11" >&2; exit 1; }
 	.venv/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
-	sed -n 's/^      - \([^#]*[^# ]\) *\(#.*\)\{0,1\}$$/\1/p' environment.yml > .venv/requirements.txt
+	sed -n 's/^      - \([^#]*[^# ]\) *\(#.*\)\{0,1\}$$/\1/p' environment.yml | \
+		sed 's/^torch==.*/$(if $(RECRL_TORCH),torch==$(RECRL_TORCH),&)/' > .venv/requirements.txt
 	.venv/bin/python -m pip install $(PIP_ARGS) -r .venv/requirements.txt
 	touch $@
 
@@ -48,6 +56,7 @@ test: $(STAMP)
 	rm -rf runs/smoke
 	RECRL_PROGRESS=off $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks/
 	$(PY) -m pytest recrl_lib/tests/test_notebooks.py
+	$(PY) -m recrl_lib.verify --run smoke
 
 ## open the notebooks in JupyterLab
 lab: $(STAMP)
@@ -61,9 +70,25 @@ bench: $(STAMP)
 notebooks: $(STAMP)
 	@$(PY) -m recrl_lib.runner publish
 
+## many runs derived from a finished one: make batch GRID=ablations BASE=laptop JOBS=2
+batch: $(STAMP)
+	@$(PY) -m recrl_lib.batch $(BATCH)
+
+## compute a finished run's numbers again from its artifacts, and compare: make verify RUN=laptop
+verify: $(STAMP)
+	@$(PY) -m recrl_lib.verify --run $(RUN)
+
 ## copy a finished run's small files to runs/reference and refresh the README: make sync-reference RUN=laptop
 sync-reference: $(STAMP)
 	@$(PY) -m recrl_lib.reference --run $(RUN)
+
+## on a rented GPU machine: an environment that keeps the image's torch, caches on the volume (VOLUME=/workspace)
+pod-setup:
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" VOLUME="$(VOLUME)" .devcontainer/pod-setup.sh
+
+## run a target so that it goes on when the terminal is closed: make pod-run TARGET="all SEED=1"
+pod-run:
+	@TARGET="$(TARGET)" .devcontainer/pod-run.sh
 
 ## remove caches and runs, except runs/reference; downloads stay
 clean:

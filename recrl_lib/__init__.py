@@ -26,6 +26,9 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     environment is this machine ready?     bench     `make bench`, with bench_ranker, bench_data and bench_trl (TRL's last PPOTrainer)
     runs        the run folder: parameters, manifest, metrics, artifacts, all atomic
     runner      strict papermill runner with resume
+    derive      a run that shares with a finished one what it does not change
+    batch       grids of derived runs, on this machine or on Ray          ablations   a batch's runs side by side
+    verify      a run's numbers again, from its artifacts                 tracking    W&B and TensorBoard, offline
     plots       figures in one style     report  the HTML page     widgets  the chat
 
 Objects that cross module borders

@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     if stage.device.type == "cuda":
         stage.device = accelerator.device
     world = study.load(stage)
-    scorer = rewards.Reward(params.reward, world.catalogue)
+    scorer = rewards.Reward.of(params, world.catalogue)
     train(given.arm, stage, world, sh.from_tensors(stage.load_tensors("subspaces")), scorer)
     accelerator.end_training()
 

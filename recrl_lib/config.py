@@ -33,6 +33,7 @@ STAGES = (
     Stage(4, "shield", ("data", "ranker", "explainer")),
     Stage(5, "shielded_ppo", ("data", "ranker", "explainer", "shield")),
     Stage(6, "evaluation", ("data", "ranker", "explainer", "shield", "shielded_ppo")),
+    Stage(7, "ablations", ("evaluation",)),
     Stage(8, "audit", ("data", "ranker", "evaluation")),
     Stage(9, "report", ("data", "ranker", "explainer", "shield", "shielded_ppo", "evaluation", "audit")),
     Stage(10, "explore", ("data", "ranker", "explainer", "shielded_ppo")),
@@ -141,6 +142,7 @@ class Params:
     weight_length: float = _p(0.5, "shielded_ppo", "reward: weight of length; 0 removes a part, the others are rescaled to sum to 1", 0.0)
     weight_relevance: float = _p(0.3, "shielded_ppo", "reward: weight of relevance", 0.0)
     weight_coherence: float = _p(0.2, "shielded_ppo", "reward: weight of coherence", 0.0)
+    tracker: str = _p("none", "shielded_ppo", "mirror the curves to a tracker, files in logs/", choices=("none", "wandb", "tensorboard"))
 
     eval_users: int = _p(24, "evaluation", "held-out users whose explanations are judged", 2)
     bootstrap: int = _p(2000, "evaluation", "bootstrap resamples of users", 100)
@@ -151,6 +153,8 @@ class Params:
     sim_user_std: float = _p(0.5, "evaluation", "click model: spread of the users' own bias", 0.0)
     control_users: int = _p(6, "evaluation", "users for whom the control texts are scored, the first of eval_users", 2)
     warm_users: int = _p(6, "evaluation", "users for whom the warm-started policies speak, so that PPO's own gain shows; 0 = none", 0)
+
+    batch: str = _p("smoke", "ablations", "name of the grid whose finished runs are compared (make batch)")
 
     interactive: bool = _p(False, "explore", "show the chat widget (needs a live JupyterLab)")
 
@@ -169,6 +173,8 @@ class Params:
             raise ValueError(f"parameter run={self.run!r}: use letters, digits, '-', '_' and '.', starting with a letter or digit")
         if self.shield_mode == "penalty" and not self.shield_penalty:
             raise ValueError("parameter shield_penalty=0.0: shield_mode='penalty' has nothing else; give it a weight, 100 say")
+        if not all(c.isalnum() or c in "-_" for c in self.batch):
+            raise ValueError(f"parameter batch={self.batch!r}: use the name of a grid: letters, digits, '-' and '_'")
         if self.run == "reference":
             raise ValueError("parameter run='reference': that folder holds the published runs; choose another name")
         if self.ranker_dim % self.ranker_heads:
@@ -204,7 +210,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=20, ranker_patience=4,
         lora_layers=10, max_new_tokens=40, explain_users=12, shield_penalty=1000.0, frontier_steps=16, frontier_users=24,
         warm_steps=30, ppo_steps=6, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
-        eval_users=128, bootstrap=10_000, control_users=12, warm_users=32,
+        eval_users=128, bootstrap=10_000, batch="ablations", control_users=12, warm_users=32,
     ),
     "pod": dict(
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=6, ranker_seeds=5,
@@ -212,7 +218,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         frontier_points="full", frontier_steps=60, frontier_seeds=3, frontier_users=64,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         micro_batch=32, checkpoint_every=10,
-        eval_users=377, bootstrap=10_000, control_users=64, warm_users=377,
+        eval_users=377, bootstrap=10_000, batch="ablations", control_users=64, warm_users=377,
     ),
     "paper": dict(
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -220,7 +226,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         lora_layers=0, max_new_tokens=40, explain_users=32,
         warm_start=False, ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
         micro_batch=16, checkpoint_every=25,
-        eval_users=377, bootstrap=10_000, control_users=64, warm_users=377, reward="paper",
+        eval_users=377, bootstrap=10_000, batch="ablations", control_users=64, warm_users=377, reward="paper",
     ),
 }
 

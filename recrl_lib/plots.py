@@ -641,6 +641,32 @@ def controls(metrics: Mapping[str, Any], arm: str = "shielded") -> Figure:
     return fig
 
 
+# --- 07 ablations ------------------------------------------------------------------------------------
+
+
+def ablations(table: pd.DataFrame) -> Figure:
+    """Mean reward of each arm, with its interval, against the KL from the base model and against the top ten lost.
+
+    ``table``: one row an arm, from ``ablations.compare``.
+    """
+    table = _columns(table, "ablations", "arm", "reward", "reward_lo", "reward_hi", "kl", "kl_lo", "kl_hi", "top10_overlap")
+    fig, (drift, lost) = _axes(1, 2, 10, 4, sharey=True)
+    shown = {"main": "shielded", "no_projection": "unshielded"}  # the arms' looks in every other figure
+    looks = _looks([shown.get(arm, arm) for arm in table["arm"]])
+    for row, look in zip(table.to_dict("records"), looks):
+        errors = _errors(row["reward"], row["reward_lo"], row["reward_hi"])
+        across = _errors(row["kl"], row["kl_lo"], row["kl_hi"])
+        for ax, x, xerr in ((drift, row["kl"], across), (lost, 1 - row["top10_overlap"], None)):
+            ax.errorbar(x, row["reward"], yerr=errors, xerr=xerr, fmt=look.marker, color=look.colour, capsize=3, markersize=8, alpha=0.8)
+            ax.annotate(row["arm"], (x, row["reward"]), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    drift.set(title="Reward against drift", xlabel=f"KL from the base model, nats a text\n({INTERVAL})", ylabel="mean reward, in [0, 1]")
+    lost.set(title="Reward against the ranking moved", xlabel="share of the base top 10 lost")
+    lost.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for ax in (drift, lost):
+        ax.margins(x=0.25, y=0.15)  # room for the names
+    return fig
+
+
 # --- 08 audit ----------------------------------------------------------------------------------------
 
 

@@ -5,10 +5,11 @@
     python -m recrl_lib.runner all --profile laptop --run mine --seed 1 --set shield_rank=128
     python -m recrl_lib.runner publish            # execute notebooks/ with their defaults and store the outputs
     python -m recrl_lib.runner headline --run mine
+    python -m recrl_lib.runner job --run laptop-ablations-kl0-seed0 --stages shielded_ppo evaluation   # of a batch
 
 A stage whose code, parameters and files are unchanged is kept; the executed notebooks lie in
 ``runs/<run>/notebooks/``, also that of a stage that failed. Exit codes: 0 done, 1 a stage failed,
-2 wrong arguments, 130 interrupted.
+2 wrong arguments, 3 a kernel died, 130 interrupted.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -38,6 +40,14 @@ HEADLINE = ("reward", "ctr_lift", "ndcg@10", "top10_overlap", "top10_set_same", 
 
 class StageFailure(RuntimeError):
     """A notebook could not be executed to its end; the message says where and why, in one line."""
+
+    exit_code = 1
+
+
+class KernelDied(StageFailure):
+    """The notebook's process is gone: not the notebook's error, so a batch may try again."""
+
+    exit_code = 3
 
 
 # --------------------------------------------------------------------------------- checks before anything runs
@@ -206,7 +216,7 @@ def _execute_with_retry(notebook: Path, output: Path, parameters: dict[str, Any]
                 raise StageFailure(f"the kernel did not start: {reason}") from error
             if type(error).__name__ == "DeadKernelError":
                 remedy = "usually for want of memory: close other programs or choose a smaller profile"
-                raise StageFailure(f"cell {cell}: the kernel died, {remedy}{see(log)}") from None
+                raise KernelDied(f"cell {cell}: the kernel died, {remedy}{see(log)}") from None
             raise StageFailure(f"cell {cell}: {type(error).__name__}: {one_line(error)}") from error
 
 
@@ -303,7 +313,7 @@ def run_all(
             execute(paths.NOTEBOOKS / stage.notebook, output, values, ticker)
         except StageFailure as failure:
             ticker.close(f"FAILED {label}, {failure} (notebook kept at {runs.display(output)})")
-            return 1
+            return failure.exit_code
         except KeyboardInterrupt:
             done = "finished stages are kept, the same command goes on from here"
             ticker.close(f"INTERRUPTED {label} after {clock(ticker.elapsed)} ({done})")
@@ -446,6 +456,42 @@ def _all(arguments: argparse.Namespace) -> int:
     return run_all(params, stages, force=arguments.force)
 
 
+def _job(arguments: argparse.Namespace) -> int:
+    """Stages of a run that a batch has prepared. Waits while another process executes the run, then keeps what it did."""
+    params = runs.read_params(arguments.run)
+    if params is None:
+        raise ValueError(f"runs/{arguments.run} does not exist: jobs are prepared by make batch")
+    if arguments.attended:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    with _alone(arguments.run):
+        return run_all(params, tuple(config.stage_named(name) for name in arguments.stages))
+
+
+def _end_with_parent() -> None:
+    """Our standard input is a pipe that nobody writes to: when it ends, whoever started us is gone, so are we."""
+    while os.read(0, 1):  # sys.stdin has a lock that a thread must not hold when Python ends
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _alone(run: str) -> Iterator[None]:
+    """Hold the run's lock. It ends with the process, so that none is ever left behind."""
+    try:
+        import fcntl
+    except ImportError:  # Windows without WSL: nobody else is kept out
+        yield
+        return
+    path = runs.run_folder(run) / ".lock"
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"run {run}: another process executes it, waiting", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _publish(arguments: argparse.Namespace) -> int:
     if arguments.only is None:
         return publish()
@@ -482,6 +528,10 @@ def _parser() -> argparse.ArgumentParser:
     every.add_argument("--to", metavar="STAGE", help="stop after this stage")
     store = command("publish", _publish, "execute notebooks/ with their defaults and store the outputs")
     store.add_argument("--only", type=int, metavar="NN", help="this notebook only, on top of the present default run")
+    job = command("job", _job, "some stages of one run of a batch")
+    job.add_argument("--run", required=True)
+    job.add_argument("--stages", nargs="+", required=True, choices=[s.name for s in config.PIPELINE], metavar="STAGE")
+    job.add_argument("--attended", action="store_true", help="end when standard input ends, i.e. with the parent")
     command("headline", _headline, "print the main table of a run").add_argument("--run", required=True)
     return parser
 

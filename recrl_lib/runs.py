@@ -216,19 +216,25 @@ def _scan(text: str, module: str, is_package: bool) -> tuple[str, tuple[str, ...
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(n for n in names if n.split(".")[0] == _PACKAGE)
 
 
-def stage_key(stage: str, params: Params) -> str:
+def stage_key(stage: str, params: Params, anew: bool = False) -> str:
     """Sha256 over all that decides a stage's result: if it is unchanged, the stage need not run again.
 
     It covers the notebook's code (not its prose, outputs or parameters cell), the library modules that
     it imports, the values of the parameters it owns (the run's name excepted), for the stages that read
-    them the data files shipped in the library or given in ``data_dir``, and the keys of the stages it needs.
+    them the data files shipped in the library, those in ``data_dir`` or the results of a batch, and the keys of the stages it needs.
+    A stage that a derived run shares with its base has the base's key, unless it is executed ``anew``.
     """
-    return _stage_key(stage, params, {})
+    origin = read_manifest(params.run).get("derived_from", {})
+    if anew:
+        origin = origin | {"stages": [name for name in origin.get("stages", ()) if name != stage]}
+    return _stage_key(stage, params, origin, {})
 
 
-def _stage_key(stage: str, params: Params, known: dict[str, str]) -> str:
+def _stage_key(stage: str, params: Params, origin: dict[str, Any], known: dict[str, str]) -> str:
     if stage not in known:
         spec = config.stage_named(stage)
+        # What a derived run took over from its base was made with the base's values (see derive).
+        values = replace(params, **origin["changed"]) if stage in origin.get("stages", ()) else params
         cells = code_cells(read_notebook(paths.NOTEBOOKS / spec.notebook))
         try:
             modules = library_closure(*cells)
@@ -239,19 +245,34 @@ def _stage_key(stage: str, params: Params, known: dict[str, str]) -> str:
         content = {
             "cells": cells,
             "modules": modules,
-            "files": _data_files() if stage in ("audit", "report") else _given_files(params.data_dir) if stage == "data" else {},
+            "files": _files_read(stage, params),
             "versions": {name: package_version(name) for name in _VERSIONED} if stage == "environment" else {},
-            "parameters": {name: getattr(params, name) for name in config.owned_by(stage) if name != "run"},
-            "needs": {need: _stage_key(need, params, known) for need in spec.needs},
+            "parameters": {name: getattr(values, name) for name in config.owned_by(stage) if name != "run"},
+            "needs": {need: _stage_key(need, params, origin, known) for need in spec.needs},
         }
         known[stage] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return known[stage]
 
 
+def _files_read(stage: str, params: Params) -> dict[str, Any]:
+    """What ``stage`` reads beside the artifacts of earlier stages."""
+    if stage in ("audit", "report"):
+        return _data_files()
+    if stage == "ablations":
+        return batch_files(params)
+    return _given_files(params.data_dir) if stage == "data" else {}
+
+
 def _data_files() -> dict[str, str]:
     files = (p for p in sorted(paths.LIBRARY.rglob("*")) if p.is_file() and p.suffix not in (".py", ".pyc"))
     relative = {p.relative_to(paths.LIBRARY).as_posix(): p for p in files}
-    return {name: sha256_file(p) for name, p in relative.items() if not name.startswith(("tests/", "."))}
+    return {name: sha256_file(p) for name, p in relative.items() if not name.startswith(("tests/", "batches/", "."))}
+
+
+def batch_files(params: Params) -> dict[str, str]:
+    """sha256 of the evaluations of all runs of ``params.batch`` over this run, by path below ``runs/``."""
+    found = sorted(paths.RUNS.glob(f"{params.run}-{params.batch}-*/metrics/evaluation.json"))
+    return {p.relative_to(paths.RUNS).as_posix(): sha256_file(p) for p in found}
 
 
 def _given_files(data_dir: str) -> dict[str, list[int]]:
@@ -300,7 +321,7 @@ def start(stage: str, namespace: dict[str, Any]) -> StageRun:
     params = replace(stored or Params(run=run), **given)
     _check_needs(spec, params)
     device = resolve_device(params.device)
-    key = stage_key(stage, params)
+    key = stage_key(stage, params, anew=True)
     if not reader:
         write_params(params)
     _seed_everything(params.seed, device)
@@ -477,12 +498,16 @@ class StageRun:
             "inputs": dict(sorted(self._inputs.items())),
             "outputs": {path: sha256_file(self.folder / path) for path in sorted(self._outputs | {relative})},
         }
-        stages = read_manifest(self.params.run)["stages"] | {self.name: entry}
+        before = read_manifest(self.params.run)
+        stages = before["stages"] | {self.name: entry}
+        origin = before.get("derived_from", {})
+        kept = [name for name in origin.get("stages", ()) if name != self.name]  # executed here: no longer the base's
         order = [spec.name for spec in config.STAGES]
         manifest = {
             "run": self.params.run,
             **_provenance(self.device),
             "seed": self.params.seed,
+            **({"derived_from": origin | {"stages": kept}} if origin else {}),
             "stages": dict(sorted(stages.items(), key=lambda item: order.index(item[0]))),
         }
         write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")

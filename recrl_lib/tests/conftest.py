@@ -1,14 +1,16 @@
 """A private house for tests of runs and runner: a temporary notebooks/ and runs/, and toy notebooks to put there."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from recrl_lib import config, paths
+from recrl_lib import config, derive, paths, runs
 from recrl_lib.config import Params
+from recrl_lib.files import write_atomic
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +88,53 @@ def house(tmp_path, monkeypatch) -> Iterator[House]:
     monkeypatch.setattr(paths, "RUNS", built.runs)
     yield built
     torch.use_deterministic_algorithms(False)  # runs.start switches it on, and other tests share this process
+
+
+BASE = Params(run="base", seed=4)
+OWN = {
+    "data": "interactions", "ranker": "ranker", "explainer": "first", "shield": "subspaces", "shielded_ppo": "adapter",
+    "evaluation": "said",
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- a finished run to derive from
+
+
+def finish(name: str, params: Params, value: float = 1.0) -> None:
+    """Stage ``name`` of a run, finished without its notebook."""
+    import torch
+
+    stage = runs.start(name, params.as_dict())
+    for need in config.stage_named(name).needs:
+        if need in OWN:
+            stage.load_tensors(OWN[need])
+    if name == "shield":
+        stage.save_tensors("subspaces", {"0.attn/basis": torch.zeros(8, 5), "0.attn/spectrum": torch.zeros(8)})
+    elif name in OWN:
+        stage.save_tensors(OWN[name], {"x": torch.tensor([value])})
+    stage.metrics({key: 0.5 for key in runs.REQUIRED_METRICS.get(runs.metrics_name(name), ())} | {"n": value})
+    stage.finish()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A house with the finished run ``base``, to be copied."""
+    import torch
+
+    house = House(tmp_path_factory.mktemp("base"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "NOTEBOOKS", house.notebooks)
+        patch.setattr(paths, "RUNS", house.runs)
+        for stage in config.PIPELINE:
+            path = house.notebooks / stage.notebook
+            write_atomic(path, json.dumps(notebook(code(parameters_source(stage.name), "parameters"), code("from recrl_lib import runs"))))
+        for name in (*derive.PREPARING, "shielded_ppo", "evaluation"):
+            finish(name, BASE)
+    torch.use_deterministic_algorithms(False)
+    return house
+
+
+@pytest.fixture
+def base(house, finished):
+    shutil.copytree(finished.root, house.root, dirs_exist_ok=True)
+    return BASE

@@ -158,8 +158,22 @@ def every_figure(steps: int = 12) -> dict:
         "ctr_lift": plots.ctr_lift(evaluation(), ceiling=1.245),
         "ranking_moved": plots.ranking_moved(evaluation()),
         "tradeoff": plots.tradeoff(evaluation()),
+        "ablations": plots.ablations(ablation_rows()),
         "recommendation_concentration": plots.recommendation_concentration(*tops(), 80),
     }
+
+
+def ablation_rows():
+    reward = {"reward": 0.9, "reward_lo": 0.85, "reward_hi": 0.95}
+    arms = ("main", "no_projection", "kl0", "lora4", "long_expl", "more_steps", "low_lr", "rloo")
+    return pd.DataFrame([{"arm": a, **reward, "kl": k, "kl_lo": k - 0.5, "kl_hi": k + 0.5, "top10_overlap": 0.9} for k, a in enumerate(arms, 1)])
+
+
+def test_ablations_show_every_arm_in_both_panels():
+    for ax in plots.ablations(ablation_rows()).axes:
+        assert [t.get_text() for t in ax.texts] == ablation_rows()["arm"].tolist()
+    with pytest.raises(ValueError, match="no column reward_lo"):
+        plots.ablations(ablation_rows().drop(columns="reward_lo"))
 
 
 def test_every_figure_is_labelled_and_small_in_a_notebook():

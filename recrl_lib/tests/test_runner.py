@@ -146,7 +146,7 @@ def test_a_failing_cell_ends_with_one_clear_line_and_keeps_the_notebook(house, c
 def test_a_kernel_that_dies_is_reported_with_its_cell(house):
     house.write("environment", "x = 1", "import os\nos._exit(1)", "x = 2")
     out = io.StringIO()
-    assert runner.run_all(Params(run="r"), (ENVIRONMENT,), out=out) == 1
+    assert runner.run_all(Params(run="r"), (ENVIRONMENT,), out=out) == runner.KernelDied.exit_code == 3
     last = out.getvalue().splitlines()[-1]
     assert last.startswith("FAILED stage 1/1 environment, cell 5: the kernel died, usually for want of memory")
 

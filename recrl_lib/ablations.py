@@ -1,0 +1,158 @@
+"""RQ4: the finished runs of a batch side by side, each against ``main``, and what becomes of the paper's claims.
+
+A row is a policy under one setting: ``main`` and every other arm of the grid is the shielded policy of its runs, and
+``no_projection`` is the unshielded policy that the runs of ``main`` train beside it. Arms are paired: at one seed they
+explain the same films to the same users with the same random numbers. Where the batch has no ``main`` at the base
+run's seed, the base run itself is it.
+
+Intervals are over users, those of all seeds pooled; what differs from seed to seed is shown by the lowest and the
+highest mean of a seed. With a dozen arms, about one interval in twenty excludes 0 by chance.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from recrl_lib import rewards, runs, stats
+from recrl_lib.config import Params
+
+MAIN, NO_PROJECTION = "main", "no_projection"
+PAIRED = ("reward", "quality", "kl")  # columns of the explanations; kl is the published account's "drift"
+OF_RUN = ("ctr_lift", "top10_overlap", "ndcg@10", "max_abs_score_delta")  # from metrics/evaluation.json
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One policy of one finished run: ``texts`` has a row a user, ``metrics`` the run's evaluation of that policy."""
+
+    run: str
+    arm: str
+    seed: int
+    texts: pd.DataFrame
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``held``: yes, no, or not tested, where the arm has no finished run."""
+
+    claim: str
+    held: str
+    numbers: str
+
+
+def collect(params: Params) -> tuple[list[Finished], list[str]]:
+    """(policies of the base run ``params.run`` and of its batch ``params.batch``, runs left out as unfinished or stale)."""
+    prefix = f"{params.run}-{params.batch}-"
+    names = {path.split("/")[0] for path in runs.batch_files(params)}
+    found, left_out = [], []
+    for run in sorted(names):
+        stored = runs.read_params(run)
+        arm = re.fullmatch(r"(.+)-seed\d+", run.removeprefix(prefix))
+        if stored is None or arm is None or not runs.up_to_date("evaluation", stored):
+            left_out.append(run)
+        else:
+            found += _policies(run, arm[1], stored)
+    if not any(f.arm == MAIN and f.seed == params.seed for f in found):
+        found = _policies(params.run, MAIN, params) + found
+    return found, left_out
+
+
+def _policies(run: str, arm: str, params: Params) -> list[Finished]:
+    table = pd.read_parquet(runs.run_folder(run) / "artifacts" / "explanations.parquet")
+    metrics = runs.read_metrics(run, "evaluation")
+    # An arm without a part of the reward was tuned for another sum: all are compared by the same one.
+    table["reward"] = sum(w * table[f"reward_{part}"].astype(float) for w, part in zip(rewards.WEIGHTS, rewards.PARTS, strict=True))
+    named = {arm: "shielded"} | ({NO_PROJECTION: "unshielded"} if arm == MAIN else {})
+    return [
+        Finished(run, name, params.seed, table[table["arm"] == policy], {m: float(metrics[f"{policy}/{m}"]) for m in OF_RUN})
+        for name, policy in named.items()
+    ]
+
+
+def compare(found: Iterable[Finished], n_boot: int, rng: np.random.Generator) -> pd.DataFrame:
+    """One row an arm, ``main`` first: means over users and seeds with intervals, and the paired difference to ``main``.
+
+    For each of ``PAIRED``: ``<m> <m>_lo <m>_hi``, ``<m>_low_seed <m>_high_seed``, ``<m>_diff <m>_diff_lo <m>_diff_hi``
+    (NaN where no user is shared with ``main``, as when arms were judged at other seeds). For each of ``OF_RUN`` the
+    mean over runs. ``ValueError`` without ``main``.
+    """
+    by_arm: dict[str, list[Finished]] = {}
+    for one in found:
+        by_arm.setdefault(one.arm, []).append(one)
+    if MAIN not in by_arm:
+        raise ValueError(f"no run of the arm {MAIN!r} is finished: everything is compared with it")
+    main = _pooled(by_arm[MAIN])
+    rows = []
+    for arm in sorted(by_arm, key=lambda name: (name != MAIN, name != NO_PROJECTION, name)):
+        texts = _pooled(by_arm[arm])
+        paired = texts.join(main.add_suffix("_main"), how="inner")
+        seeds = {f.seed for f in by_arm[arm]}
+        row: dict[str, float | str | int] = {"arm": arm, "seeds": len(seeds), "texts": len(texts), "paired": len(paired)}
+        for m in PAIRED:
+            row[m], row[f"{m}_lo"], row[f"{m}_hi"] = stats.bootstrap_mean(texts[m].to_numpy(), n_boot, rng)
+            means = texts[m].groupby("seed").mean()
+            row[f"{m}_low_seed"], row[f"{m}_high_seed"] = float(means.min()), float(means.max())
+            change = (paired[m] - paired[f"{m}_main"]).to_numpy()
+            interval = stats.bootstrap_mean(change, n_boot, rng) if len(change) else (np.nan,) * 3
+            row[f"{m}_diff"], row[f"{m}_diff_lo"], row[f"{m}_diff_hi"] = interval
+        rows.append(row | {m: float(np.mean([f.metrics[m] for f in by_arm[arm]])) for m in OF_RUN})
+    return pd.DataFrame(rows)
+
+
+def _pooled(of_arm: list[Finished]) -> pd.DataFrame:
+    """The texts of an arm's runs, indexed by what pairs them: seed, user, item."""
+    key = ["seed", "user", "item"]
+    return pd.concat([f.texts.assign(seed=f.seed)[[*key, *PAIRED]] for f in of_arm]).set_index(key).astype(float)
+
+
+# ------------------------------------------------------------------------------------- the paper's claims
+
+# (claim, arm, measure, the sign that the published account gives to arm minus main)
+DIRECTIONS = (
+    ("without the KL penalty the policy drifts further", "kl0", "kl", 1),
+    ("more steps drift less", "more_steps", "kl", -1),
+    ("a lower learning rate drifts less", "low_lr", "kl", -1),
+)
+
+
+def claims(table: pd.DataFrame, evaluation: dict[str, float]) -> list[Claim]:
+    """The published claims, each with a verdict built from ``table`` (see ``compare``) and the ``evaluation`` of a run of ``main``.
+
+    A difference counts if its interval excludes 0.
+    """
+    row = table.set_index("arm")
+    lift, lo, hi = (evaluation[f"shielded/ctr_lift{end}"] for end in ("", "_lo", "_hi"))
+    held = "yes" if lo <= 1.225 <= hi else "no"
+    out = [Claim("simulated clicks rise 1.225-fold", held, f"{lift:.3f} [{lo:.3f}, {hi:.3f}] under this study's click model")]
+    kept = row.loc[MAIN, "top10_overlap"]
+    free = row.loc[NO_PROJECTION, "top10_overlap"]
+    ndcg_lo, ndcg_hi = (evaluation[f"shielded/ndcg@10_change{end}"] for end in ("_lo", "_hi"))
+    words = f"{kept:.1%} of the top ten kept, NDCG@10 changes by [{ndcg_lo:+.4f}, {ndcg_hi:+.4f}]; asked for: 95 %, and 0 inside"
+    out.append(Claim("the ranking is virtually unchanged", "yes" if kept >= 0.95 and ndcg_lo <= 0 <= ndcg_hi else "no", words))
+    out.append(Claim("it is the projection that keeps it", "yes" if kept > free else "no", f"{kept:.1%} kept with it, {free:.1%} without"))
+    for claim, arm, measure, sign in DIRECTIONS:
+        if arm not in row.index or np.isnan(row.loc[arm, f"{measure}_diff"]):
+            out.append(Claim(claim, "not tested", f"the arm {arm} has no finished run"))
+            continue
+        diff, lo, hi = (row.loc[arm, f"{measure}_diff{end}"] for end in ("", "_lo", "_hi"))
+        held = "not shown" if lo <= 0 <= hi else "yes" if np.sign(diff) == sign else "no"
+        out.append(Claim(claim, held, f"KL differs from main's by {diff:+.2f} [{lo:+.2f}, {hi:+.2f}] nats a text"))
+    return out
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The table for reading: ``mean [lo, hi]`` and the paired difference to ``main``."""
+
+    def cell(r, name: str, sign: str = "") -> str:
+        value, lo, hi = (r[f"{name}{end}"] for end in ("", "_lo", "_hi"))
+        return "" if np.isnan(value) else f"{value:{sign}.3f} [{lo:{sign}.3f}, {hi:{sign}.3f}]"
+
+    columns = {"arm": table["arm"], "seeds": table["seeds"], "texts": table["texts"]}
+    for m in PAIRED:
+        columns[m] = [cell(r, m) for _, r in table.iterrows()]
+        columns[f"{m} - main"] = ["" if r["arm"] == MAIN else cell(r, f"{m}_diff", "+") for _, r in table.iterrows()]
+    return pd.DataFrame(columns | {m: table[m].round(4) for m in OF_RUN}).set_index("arm")
