@@ -63,8 +63,13 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
     explainer = ex.load_for(params, seeds["lora"], stage.device)
     records = world.training_records()
 
-    def guard() -> Shield | None:
-        return Shield(explainer, protected, params.shield_mode) if name == "shielded" else None
+    shielded = name == "shielded"
+    replay = sh.replay_for(explainer, world, params, set(stage.load_json("held_out_items"))) if shielded else None
+
+    def guard(phase: str) -> Shield | None:
+        if replay:
+            replay.generator.manual_seed(seeds[phase])  # a run that goes on after the warm start replays the same texts
+        return Shield(explainer, protected, params.shield_mode, replay) if shielded else None
 
     first, warm = None, {"curve": [], "intact": True}
     if params.warm_start:
@@ -72,14 +77,14 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
         found = store.load("warm")
         if found is None:
             curve = warmstart.fit(
-                explainer, records, params.warm_steps, params.warm_batch, params.warm_lr, seeds["warm"], guard(), f"warm start, {name}"
+                explainer, records, params.warm_steps, params.warm_batch, params.warm_lr, seeds["warm"], guard("warm"), f"warm start, {name}"
             )
             found = explainer.adapter_state(), {"curve": curve, "intact": ex.weights_sha256(explainer) == before}
             store.save("warm", *found)
         first, warm = found
         explainer.load_adapter(first)
         warmstart.merge(explainer, fresh)
-    before, shield, desc = ex.weights_sha256(explainer), guard(), f"{params.algorithm}, {name}"
+    before, shield, desc = ex.weights_sha256(explainer), guard("ppo"), f"{params.algorithm}, {name}"
     if params.algorithm == "ppo":
         if params.processes > 1 and not dist.is_initialized():
             _launch(name, stage)

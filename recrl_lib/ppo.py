@@ -187,6 +187,8 @@ class PPO:
         )
         self.shield = shield.attach(self.optimizer) if shield else None
         self._generators = {name: torch.Generator().manual_seed(seed * 3 + n) for n, name in enumerate(("order", "sampling", "minibatch"))}
+        if shield and shield.replay:
+            self._generators["replay"] = shield.replay.generator  # saved with the others
         self._queue: list[int] = []
         self.kl_coef = params.kl_coef
         self.rows: list[dict] = []

@@ -349,7 +349,7 @@ class Replay:
             raise ValueError(f"shield_penalty={weight}: a replay penalty needs a positive weight")
         self.weight, self.batch = weight, batch
         self._explainer, self._readout = explainer, readout.to(explainer.device)
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         spread = (text[1:] - text[1:].mean(0)).to(explainer.device) @ self._readout.T
         self._scale = float(spread.square().sum(-1).mean())
         self._parts = []  # (trunk states (b, T, d), base vectors (b, d)) of texts of one length
@@ -361,8 +361,8 @@ class Replay:
 
     def loss(self) -> Tensor:
         """The penalty of one minibatch: texts of one length, a length as often as it has texts."""
-        states, base = self._parts[int(torch.multinomial(self._sizes, 1, generator=self._generator))]
-        rows = torch.randperm(len(states), generator=self._generator)[: self.batch]
+        states, base = self._parts[int(torch.multinomial(self._sizes, 1, generator=self.generator))]
+        rows = torch.randperm(len(states), generator=self.generator)[: self.batch]
         states, base = states[rows].to(self._explainer.device), base[rows].to(self._explainer.device)
         text = self._explainer.top(states, torch.ones(states.shape[:2], dtype=torch.long, device=states.device)).mean(1)
         return self.weight * ((text - base) @ self._readout.T).square().sum(-1).mean() / self._scale
@@ -373,7 +373,7 @@ class Replay:
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def replay_for(explainer: Explainer, world, params, seed: int, held: set[int]) -> Replay | None:
+def replay_for(explainer: Explainer, world, params, held: set[int]) -> Replay | None:
     """The run's replay, or None at ``shield_penalty`` 0; ``held`` item numbers are not replayed. ``world``: a ``study.Study``.
 
     Make it once an arm, before a warm start is merged: the merge leaves the trunk states as they are.
@@ -384,7 +384,7 @@ def replay_for(explainer: Explainer, world, params, seed: int, held: set[int]) -
         raise ValueError("shield_penalty: a ranker without text (text='none') reads no item vectors that could be replayed; set it to 0")
     items = ItemTexts(explainer, world.items["text"].tolist())
     kept = set(range(1, items.n_items + 1)) - held
-    return Replay(explainer, items, world.text, readout_of(world.ranker), params.shield_penalty, seed, kept)
+    return Replay(explainer, items, world.text, readout_of(world.ranker), params.shield_penalty, only=kept)
 
 
 class Shield:

@@ -101,11 +101,11 @@ def test_a_stopped_frontier_goes_on_and_stale_rows_are_run_again(lab, tmp_path, 
 
 def test_the_runs_replay_is_the_one_its_parameters_ask_for(lab):
     params = resolve("smoke", shield_penalty=10.0)
-    replay = sh.replay_for(lab.explainer, lab.study, params, 0, lab.held)
+    replay = sh.replay_for(lab.explainer, lab.study, params, lab.held)
     assert replay.weight == 10.0 and sum(len(states) for states, _ in replay._parts) == lab.items.n_items - len(lab.held)
-    assert sh.replay_for(lab.explainer, lab.study, resolve("smoke"), 0, lab.held) is None
+    assert sh.replay_for(lab.explainer, lab.study, resolve("smoke"), lab.held) is None
     with pytest.raises(ValueError, match="text='none'"):
-        sh.replay_for(lab.explainer, replace(lab.study, text=None), params, 0, lab.held)
+        sh.replay_for(lab.explainer, replace(lab.study, text=None), params, lab.held)
 
 
 def test_named_sets_are_distinct_and_complete():
