@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, device as Device
 
 from recrl_lib import explainer as ex
-from recrl_lib import paths, ppo, rewards, runs, shield as sh, study, warmstart
+from recrl_lib import paths, ppo, rewards, runs, shield as sh, study, tracking, warmstart
 from recrl_lib.checkpoint import Store
 from recrl_lib.config import Params
 from recrl_lib.explainer import Explainer
@@ -88,7 +88,9 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
     if params.algorithm == "ppo":
         if params.processes > 1 and not dist.is_initialized():
             _launch(name, stage)
-        curve = ppo.PPO(explainer, reward, records, params, seeds["ppo"], shield).train(params.ppo_steps, desc, store)
+        tracker = _tracker(name, stage)
+        curve = ppo.PPO(explainer, reward, records, params, seeds["ppo"], shield).train(params.ppo_steps, desc, store, tracker.log)
+        tracker.finish()
         if shield:
             shield.detach()
     else:
@@ -101,6 +103,13 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
         adapter, warm_adapter = warmstart.stack(first, second), warmstart.stack(first, nothing)
     del explainer, shield
     return Arm(name, adapter, warm_adapter, curve, warm["curve"], sh.leak(load_tuned(params, adapter, stage.device), protected), intact)
+
+
+def _tracker(name: str, stage: runs.StageRun) -> tracking.Tracker:
+    """The arm's curve as it grows; of several processes, the first one of those that train has it."""
+    params = stage.params
+    silent = params.processes > 1 and (not dist.is_initialized() or dist.get_rank() > 0)
+    return tracking.open("none" if silent else params.tracker, stage.folder / "logs", name, params.run, params.as_dict())
 
 
 def _by_trl(

@@ -57,6 +57,7 @@ got wrong), in four groups; "no" is a choice:
 ======  ==============================================================================================
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
 
@@ -197,15 +198,19 @@ class PPO:
         half = autocasts(params, explainer.device)
         self._precision = (lambda: torch.autocast(explainer.device.type, torch.bfloat16)) if half else nullcontext
 
-    def train(self, steps: int, desc: str = "ppo", store: Store | None = None) -> list[dict]:
+    def train(
+        self, steps: int, desc: str = "ppo", store: Store | None = None, log: Callable[[dict, int], None] | None = None
+    ) -> list[dict]:
         """Go on until ``steps`` iterations are done, from the newest checkpoint of ``store``; a row of statistics each.
 
-        The shield stays on the optimizer.
+        ``log(row, step)`` is told of every new row. The shield stays on the optimizer.
         """
         if store and (found := store.latest()):
             self.load_state(*found)
         for _ in track(range(self.steps_done, steps), desc):
-            self.step()
+            row = self.step()
+            if log and self.rank == 0:
+                log(row, self.steps_done)
             due = self.steps_done % self.params.checkpoint_every == 0 or self.steps_done == steps
             if store and due and self.rank == 0:
                 store.save_step(self.steps_done, *self.state())

@@ -24,7 +24,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from recrl_lib import assets, audit, config, evaluation, judge, metrics, paths, ppo, ranker, rewards, runs, shield, simulator, stats, study
+from recrl_lib import assets, audit, config, evaluation, judge, metrics, paths, ranker, rewards, runs, shield, simulator, stats, study, vitals
+from recrl_lib.explainer import INPUT_OF_PROJECTION
 from recrl_lib.files import sha256_file
 
 EXACT, SUMS, MODELS = 0.0, 1e-5, 1e-3  # relative
@@ -113,7 +114,7 @@ def adapter_leak(adapter: dict[str, Tensor], bases: dict[str, shield.Subspace]) 
     for name in adapter:
         if found := re.search(r"layers\.(\d+)\.self_attn\.(\w+)\.lora_A\.weight$", name):
             a, b = adapter[name].double(), adapter[name.replace("lora_A", "lora_B")].double()
-            basis = bases[f"{found[1]}.{shield.INPUT_OF[found[2]]}"].basis.double()
+            basis = bases[f"{found[1]}.{INPUT_OF_PROJECTION[found[2]]}"].basis.double()
             inside += float((b @ (a @ basis)).square().sum())
             total += float((b @ a).square().sum())
     return math.sqrt(inside / total) if total else 0.0
@@ -124,7 +125,7 @@ def tuned(e: Evidence) -> Numbers:
     for arm in ("unshielded", "shielded"):
         yield f"{arm}/leak", adapter_leak(e.tensors(f"adapter_{arm}"), bases), MODELS
     for arm, rows in e.curve("ppo").groupby("arm"):
-        for name, value in ppo.summary(rows).items():
+        for name, value in vitals.summary(rows).items():
             yield f"{arm}/{name}", value, SUMS
             if arm == "shielded":
                 yield name, value, SUMS
@@ -133,21 +134,18 @@ def tuned(e: Evidence) -> Numbers:
 def evaluated(e: Evidence) -> Numbers:
     stage, params, world = e.stage, e.params, e.world
     said, ranking, tops = e.table("explanations"), e.table("ranking"), e.table("top10")
-    reward = rewards.Reward.of(params, world.catalogue)
+    mine = said[said["arm"] == "base"]
+    scorer = evaluation.panel(
+        world, world.records(mine["user"], mine["position"]), rewards.Reward.of(params, world.catalogue), e.encoder, stage.torch_seed("said")
+    )
     judged = []
     for arm in evaluation.TEXT_ARMS:
         part = said[said["arm"] == arm]
-        records = world.records(part["user"], part["position"])
         # One token of the stored fluency's probability stands for the tokens, which are not stored.
         tokens = [np.log([f]) if f > 0 else np.array([]) for f in part["fluency"]]
-        quality = judge.judge_texts(
-            records, part["text"].tolist(), tokens, e.encoder, world.catalogue, np.random.default_rng(stage.torch_seed("said"))
-        )
-        total, parts = reward(records, part["text"].tolist())
-        values = {"reward": total, **{f"reward_{name}": value for name, value in parts.items()}}
-        judged.append(part[["arm", "user", "item", "position", "text"]].assign(**values, **{c: quality[c].to_numpy() for c in quality}))
+        judged.append(scorer.score(arm, part["text"].tolist(), tokens))
     model = simulator.ClickModel(params.sim_alpha, params.sim_beta, params.sim_bias, params.sim_user_std, params.sim_position)
-    table = evaluation.click_table(world, pd.concat(judged, ignore_index=True), model, stage.rng("clicks"))
+    table, _, _ = evaluation.click_table(world, pd.concat(judged, ignore_index=True), model, stage.rng("clicks"))
     base = table[table["arm"] == "base"]
     for arm in runs.ARMS:
         mine = table[table["arm"] == ("unshielded" if arm == "separate" else arm)]

@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import House
 
-from recrl_lib import audit, datasets, evaluation, metrics, paths, ppo, ranker, rewards, runs, shield, simulator, study, verify
+from recrl_lib import audit, datasets, evaluation, metrics, paths, ranker, rewards, runs, shield, simulator, study, verify, vitals
 from recrl_lib.config import Params
 from recrl_lib.explainer import ItemTexts
 from recrl_lib.files import write_atomic
@@ -96,7 +96,7 @@ def build():
             shield.Shield(llm, protected).project_parameters()
         adapters[arm] = llm.adapter_state()
         stage.save_tensors(f"adapter_{arm}", adapters[arm])
-        summary = ppo.summary(curve[curve["arm"] == arm]) | {"leak": shield.leak(llm, protected)}
+        summary = vitals.summary(curve[curve["arm"] == arm]) | {"leak": shield.leak(llm, protected)}
         values |= {f"{arm}/{name}": value for name, value in summary.items()} | summary
     fill(stage, **values)
 
