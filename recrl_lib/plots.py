@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
-from recrl_lib import paths, runs
+from recrl_lib import paths
 from recrl_lib.files import write_atomic
 
 

@@ -19,7 +19,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import random
 import subprocess

@@ -342,7 +342,7 @@ def test_rank_takes_users_that_training_never_saw():
 
 
 def test_a_new_item_enters_by_its_text(tmp_path):
-    model, split, text = small(TEXT_DIM), cycles(), some_text()
+    model, text = small(TEXT_DIM), some_text()
     model.fit_text(text)
     ranker.freeze(model)
     rows = torch.stack([text[3], text[8] + 1])
