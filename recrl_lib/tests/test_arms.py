@@ -26,7 +26,9 @@ def stage(tmp_path, monkeypatch) -> runs.StageRun:
         "smoke", run="t", llm=str(tmp_path / "model"), lora_rank=4, lora_alpha=4, lora_layers=1, max_new_tokens=8, temperature=1.0,
         warm_steps=2, warm_batch=2, warm_lr=1e-2, learning_rate=3e-2,
     )
-    return runs.StageRun(config.stage_named("shielded_ppo"), params, torch.device("cpu"), "key")
+    made = runs.StageRun(config.stage_named("shielded_ppo"), params, torch.device("cpu"), "key")
+    made.save_json("held_out_items", [])
+    return made
 
 
 def protected(stage) -> dict[str, sh.Subspace]:
