@@ -19,7 +19,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from recrl_lib import audit, config, datasets, evaluation as ev, paths, plots, runs, shield, simulator, study
+from recrl_lib import audit, config, datasets, evaluation as ev, frontier, paths, plots, runs, shield, simulator, study
 from recrl_lib.config import Params
 from recrl_lib.files import write_atomic
 
@@ -32,6 +32,7 @@ PPO = "metrics/ppo.json"
 SHARED = ("unshielded", "shielded")
 TUNED = ("separate", *SHARED)
 SEALED = 1e-6  # a leak below this is rounding of float32 adapters
+GAIN = 0.9  # share of the unshielded gain that a shield should keep
 HELD = 0.99  # share of the top 10 below which the page says that the shield did not hold the ranking
 FEW_USERS = 100
 LEAST_USERS = 10  # in a group of users, to answer a question about it
@@ -53,7 +54,10 @@ class Evidence:
     overlap: pd.DataFrame
     top10: pd.DataFrame
     protected: dict[str, shield.Subspace]
-    sensitivity: pd.DataFrame | None = None  # of runs made before there was one
+    # Tables that a run may lack
+    sensitivity: pd.DataFrame | None = None
+    frontier: pd.DataFrame | None = None   # one row a setting: ``frontier.summarise``
+    ablations: pd.DataFrame | None = None  # one row an arm: ``ablations.compare``
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -70,14 +74,16 @@ def gather(stage: runs.StageRun) -> Evidence:
     """Read the run. ``RuntimeError`` names a file that is missing and the notebook that writes it."""
     run = stage.params.run
     tables = ("interactions", "items", "users", "explanations", "overlap", "top10")
+    there = [name for name in ("sensitivity", "ablations") if (stage.folder / "artifacts" / f"{name}.parquet").is_file()]
+    points = stage.folder / "curves" / "frontier.csv"
     return Evidence(
         params=stage.params,
         manifest=runs.read_manifest(run),
         metrics={name: json.loads(stage.input(f"{name}.json", "metrics").read_text(encoding="utf-8")) for name in METRICS},
         curves={name: pd.read_csv(stage.input(f"{name}.csv", "curves")) for name in ("ranker", "ppo")},
         protected=shield.from_tensors(stage.load_tensors("subspaces")),
-        **{name: stage.load_table(name) for name in tables},
-        sensitivity=stage.load_table("sensitivity") if (stage.folder / "artifacts" / "sensitivity.parquet").is_file() else None,
+        **{name: stage.load_table(name) for name in (*tables, *there)},
+        frontier=frontier.summarise(pd.read_csv(stage.input("frontier.csv", "curves"))) if points.is_file() else None,
     )
 
 
@@ -287,7 +293,7 @@ class Doubt(NamedTuple):
 
 def not_shown(e: Evidence) -> list[Doubt]:
     """What a reader must not conclude from this run: rules over its numbers, then the limits of any one run."""
-    return [*_doubts_about_ranking(e), *_doubts_about_explanations(e), *_doubts_about_procedure(e), *_limits(e)]
+    return [*_doubts_about_ranking(e), *_doubts_about_price(e), *_doubts_about_explanations(e), *_doubts_about_procedure(e), *_limits(e)]
 
 
 def _doubts_about_ranking(e: Evidence) -> list[Doubt]:
@@ -325,6 +331,23 @@ def _doubts_about_ranking(e: Evidence) -> list[Doubt]:
             )
         )
     return doubts
+
+
+def _doubts_about_price(e: Evidence) -> list[Doubt]:
+    """How near the frontier comes to the target: 90 % of the unshielded learning with 99 % of the top 10, adapters merged."""
+    if e.frontier is None:
+        return []
+    learned = e.frontier[(e.frontier["gain_loss"] >= GAIN) & ~e.frontier["mode"].isin(["none", "alora"])]
+    if learned.empty:
+        return [Doubt(f"That a shield can keep {share(GAIN)} of the learning: no setting of the frontier did.", "curves/frontier.csv")]
+    best = learned.loc[learned["overlap"].idxmax()]
+    if best["overlap"] >= HELD:
+        return []
+    return [Doubt(
+        f"That {share(GAIN)} of the learning can be had with {share(HELD)} of the top 10: of the settings tried that learn as much, "
+        f"the nearest ({best['curve']}) keeps {share(best['overlap'])} of the places and {share(best['top1_same'])} of the first ones.",
+        "curves/frontier.csv",
+    )]
 
 
 def _doubts_about_explanations(e: Evidence) -> list[Doubt]:
@@ -602,7 +625,7 @@ CAPTIONS = {  # in the order of the page: (caption, source)
     ),
     "controls": ("Texts composed by rule against the shielded policy, on the same users.", EVALUATION),
     "frontier": ("What each way of shielding keeps of the ranking and of the reward.", "curves/frontier.csv"),
-    "ablations": ("What becomes of reward and ranking when one thing is changed.", "curves/ablations.csv"),
+    "ablations": ("What becomes of reward and ranking when one thing is changed.", "artifacts/ablations.parquet"),
     "ppo_curves": ("PPO by step. Every step has new prompts, so single steps are noisy.", "curves/ppo.csv"),
     "spectrum": (
         "Energy of the item texts' activations outside the protected directions.",
@@ -622,8 +645,12 @@ CAPTIONS = {  # in the order of the page: (caption, source)
 
 
 def figures(e: Evidence) -> dict[str, Figure]:
-    """The figures drawn from this run's numbers, by name. ``frontier`` and ``ablations`` come as files (``build``)."""
+    """The figures drawn from this run's numbers, by name."""
     more = {}
+    if e.frontier is not None:
+        more["frontier"] = plots.frontier(e.frontier)
+    if e.ablations is not None:
+        more["ablations"] = plots.ablations(e.ablations)
     if e.sensitivity is not None:
         more["sensitivity"] = plots.sensitivity(e.sensitivity)
     if any(key.startswith(ev.CONTROL) for key in e.evaluation):
@@ -701,9 +728,6 @@ def build(stage: runs.StageRun) -> Path:
     for name, fig in figures(e).items():
         pictures[name] = plots.save(fig, e.params.run, name).read_text(encoding="utf-8")
         plt.close(fig)  # or a notebook would show it a second time
-    for name in CAPTIONS.keys() - pictures.keys():  # drawn by another notebook, if at all
-        if (path := paths.FIGURES / e.params.run / f"{name}.svg").is_file():
-            pictures[name] = path.read_text(encoding="utf-8")
     path = stage.output("report.html", folder="")
     write_atomic(path, render(e, pictures))
     return path

@@ -258,10 +258,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_self_contained_escaped_and_repeatable(stage):
-    elsewhere = paths.FIGURES / "smoke" / "frontier.svg"  # a figure of another notebook
-    elsewhere.parent.mkdir(parents=True)
-    elsewhere.write_text('<svg viewBox="0 0 9 9"></svg>', encoding="utf-8")
-    there = set(report.CAPTIONS) - {"sensitivity", "controls", "ablations"}  # the toy run has no numbers for these
+    there = set(report.CAPTIONS) - {"sensitivity", "controls", "frontier", "ablations"}  # the toy run has no numbers for these
     path = report.build(stage)
     assert path == stage.folder / "report.html"
     source = path.read_text(encoding="utf-8")
@@ -279,6 +276,19 @@ def test_the_page_is_whole_self_contained_escaped_and_repeatable(stage):
     assert not plt.get_fignums()
     stage.finish()
     assert "report.html" in runs.read_manifest("smoke")["stages"]["report"]["outputs"]
+
+
+def test_the_price_of_the_shield_is_a_doubt_until_a_setting_meets_the_target():
+    def doubts(**settings):
+        points = pd.DataFrame([{"mode": m, "curve": m, "gain_loss": g, "overlap": o, "top1_same": 0.5} for m, (g, o) in settings.items()])
+        return [d.text for d in report._doubts_about_price(replace(evidence({}), frontier=points))]
+
+    assert doubts(none=(1.0, 0.1), alora=(1.0, 1.0), update=(0.95, 0.99)) == []
+    (text,) = doubts(none=(1.0, 0.1), alora=(1.0, 1.0), update=(0.95, 0.98), penalty=(0.5, 1.0), restart=(0.9, 0.7))
+    assert "(update) keeps 98.0 %" in text and "50.0 % of the first" in text
+    (text,) = doubts(none=(1.0, 0.1), update=(0.8, 0.99))
+    assert "no setting of the frontier did" in text
+    assert report._doubts_about_price(evidence({})) == []
 
 
 def test_missing_file_is_named_with_its_remedy(stage):
