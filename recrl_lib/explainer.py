@@ -61,7 +61,7 @@ class Explainer:
 
     def __init__(self, lm, tokenizer, device: torch.device | str = "cpu", name: str = "model"):
         self.split = lm.config.model_type in SPLIT
-        self.lm = lm.to(device).eval().requires_grad_(False)
+        self.lm = without_dropout(lm).to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.peft: PeftModel | None = None
@@ -196,6 +196,18 @@ class Explainer:
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
         """Log-probabilities (..., V) in float32 of the policy at ``temperature``."""
         return torch.log_softmax(self.lm.get_output_embeddings()(hidden).float() / temperature, dim=-1)
+
+
+def without_dropout(lm):
+    """``lm`` with every dropout at 0: old and new log-probabilities of one policy must not differ by chance."""
+    for module in lm.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", None):
+            module.attention_dropout = 0.0
+    if getattr(lm.config, "attention_dropout", 0):
+        lm.config.attention_dropout = 0.0
+    return lm
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Explainer:

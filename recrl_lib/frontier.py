@@ -25,6 +25,7 @@ from torch import Tensor
 from recrl_lib import evaluation, explainer as ex, ranker, rewards, shield as sh, stats
 from recrl_lib.explainer import Explainer, ItemTexts
 from recrl_lib.files import write_atomic
+from recrl_lib.paths import REFERENCE
 from recrl_lib.progress import track
 from recrl_lib.references import reference_line
 from recrl_lib.shield import Evidence, Shield
@@ -378,3 +379,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     for name in ("gain_loss", "gain_reward", "overlap", "top1_same", "set_same"):
         out[f"{name}_lo"], out[f"{name}_hi"] = grouped[name].min(), grouped[name].max()
     return out.assign(seeds=grouped.size()).reset_index()
+
+
+def published() -> pd.DataFrame:
+    """``summarise`` of the frontier in ``runs/reference/frontier`` (its ``params.json`` says how it was run)."""
+    return summarise(pd.read_csv(REFERENCE / "frontier" / "frontier.csv"))

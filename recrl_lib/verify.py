@@ -6,8 +6,8 @@ from the texts, quality from the texts and the stored fluency, clicks from quali
 the LLM (item vectors after tuning, KL, fluency) or a clock is not recomputed, and the last line says how much is.
 
 Tolerances: counts, texts and hashes exactly; sums and means of stored columns to 1e-5 of their value; what passes
-through the ranker or the sentence encoder to 1e-3, since another processor rounds otherwise; interval ends to .005,
-since resamples are drawn anew. Beside it, where ``runs/reference/<run>`` was made with the same parameters, headline
+through the ranker or the sentence encoder to 1e-3, since another processor rounds otherwise; interval ends to a tenth
+of the interval's width, since resamples are drawn anew (the noise of 2,000 is about a fiftieth of it; fewer get more). Beside it, where ``runs/reference/<run>`` was made with the same parameters, headline
 numbers must agree with the published ones to ``REFERENCE``: wider, because tuning amplifies the last bits.
 """
 
@@ -30,7 +30,7 @@ from recrl_lib.files import sha256_file
 
 EXACT, SUMS, MODELS = 0.0, 1e-5, 1e-3  # relative
 FLOOR = 1e-7  # absolute: a sealed leak is rounding
-INTERVAL = 5e-3  # absolute, of names that end in _lo or _hi
+INTERVAL = 0.1  # of the interval's width, for names that end in _lo or _hi
 # Absolute, against the published run.
 REFERENCE = {
     "data": {"n_users": 0, "n_items": 0, "n_interactions": 0},
@@ -205,6 +205,11 @@ def unfinished(run: str) -> list[str]:
     return [name for name in RECOMPUTED if name not in finished]
 
 
+def _width(stored: dict, key: str) -> float:
+    """Of the interval that ``key`` is an end of, as stored; 0 if the other end is missing."""
+    return abs(stored.get(f"{key[:-3]}_hi", 0.0) - stored.get(f"{key[:-3]}_lo", 0.0))
+
+
 def recompute(run: str, encoder=None) -> list[Check]:
     """Every number of the finished stages that can be computed again, against the run's stored one.
 
@@ -221,7 +226,8 @@ def recompute(run: str, encoder=None) -> list[Check]:
         stored = runs.read_metrics(run, name)
         for key, value, relative in numbers(e):
             size = 0.0 if isinstance(value, str) or relative == EXACT else max(relative * abs(value), FLOOR)
-            tolerance = INTERVAL if key.endswith(("_lo", "_hi")) else size
+            drawn_anew = INTERVAL * math.sqrt(max(1.0, 2000 / e.params.bootstrap)) * _width(stored, key)
+            tolerance = max(drawn_anew, FLOOR) if key.endswith(("_lo", "_hi")) else size
             checks.append(Check(f"{name}: {key}", stored.get(key), value, tolerance, "artifacts"))
     return checks
 

@@ -1,13 +1,13 @@
 """The frontier on a tiny random model: its signal, its measures, activated LoRA, and its going on after a stop."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from recrl_lib import frontier as fr, shield as sh
+from recrl_lib import frontier as fr, paths, shield as sh
 from recrl_lib.config import resolve
 from recrl_lib.explainer import ItemTexts
 from recrl_lib.tests.test_evaluation import world  # noqa: F401  (a fixture)
@@ -133,3 +133,14 @@ def test_summary_by_hand():
     assert out.loc["update", "gain_loss"] == pytest.approx((0.8 + 1.0) / 2)
     assert out.loc["update", ["gain_reward", "gain_reward_lo", "gain_reward_hi"]].tolist() == pytest.approx([1.0, 0.5, 1.5])
     assert out.loc["update", ["overlap", "overlap_lo", "overlap_hi"]].tolist() == pytest.approx([0.95, 0.9, 1.0])
+
+
+def test_the_published_frontier_is_whole():
+    rows = pd.read_csv(paths.REFERENCE / "frontier" / "frontier.csv")
+    assert not rows.duplicated([f.name for f in fields(fr.Point)]).any()
+    assert (rows.loc[rows["mode"].isin(["update", "frozen_a", "restart"]), "leak"] < 1e-6).all()
+    assert (rows.loc[rows["mode"] == "alora", "max_abs_score_delta"] == 0).all()
+    points = fr.published()
+    assert points["seeds"].sum() == len(rows) and points["gain_loss"].notna().all()
+    free = points[(points["mode"] == "none") & (points["steps"] == points["steps"].max())]
+    assert free["gain_loss"].tolist() == pytest.approx([1.0])

@@ -84,7 +84,7 @@ def test_one_run_has_one_seed(notebooks):
 def test_exploring_a_run_takes_its_seed_and_changes_nothing(notebooks, monkeypatch):
     runs.write_params(Params(seed=4, ranker_dim=32))
     monkeypatch.setattr(runs, "_check_needs", lambda *a: None)
-    monkeypatch.setattr(runs, "stage_key", lambda *a: "key")
+    monkeypatch.setattr(runs, "stage_key", lambda *a, **k: "key")
     stage = runs.start("explore", namespace("explore", interactive=True))
     assert stage.params == Params(seed=4, ranker_dim=32, interactive=True)
     assert runs.read_params("smoke") == Params(seed=4, ranker_dim=32)
