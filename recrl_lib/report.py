@@ -362,6 +362,9 @@ def _doubts_about_explanations(e: Evidence) -> list[Doubt]:
                 f"A gain in simulated clicks ({arm}): the interval of the lift, {with_interval(m, f'{arm}/ctr_lift')}, "
                 "does not lie above 1."
             )
+    for arm in SHARED:
+        if not m.get(f"{arm}/beats_controls", True):
+            found.append(f"That no text composed by rule scores as well as the tuned policy ({arm}): see the controls.")
     for arm in ("base", *SHARED):
         if _get(m, f"{arm}/own_item_retrieval@10") <= CHANCE:
             found.append(
