@@ -32,7 +32,7 @@ def test_answer_loss_is_the_mean_over_answer_tokens_whatever_the_padding(lab):
     for r in rows:
         ids, n = lab.taught.ids[r], lab.taught.answers[r]
         logp = lab.explainer.lm(torch.tensor([ids])).logits.log_softmax(-1)[0]
-        total -= sum(float(logp[t - 1, ids[t]]) for t in range(len(ids) - n, len(ids)))
+        total -= sum(float(logp[t - 1, ids[t]].detach()) for t in range(len(ids) - n, len(ids)))
         count += n
     assert together == pytest.approx(total / count, rel=1e-4)
 

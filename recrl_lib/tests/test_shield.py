@@ -330,7 +330,7 @@ def replay_of(explainer, items, weight: float, **more) -> sh.Replay:
 def test_replay_penalty_is_the_formula(setting):
     explainer, items, _ = setting
     replay = replay_of(explainer, items, 2.0)
-    assert float(replay.loss().detach()) == 0.0  # the untuned model has lost nothing
+    assert float(replay.loss().detach()) < 1e-10  # the untuned model has lost nothing but rounding
     tune_randomly(explainer)
     base, new, readout = items.base_vectors(), items.vectors(), torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
     scale = ((base[1:] - base[1:].mean(0)) @ readout.T).square().sum(-1).mean()
