@@ -1,5 +1,3 @@
-import re
-import zlib
 
 import numpy as np
 import pandas as pd
@@ -10,19 +8,10 @@ from recrl_lib import demonstration, evaluation, ranker, rewards, shield as sh, 
 from recrl_lib.config import resolve
 from recrl_lib.datasets import Split
 from recrl_lib.explainer import ItemTexts, explain, messages, prompt_ids
-from recrl_lib.tests.tiny import WORDS, tiny_explainer, tune_randomly
+from recrl_lib.tests.tiny import BagOfWords, WORDS, tiny_explainer, tune_randomly
 
 PARAMS = resolve("smoke", lora_layers=1, max_new_tokens=8, temperature=1.0)
 N_USERS, N_ITEMS = 18, 30
-
-
-class BagOfWords:
-    """A sentence encoder of the plainest kind: normalised word counts."""
-
-    def encode(self, texts):
-        rows = [np.bincount([zlib.crc32(w.encode()) % 64 for w in re.findall(r"\w+", t.lower())], minlength=64) for t in texts]
-        counts = np.array(rows, np.float32) + 1e-6
-        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
 @pytest.fixture

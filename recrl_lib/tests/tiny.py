@@ -1,5 +1,9 @@
-"""A 3-layer random Llama with a word tokenizer, for unit tests only."""
+"""A 3-layer random Llama with a word tokenizer, and a word-count sentence encoder: for unit tests only."""
 
+import re
+import zlib
+
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,3 +43,12 @@ def tune_randomly(explainer: Explainer, scale: float = 0.1, seed: int = 1) -> No
     with torch.no_grad():
         for p in explainer.adapter_parameters():
             p.add_(torch.randn(p.shape, generator=generator) * scale)
+
+
+class BagOfWords:
+    """A sentence encoder of the plainest kind: normalised word counts."""
+
+    def encode(self, texts):
+        rows = [np.bincount([zlib.crc32(w.encode()) % 64 for w in re.findall(r"\w+", t.lower())], minlength=64) for t in texts]
+        counts = np.array(rows, np.float32) + 1e-6
+        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
