@@ -64,6 +64,7 @@ class Params:
 
     dataset: str = _p("ml-100k", "data", "data set; csv: your own two tables", choices=DATASETS)
     ppo_users: float = _p(0.6, "data", "share of users whose prompts PPO trains on; the rest is held out", 0.1, 0.9)
+    heldout_items: float = _p(0.2, "data", "share of items that PPO never explains", 0.0, 0.9)
     data_dir: str = _p("", "data", "folder with the data set's files; empty: fetch them")
     split: str = _p("leave-one-out", "data", "how events are held out for validation and test", choices=("leave-one-out", "global-time"))
     min_core: int = _p(0, "data", "fewest events of a user and of an item, filtered until all have them; 1 = no filter; 0 = default", 0)
@@ -100,6 +101,10 @@ class Params:
     temperature: float = _p(0.7, "explainer", "divides the logits in sampling, old, reference and new log-probabilities alike", 0.05)
     max_new_tokens: int = _p(24, "explainer", "longest explanation", 4)
     explain_users: int = _p(8, "explainer", "users whose base explanations are sampled in notebook 03", 1)
+    reward: str = _p("grounded", "explainer", "reward variant", choices=("grounded", "paper"))
+    weight_length: float = _p(0.5, "explainer", "reward: weight of length; 0 removes a part, the others are rescaled to sum to 1", 0.0)
+    weight_relevance: float = _p(0.3, "explainer", "reward: weight of relevance", 0.0)
+    weight_coherence: float = _p(0.2, "explainer", "reward: weight of coherence", 0.0)
 
     shield_mode: str = _p("update", "shield", "how the shielded arm is protected", choices=("gradient", "update", "frozen_a", "penalty", "restart"))
     shield_energy: float = _p(0.99, "shield", "share of the item texts' activation energy to protect, per layer input", 0.0, 1.0)
@@ -111,8 +116,6 @@ class Params:
     frontier_seeds: int = _p(1, "shield", "seeds of the frontier", 1)
     frontier_users: int = _p(4, "shield", "held-out users whose explanations measure a point", 2)
 
-    heldout_items: float = _p(0.2, "shielded_ppo", "share of items that PPO never explains", 0.0, 0.9)
-    reward: str = _p("grounded", "shielded_ppo", "reward variant", choices=("grounded", "paper"))
     warm_start: bool = _p(True, "shielded_ppo", "supervised steps on composed explanations before PPO, under the arm's own shield")
     warm_steps: int = _p(4, "shielded_ppo", "optimizer steps of the warm start", 1)
     warm_batch: int = _p(4, "shielded_ppo", "explanations a warm-start step", 1)
@@ -139,9 +142,6 @@ class Params:
     checkpoint_every: int = _p(1, "shielded_ppo", "iterations between checkpoints", 1)
     checkpoint_keep: int = _p(2, "shielded_ppo", "checkpoints kept of each arm while it trains", 1)
     processes: int = _p(1, "shielded_ppo", "data-parallel processes (accelerate launch); must divide prompts_per_step", 1)
-    weight_length: float = _p(0.5, "shielded_ppo", "reward: weight of length; 0 removes a part, the others are rescaled to sum to 1", 0.0)
-    weight_relevance: float = _p(0.3, "shielded_ppo", "reward: weight of relevance", 0.0)
-    weight_coherence: float = _p(0.2, "shielded_ppo", "reward: weight of coherence", 0.0)
     tracker: str = _p("none", "shielded_ppo", "mirror the curves to a tracker, files in logs/", choices=("none", "wandb", "tensorboard"))
 
     eval_users: int = _p(24, "evaluation", "held-out users whose explanations are judged", 2)

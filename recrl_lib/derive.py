@@ -9,7 +9,7 @@ What is shared is decided stage by stage: a stage is, if its parameters and thos
 with those of ``REUSED`` not counted before the training: they are read there, but the subspaces do not depend on them. The
 Gram matrices of item texts belong to the base model: a LoRA of another rank starts at B = 0 and changes none of
 them, and a basis (d, k) fits an A (r, d) of any r up to the d - k free directions, which is checked. Likewise for
-how long and how hot explanations are sampled, how the basis is enforced, and the seed, which then moves what the
+how long and how hot explanations are sampled and what they are paid, how the basis is enforced, and the seed, which then moves what the
 derived run draws itself (adapters, prompts, samples, judged users) and not the split or the ranker. The price: shared
 *metrics* describe the base, e.g. ``explainer.json`` counts the base's trainable parameters.
 """
@@ -26,7 +26,10 @@ from recrl_lib.config import Params
 from recrl_lib.files import sha256_file, write_atomic
 
 PREPARING = ("environment", "data", "ranker", "explainer", "shield")  # the stages before the training
-REUSED = ("seed", "device", "lora_rank", "lora_alpha", "max_new_tokens", "temperature", "shield_mode")
+REUSED = (
+    "seed", "device", "lora_rank", "lora_alpha", "max_new_tokens", "temperature",
+    "reward", "weight_length", "weight_relevance", "weight_coherence", "shield_mode", "shield_penalty",
+)  # fmt: skip
 # The report draws outside its run folder, and the ablations compare the runs over their own.
 SHAREABLE = tuple(stage for stage in config.PIPELINE if stage.name not in ("ablations", "report"))
 
