@@ -43,10 +43,9 @@ class Arm:
     frozen_intact: bool  # training itself never touched a frozen weight
 
 
-def checkpoints(stage: runs.StageRun, name: str) -> Store:
+def checkpoints(params: Params, name: str) -> Store:
     """Where arm ``name`` of the run keeps what it has reached, bound to parameters, code and inputs."""
-    key = runs.stage_key(stage.name, stage.params)
-    return Store(stage.folder / "checkpoints" / name, key, stage.params.checkpoint_keep)
+    return Store(runs.run_folder(params.run) / "checkpoints" / name, runs.stage_key("shielded_ppo", params), params.checkpoint_keep)
 
 
 def forget(stage: runs.StageRun) -> None:
@@ -58,7 +57,7 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
     """Tune arm ``name``, ``unshielded`` or ``shielded``; arms share their seeds, so that they are comparable."""
     if name not in TRAINED:
         raise ValueError(f"arm {name!r}: only {', '.join(TRAINED)} are trained")
-    params, store = stage.params, checkpoints(stage, name)
+    params, store = stage.params, checkpoints(stage.params, name)
     seeds = {phase: stage.torch_seed(phase) % 2**32 for phase in ("lora", "warm", "ppo")}
     explainer = ex.load_for(params, seeds["lora"], stage.device)
     records = world.training_records()

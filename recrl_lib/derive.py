@@ -12,6 +12,9 @@ them, and a basis (d, k) fits an A (r, d) of any r up to the d - k free directio
 how long and how hot explanations are sampled and what they are paid, how the basis is enforced, and the seed, which then moves what the
 derived run draws itself (adapters, prompts, samples, judged users) and not the split or the ranker. The price: shared
 *metrics* describe the base, e.g. ``explainer.json`` counts the base's trainable parameters.
+
+A change that reaches the training but not its warm start (``AFTER_WARM_START``) shares that too: the base's warm
+adapters are laid down as the checkpoints that a training killed after its warm start would have left.
 """
 
 import json
@@ -20,6 +23,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from recrl_lib import config, runs
 from recrl_lib.config import Params
@@ -30,6 +35,10 @@ REUSED = (
     "seed", "device", "lora_rank", "lora_alpha", "max_new_tokens", "temperature",
     "reward", "weight_length", "weight_relevance", "weight_coherence", "shield_mode", "shield_penalty",
 )  # fmt: skip
+# What only the reinforcement learning reads, of the stage that trains and of those before it.
+AFTER_WARM_START = {name for name in config.owned_by("shielded_ppo") if not name.startswith("warm_")} - {"seed", "device", "dtype"} | {
+    "max_new_tokens", "temperature", "reward", "weight_length", "weight_relevance", "weight_coherence",
+}  # fmt: skip
 # The report draws outside its run folder, and the ablations compare the runs over their own.
 SHAREABLE = tuple(stage for stage in config.PIPELINE if stage.name not in ("ablations", "report"))
 
@@ -68,6 +77,8 @@ def derive(base: str, run: str, **changes: Any) -> Params:
     if manifest != present or runs.read_params(run) != params:  # a job that runs already writes there too
         runs.write_params(params)
         write_atomic(runs.run_folder(run) / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    if "shielded_ppo" in ready and set(origin["changed"]) <= AFTER_WARM_START and not runs.up_to_date("shielded_ppo", params):
+        _share_warm_start(source, params)
     return params
 
 
@@ -128,6 +139,24 @@ def _check_basis(source: Params, params: Params, shared: list[str]) -> None:
                 f"lora_rank={params.lora_rank}: layer input {name} of run {source.run!r} has {width} directions, {rank} of them "
                 f"protected; use at most {width - rank}, or a base run that protects fewer"
             )
+
+
+def _share_warm_start(source: Params, params: Params) -> None:
+    """Leave the base's warm-started adapters as the derived run's checkpoints, unless it has its own already."""
+    from safetensors.torch import load_file
+
+    from recrl_lib import arms, warmstart  # torch is for this alone: a batch that is only planned never loads it
+
+    base = runs.run_folder(source.run)
+    if not source.warm_start:
+        return
+    curve = pd.read_csv(base / "curves" / "warm_start.csv")
+    for arm in arms.TRAINED:
+        store = arms.checkpoints(params, arm)
+        if store.load("warm") is None:
+            rows = curve.loc[curve["arm"] == arm, ["step", "loss"]].to_dict("records")
+            adapter, _ = warmstart.unstack(load_file(base / "artifacts" / f"adapter_{arm}_warm.safetensors"))
+            store.save("warm", adapter, {"curve": rows, "intact": True})  # the base's training has checked it
 
 
 def _share(source: Path, target: Path, sha: str) -> None:

@@ -91,3 +91,9 @@ def stack(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tens
     if set(first) != set(second):
         raise ValueError("the two adapters are not on the same layers")
     return {name: torch.cat([first[name], second[name]], dim=0 if "lora_A" in name else 1) for name in first}
+
+
+def unstack(stacked: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The two adapters that ``stack`` made one of."""
+    halves = {name: tensor.chunk(2, dim=0 if "lora_A" in name else 1) for name, tensor in stacked.items()}
+    return {name: half[0].contiguous() for name, half in halves.items()}, {name: half[1].contiguous() for name, half in halves.items()}

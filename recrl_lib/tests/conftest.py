@@ -104,6 +104,8 @@ def finish(name: str, params: Params, value: float = 1.0) -> None:
     """Stage ``name`` of a run, finished without its notebook."""
     import torch
 
+    from recrl_lib import arms, warmstart
+
     stage = runs.start(name, params.as_dict())
     for need in config.stage_named(name).needs:
         if need in OWN:
@@ -112,6 +114,11 @@ def finish(name: str, params: Params, value: float = 1.0) -> None:
         stage.save_tensors("subspaces", {"0.attn/basis": torch.zeros(8, 5), "0.attn/spectrum": torch.zeros(8)})
     elif name in OWN:
         stage.save_tensors(OWN[name], {"x": torch.tensor([value])})
+    if name == "shielded_ppo":
+        stage.curve([{"arm": arm, "step": 1, "loss": len(arm) * value} for arm in arms.TRAINED], "warm_start")
+        for arm in arms.TRAINED:
+            half = {"lora_A": torch.full((1, 2), value), "lora_B": torch.full((2, 1), float(len(arm)))}
+            stage.save_tensors(f"adapter_{arm}_warm", warmstart.stack(half, {key: torch.zeros_like(x) for key, x in half.items()}))
     stage.metrics({key: 0.5 for key in runs.REQUIRED_METRICS.get(runs.metrics_name(name), ())} | {"n": value})
     stage.finish()
 

@@ -1,12 +1,13 @@
 """Derived runs: what they share, what is left to run, and that nothing shared can be damaged or mistaken."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
 from conftest import finish
 
-from recrl_lib import derive, runs
+from recrl_lib import arms, derive, runs
 from recrl_lib.config import Params
 from recrl_lib.files import write_atomic
 
@@ -39,6 +40,27 @@ def test_a_derived_run_shares_files_and_entries_and_runs_the_rest(base):
     assert runs.up_to_date("shielded_ppo", params) and runs.up_to_date("evaluation", params)
     assert runs.read_manifest("d")["derived_from"] == manifest["derived_from"]
     assert derive.derive("base", "d", lora_rank=3, seed=5) == params and runs.up_to_date("evaluation", params)
+
+
+def test_a_change_after_the_warm_start_shares_its_adapters(base):
+    params = derive.derive("base", "d", kl_coef=0.0, weight_length=0.0)
+    for arm in arms.TRAINED:
+        adapter, plain = arms.checkpoints(params, arm).load("warm")
+        assert plain == {"curve": [{"step": 1, "loss": float(len(arm))}], "intact": True}
+        assert adapter["lora_A"].tolist() == [[1, 1]] and adapter["lora_B"].tolist() == [[len(arm)]] * 2
+    arms.checkpoints(params, "shielded").save("warm", adapter, {"curve": [], "intact": True})
+    derive.derive("base", "d", kl_coef=0.0, weight_length=0.0)
+    assert arms.checkpoints(params, "shielded").load("warm")[1]["curve"] == []  # its own is kept
+    finish("shielded_ppo", params)
+    folder = runs.run_folder("d") / "checkpoints"
+    shutil.rmtree(folder)
+    derive.derive("base", "d", kl_coef=0.0, weight_length=0.0)
+    assert not folder.exists()  # nothing left to train
+
+
+@pytest.mark.parametrize("change", [{"warm_steps": 9}, {"lora_rank": 3}, {"seed": 5}, {"shield_penalty": 7.0}, {"dtype": "float32"}])
+def test_a_change_that_reaches_the_warm_start_shares_none(base, change):
+    assert arms.checkpoints(derive.derive("base", "d", **change), "shielded").load("warm") is None
 
 
 def test_executing_a_shared_stage_makes_it_the_runs_own(base):

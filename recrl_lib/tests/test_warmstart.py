@@ -67,7 +67,9 @@ def test_a_stacked_adapter_on_the_base_is_both_updates():
     tune_randomly(explainer, seed=2)
     expected, second = answer(explainer), explainer.adapter_state()
     whole = tiny_explainer().add_lora(8, 8, 2, seed=0)  # twice the rank, the same alpha / rank
-    whole.load_adapter(warmstart.stack(first, second))
+    stacked = warmstart.stack(first, second)
+    whole.load_adapter(stacked)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(warmstart.unstack(stacked), (first, second), strict=True) for name in first)
     torch.testing.assert_close(answer(whole), expected, atol=1e-5, rtol=0)
 
 
