@@ -52,7 +52,7 @@ _RESIDUES = tuple(
     )
 )
 _LIST_MARKER = re.compile(r"\s*(?:#|[-*]\s|\d+[.)]\s)")
-_ASCII_OTHERS = {code: None for code in range(128) if not chr(code).isalpha()}  # for str.translate: drop them
+_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())  # for bytes.translate: drop them
 
 
 def score(record: Record, text: str, catalogue: Catalogue, variant: str = "grounded") -> dict[str, float]:
@@ -218,9 +218,10 @@ def _sane(text: str) -> bool:
     """Mostly Latin letters, in words of ordinary length."""
     lengths = list(map(len, _said(text)))
     visible = "".join(text.split())
-    rest = visible.translate(_ASCII_OTHERS)
-    letters = len(rest) if rest.isascii() else sum(map(str.isalpha, rest))
-    ascii_share = 1.0 if visible.isascii() else len(visible.encode("ascii", "ignore")) / len(visible)
+    ascii_only = visible.encode("ascii", "ignore")
+    plain = len(ascii_only) == len(visible)
+    letters = len(ascii_only.translate(None, _NO_LETTERS)) if plain else sum(map(str.isalpha, visible))
+    ascii_share = len(ascii_only) / len(visible)
     return (
         letters >= 0.8 * len(visible)
         and ascii_share >= 0.9
