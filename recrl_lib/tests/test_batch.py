@@ -306,14 +306,14 @@ def test_two_ray_nodes_and_one_is_lost(base, house, argv, tmp_path, monkeypatch)
         return [line.split()[1] for line in trace.read_text().splitlines() if line.startswith(kind)] if trace.exists() else []
 
     small = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    cluster = Cluster()
     try:
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
-        nodes = [cluster.add_node(num_cpus=1, num_gpus=1, **small) for _ in range(2)]
-    except Exception as error:  # Ray gives its processes 30 s, which a busy machine exceeds
-        pytest.skip(f"Ray did not start: {error}")
-    try:
+        cluster.add_node(wait=False, num_cpus=0, **small)  # the head; without waiting, since Ray waits 30 s only
+        nodes = [cluster.add_node(wait=False, num_cpus=1, num_gpus=1, **small) for _ in range(2)]
+        cluster.wait_for_nodes(300)
+
         def lose_one():
-            until(lambda: len(lines("start")) >= 2, 120)
+            until(lambda: len(lines("start")) >= 2, 300)
             cluster.remove_node(nodes[1], allow_graceful=False)
 
         killer = threading.Thread(target=lose_one)
