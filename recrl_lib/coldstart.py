@@ -41,7 +41,9 @@ def _warm_split(split: Split, new: np.ndarray, n_warm: int) -> Split:
 
     Users with fewer than two are left out. Training reads no test item, so the field repeats the validation item.
     """
-    kept = [ids[ids <= n_warm] for ids in (new[items] for items in split.with_valid)]
-    kept = [ids for ids in kept if len(ids) >= 2]
-    last = np.array([ids[-1] for ids in kept])
-    return Split([ids[:-1] for ids in kept], last, last)
+    known, others = (
+        [ids for ids in (new[items] for items in histories) if (ids := ids[ids <= n_warm]).size >= 2]
+        for histories in (split.with_valid, split.others)
+    )
+    last = np.array([ids[-1] for ids in known])
+    return Split([ids[:-1] for ids in known], last, last, others=tuple(others))

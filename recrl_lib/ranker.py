@@ -81,7 +81,8 @@ class SASRec(nn.Module):
                     module.bias.zero_()
             self.items.weight[0] = 0.0
             heads, max_len = self.distances.shape
-            slopes = 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1))  # ALiBi (Press et al. 2022): from near to far sight
+            # As ALiBi (Press et al. 2022), from near to far sight; its exponent of 8, made for text, is too far here.
+            slopes = 2.0 ** (-6.0 / heads * torch.arange(1, heads + 1))
             self.distances.copy_(-slopes[:, None] * torch.arange(max_len))
 
     def fit_text(self, text: Tensor) -> None:
@@ -193,7 +194,7 @@ def train(
     model: SASRec, split: Split, text: Tensor | None, *, lr: float, batch: int, epochs: int, patience: int,
     seed: int, device: str | torch.device = "cpu", average: float = 0.0,
 ) -> list[dict[str, float]]:
-    """Fit ``model`` to ``split.train`` and leave it in eval mode with the weights of the best validation NDCG@10.
+    """Fit ``model`` to ``split.training`` and leave it in eval mode with the weights of the best validation NDCG@10.
 
     Softmax cross-entropy at every position: over all items, or above ``FULL_SOFTMAX_ITEMS`` over a sample. Each epoch
     cuts every history into windows of ``max_len + 1`` items at a random offset, so that long histories are used whole
@@ -205,7 +206,7 @@ def train(
     model.to(device)
     text = None if text is None else text.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    noise = _noise(split.train, model.n_items).to(device) if model.n_items > FULL_SOFTMAX_ITEMS else None
+    noise = _noise(split.training, model.n_items).to(device) if model.n_items > FULL_SOFTMAX_ITEMS else None
     kept = copy.deepcopy(model)  # the average
     rng = np.random.default_rng(seed)
     best, best_state, curve, steps = -1.0, {}, [], 0
@@ -214,7 +215,7 @@ def train(
         torch.manual_seed(seed)
         for epoch in track(range(1, epochs + 1), "ranker"):
             total, count = 0.0, 0
-            for rows in _batches(split.train, model.max_len + 1, batch, rng):
+            for rows in _batches(split.training, model.max_len + 1, batch, rng):
                 loss, positions = _loss(model.train(), rows.to(device), text, noise)
                 optimizer.zero_grad()
                 loss.backward()

@@ -90,8 +90,8 @@ def test_a_head_adds_its_bias_for_the_distance():
 
 
 def test_untrained_heads_look_less_far_the_lower_their_number():
-    """Biases start as ALiBi's: 0 for the item itself, then falling by 2^-4 and 2^-8 a step with two heads."""
-    assert torch.allclose(small(max_len=3).distances, torch.tensor([[0, -1 / 16, -2 / 16], [0, -1 / 256, -2 / 256]]))
+    """With two heads biases start at 0 for the item itself and fall by 2^-3 and 2^-6 a step."""
+    assert torch.allclose(small(max_len=3).distances, torch.tensor([[0, -1 / 8, -2 / 8], [0, -1 / 64, -2 / 64]]))
 
 
 def test_attention_equals_a_naive_twin():
