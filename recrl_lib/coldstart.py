@@ -41,9 +41,7 @@ def _warm_split(split: Split, new: np.ndarray, n_warm: int) -> Split:
 
     Users with fewer than two are left out. Training reads no test item, so the field repeats the validation item.
     """
-    known, others = (
-        [ids for ids in (new[items] for items in histories) if (ids := ids[ids <= n_warm]).size >= 2]
-        for histories in (split.with_valid, split.others)
-    )
+    kept = [[ids[ids <= n_warm] for ids in (new[items] for items in part)] for part in (split.with_valid, split.others)]
+    known, others = ([ids for ids in part if len(ids) >= 2] for part in kept)
     last = np.array([ids[-1] for ids in known])
     return Split([ids[:-1] for ids in known], last, last, others=tuple(others))
