@@ -42,7 +42,7 @@ USERS, ITEMS = 256, 2**12  # scored at a time in a ranking: 4 MiB of scores, wha
 class SASRec(nn.Module):
     """``layers`` pre-norm causal blocks of width ``dim`` over the last ``max_len`` items.
 
-    Order enters through distances, not places: attention to the item d places back has the bias ``distances[head, d]``
+    Order enters through distances, not places: attention to the item d places back has the bias ``distances[d, head]``
     added (Shaw et al. 2018; the scalar form of Raffel et al. 2020, §2.1). It is learned from all positions alike. A vector
     per place, as in the paper, leaves the last place, the only one that is ranked from, with one training target a window.
     In training a share ``item_dropout`` of the items read is blanked. All weights are drawn from ``seed``. With
@@ -62,7 +62,7 @@ class SASRec(nn.Module):
         )
         self.n_items, self.max_len, self.item_dropout = n_items, max_len, item_dropout
         self.items = nn.Embedding(n_items + 1, dim, padding_idx=0)
-        self.distances = nn.Parameter(torch.empty(heads, max_len))
+        self.distances = nn.Parameter(torch.empty(max_len, heads))
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
@@ -80,10 +80,10 @@ class SASRec(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
             self.items.weight[0] = 0.0
-            heads, max_len = self.distances.shape
+            max_len, heads = self.distances.shape
             # As ALiBi (Press et al. 2022), from near to far sight; its exponent of 8, made for text, is too far here.
             slopes = 2.0 ** (-6.0 / heads * torch.arange(1, heads + 1))
-            self.distances.copy_(-slopes[:, None] * torch.arange(max_len))
+            self.distances.copy_(-torch.arange(max_len)[:, None] * slopes)
 
     def fit_text(self, text: Tensor) -> None:
         """Take the constants of ``norm`` from the base LLM's ``text``, (I+1, text_dim) with row 0 = padding."""
@@ -132,7 +132,9 @@ class SASRec(nn.Module):
         back = place[:, None] - place  # how far before the query the key is
         itself = back == 0  # a padded row needs one key, or is NaN
         allowed = (back >= 0) & real[:, None, :] | itself
-        mask = torch.where(allowed[:, None], self.distances[:, back.clamp_min(0)], -torch.inf)  # (B, heads, L, L)
+        # Looked up as an embedding: an index's gradient is summed in no fixed order by threads.
+        bias = F.embedding(back.clamp_min(0), self.distances).permute(2, 0, 1)
+        mask = torch.where(allowed[:, None], bias, -torch.inf)  # (B, heads, L, L)
         x = F.embedding(histories, table) * table.shape[1] ** 0.5  # vectors start near 0 (Vaswani et al. 2017, §3.4)
         if self.training and self.item_dropout:
             x = x * (torch.rand(histories.shape, device=x.device) >= self.item_dropout)[..., None]

@@ -82,7 +82,7 @@ def test_a_head_adds_its_bias_for_the_distance():
     for h in range(2):
         part = slice(4 * h, 4 * h + 4)
         for i in range(1, 5):
-            logits = torch.stack([q[i, part] @ k[j, part] / 2 + model.distances[h, i - j] for j in range(1, i + 1)])
+            logits = torch.stack([q[i, part] @ k[j, part] / 2 + model.distances[i - j, h] for j in range(1, i + 1)])
             attended[i, part] = logits.softmax(0) @ v[1 : i + 1, part]
     y = x + block.out(attended)
     y = model.norm(y + block.feed_out(torch.nn.functional.gelu(block.feed_in(block.norm_feed(y)))))
@@ -91,7 +91,7 @@ def test_a_head_adds_its_bias_for_the_distance():
 
 def test_untrained_heads_look_less_far_the_lower_their_number():
     """With two heads biases start at 0 for the item itself and fall by 2^-3 and 2^-6 a step."""
-    assert torch.allclose(small(max_len=3).distances, torch.tensor([[0, -1 / 8, -2 / 8], [0, -1 / 64, -2 / 64]]))
+    assert torch.allclose(small(max_len=3).distances, torch.tensor([[0, 0], [-1 / 8, -1 / 64], [-2 / 8, -2 / 64]]))
 
 
 def test_attention_equals_a_naive_twin():
@@ -230,6 +230,15 @@ def test_fit_is_the_ranker_of_the_parameters():
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     plain, _ = ranker.fit(params, split, N_ITEMS, None, seed=3)
     assert plain.text is None
+
+
+def test_users_who_are_not_evaluated_teach_too():
+    """The evaluated users' single training items hold no transition, so all that is learned is the others'."""
+    walks = cycles()
+    split = Split([items[-1:] for items in walks.train], walks.valid, walks.test, others=tuple(walks.train))
+    model = small()
+    fit(model, split, epochs=12)
+    assert hr_at(ranker.target_ranks(model, split.train, split.valid, None), 1).mean() > 0.5
 
 
 def test_training_stops_early():
