@@ -1,8 +1,12 @@
 """``make bench``, the ranker's part: quality and CPU time beside the baselines, and ranking at scale.
 
 ``main`` prints all of it. Ranking at scale runs in a process of its own, so that its peak memory is its own.
+
+``python -m recrl_lib.bench_ranker --seeds N`` is no part of ``make bench``: it trains the laptop profile's ranker with the
+seeds 0..N-1, with text and without, and writes ``runs/reference/ranker_seeds.csv``.
 """
 
+import argparse
 import os
 import resource
 import subprocess
@@ -11,8 +15,11 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
+from torch import Tensor
 
-from recrl_lib import assets, baselines, config, datasets, explainer, metrics, ranker
+from recrl_lib import assets, baselines, config, datasets, explainer, metrics, paths, ranker, stats
+from recrl_lib.files import write_atomic
 
 USERS, ITEMS, HISTORY, K = 20_000, 200_000, 50, 10
 MIB = 2**20
@@ -28,18 +35,14 @@ def main() -> None:
 
 def quality() -> None:
     """The laptop profile's ranker, one seed, and the baselines: CPU-seconds to train and to rank all users, test metrics."""
-    params = config.resolve("laptop")
-    data = datasets.load("ml-100k", assets.ml100k_folder())
-    n_items = len(data.items)
-    split = datasets.split_leave_one_out(data.interactions, len(data.users))
-    text = explainer.ItemTexts(explainer.load_for(params, 0), data.items["text"].tolist()).base_vectors()
+    params, split, n_items, text = _laptop()
 
     def trained(vectors) -> np.ndarray:
         model, _ = ranker.fit(params, split, n_items, vectors, 0)
         return ranker.target_ranks(model, split.with_valid, split.test, vectors)
 
     def counted(chunks: Callable, *arguments) -> np.ndarray:
-        return ranker.ranks_of(chunks(split.train, n_items, *arguments), split.with_valid, split.test)
+        return ranker.ranks_of(chunks(split.training, n_items, *arguments), split.with_valid, split.test)
 
     for name, ranks in (
         ("popularity", lambda: counted(baselines.popularity_chunks, len(split.test))),
@@ -52,6 +55,46 @@ def quality() -> None:
         r = ranks()
         seconds = time.process_time() - start
         print(f"{name:<28}{seconds:>8.1f}{metrics.ndcg_at(r, 10).mean():>10.4f}{metrics.hr_at(r, 10).mean():>8.4f}", flush=True)
+
+
+def _laptop() -> tuple[config.Params, datasets.Split, int, Tensor]:
+    """The laptop profile's parameters, split, number of items, and text vectors."""
+    params = config.resolve("laptop")
+    data = datasets.load("ml-100k", assets.ml100k_folder())
+    split = datasets.split_leave_one_out(data.interactions, len(data.users))
+    text = explainer.ItemTexts(explainer.load_for(params, 0), data.items["text"].tolist()).base_vectors()
+    return params, split, len(data.items), text
+
+
+def seeds(n: int) -> pd.DataFrame:
+    """A row for each of ``n`` seeds with text and without, their means, and EASE^R: test metrics, and NDCG@10 over EASE^R's.
+
+    The intervals (95 %) are of paired differences, bootstrapped over users; a mean's is of the users' means over seeds.
+    """
+    params, split, n_items, text = _laptop()
+    history, test = split.with_valid, split.test
+    ease = metrics.ndcg_at(ranker.ranks_of(baselines.ease_chunks(split.training, n_items, history), history, test), 10)
+    rows = []
+    for arm, vectors in (("llm", text), ("none", None)):
+        table, users = [], []
+        for seed in range(n):
+            start = time.process_time()
+            model, curve = ranker.fit(params, split, n_items, vectors, seed)
+            seconds = time.process_time() - start
+            valid = [row["valid_ndcg@10"] for row in curve]
+            ranks = ranker.target_ranks(model, history, test, vectors)
+            free = ranker.target_ranks(model, history, test, None)
+            users.append(metrics.ndcg_at(ranks, 10))
+            table.append({
+                "ndcg@10": users[-1].mean(), "hr@10": metrics.hr_at(ranks, 10).mean(), "mrr@10": metrics.mrr_at(ranks, 10).mean(),
+                "text_free_ndcg@10": metrics.ndcg_at(free, 10).mean(), "valid_ndcg@10": max(valid),
+                "epochs": len(valid), "best_epoch": int(np.argmax(valid)) + 1, "train_cpu_seconds": seconds,
+            })
+        table.append(pd.DataFrame(table).mean().to_dict())
+        for seed, row, values in zip([*range(n), f"mean of {n}"], table, [*users, np.mean(users, 0)]):
+            over = stats.paired_bootstrap_diff(values, ease, 10_000, np.random.default_rng(0))[:3]
+            rows.append({"text": arm, "seed": seed, **row, **dict(zip(("over_ease", "over_ease_lo", "over_ease_hi"), over))})
+    return pd.DataFrame([*rows, {"text": "EASE^R", "ndcg@10": ease.mean()}])
 
 
 def scale() -> None:
@@ -80,4 +123,11 @@ def peak_mib() -> float:
 
 if __name__ == "__main__":
     os.environ["RECRL_PROGRESS"] = "off"
-    scale()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, metavar="N", help="write runs/reference/ranker_seeds.csv instead")
+    if count := parser.parse_args().seeds:
+        written = seeds(count).to_csv(index=False, float_format="%.4f", lineterminator="\n")
+        write_atomic(paths.REFERENCE / "ranker_seeds.csv", written.encode())
+        print(written, end="")
+    else:
+        scale()

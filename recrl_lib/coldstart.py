@@ -41,7 +41,7 @@ def _warm_split(split: Split, new: np.ndarray, n_warm: int) -> Split:
 
     Users with fewer than two are left out. Training reads no test item, so the field repeats the validation item.
     """
-    kept = [ids[ids <= n_warm] for ids in (new[items] for items in split.with_valid)]
-    kept = [ids for ids in kept if len(ids) >= 2]
-    last = np.array([ids[-1] for ids in kept])
-    return Split([ids[:-1] for ids in kept], last, last)
+    kept = [[ids[ids <= n_warm] for ids in (new[items] for items in part)] for part in (split.with_valid, split.others)]
+    known, others = ([ids for ids in part if len(ids) >= 2] for part in kept)
+    last = np.array([ids[-1] for ids in known])
+    return Split([ids[:-1] for ids in known], last, last, others=tuple(others))

@@ -207,7 +207,7 @@ def _typed(name: str, value, kind: type):
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
     "laptop": dict(
-        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=20, ranker_patience=4,
+        ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=14, ranker_patience=4,
         lora_layers=10, max_new_tokens=40, explain_users=12, shield_penalty=1000.0,
         frontier_points="none", frontier_steps=16, frontier_users=24,  # small: 3 minutes more
         warm_steps=30, ppo_steps=6, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,

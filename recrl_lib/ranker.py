@@ -42,8 +42,10 @@ USERS, ITEMS = 256, 2**12  # scored at a time in a ranking: 4 MiB of scores, wha
 class SASRec(nn.Module):
     """``layers`` pre-norm causal blocks of width ``dim`` over the last ``max_len`` items.
 
-    Positions count from the end of the history, so the amount of padding on the left changes nothing. In training a
-    share ``item_dropout`` of the items read is blanked to a bare position. All weights are drawn from ``seed``. With
+    Order enters through distances, not places: attention to the item d places back has the bias ``distances[d, head]``
+    added (Shaw et al. 2018; the scalar form of Raffel et al. 2020, §2.1). It is learned from all positions alike. A vector
+    per place, as in the paper, leaves the last place, the only one that is ranked from, with one training target a window.
+    In training a share ``item_dropout`` of the items read is blanked. All weights are drawn from ``seed``. With
     ``text_dim`` > 0 call ``fit_text`` before the first use.
     """
 
@@ -60,7 +62,7 @@ class SASRec(nn.Module):
         )
         self.n_items, self.max_len, self.item_dropout = n_items, max_len, item_dropout
         self.items = nn.Embedding(n_items + 1, dim, padding_idx=0)
-        self.positions = nn.Embedding(max_len, dim)
+        self.distances = nn.Parameter(torch.empty(max_len, heads))
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
@@ -78,6 +80,10 @@ class SASRec(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
             self.items.weight[0] = 0.0
+            max_len, heads = self.distances.shape
+            # As ALiBi (Press et al. 2022), from near to far sight; its exponent of 8, made for text, is too far here.
+            slopes = 2.0 ** (-6.0 / heads * torch.arange(1, heads + 1))
+            self.distances.copy_(-torch.arange(max_len)[:, None] * slopes)
 
     def fit_text(self, text: Tensor) -> None:
         """Take the constants of ``norm`` from the base LLM's ``text``, (I+1, text_dim) with row 0 = padding."""
@@ -122,14 +128,17 @@ class SASRec(nn.Module):
         if length > self.max_len:
             raise ValueError(f"SASRec: histories of length {length} exceed max_len={self.max_len}; see pad_sequences")
         real = histories > 0
-        causal = torch.ones(length, length, dtype=torch.bool, device=histories.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=histories.device)  # a padded row needs one key, or is NaN
-        mask = (causal & real[:, None, :] | itself)[:, None]
-        # Vectors start near 0; the factor (Vaswani et al. 2017, §3.4) lifts them above the positions.
-        x = F.embedding(histories, table) * table.shape[1] ** 0.5
+        place = torch.arange(length, device=histories.device)
+        back = place[:, None] - place  # how far before the query the key is
+        itself = back == 0  # a padded row needs one key, or is NaN
+        allowed = (back >= 0) & real[:, None, :] | itself
+        # Looked up as an embedding: an index's gradient is summed in no fixed order by threads.
+        bias = F.embedding(back.clamp_min(0), self.distances).permute(2, 0, 1)
+        mask = torch.where(allowed[:, None], bias, -torch.inf)  # (B, heads, L, L)
+        x = F.embedding(histories, table) * table.shape[1] ** 0.5  # vectors start near 0 (Vaswani et al. 2017, §3.4)
         if self.training and self.item_dropout:
             x = x * (torch.rand(histories.shape, device=x.device) >= self.item_dropout)[..., None]
-        x = self.dropout(x + self.positions.weight[self.max_len - length :])
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
@@ -185,9 +194,9 @@ def fit(
 
 def train(
     model: SASRec, split: Split, text: Tensor | None, *, lr: float, batch: int, epochs: int, patience: int,
-    seed: int, device: str | torch.device = "cpu", weight_decay: float = 0.0, average: float = 0.0,
+    seed: int, device: str | torch.device = "cpu", average: float = 0.0,
 ) -> list[dict[str, float]]:
-    """Fit ``model`` to ``split.train`` and leave it in eval mode with the weights of the best validation NDCG@10.
+    """Fit ``model`` to ``split.training`` and leave it in eval mode with the weights of the best validation NDCG@10.
 
     Softmax cross-entropy at every position: over all items, or above ``FULL_SOFTMAX_ITEMS`` over a sample. Each epoch
     cuts every history into windows of ``max_len + 1`` items at a random offset, so that long histories are used whole
@@ -198,8 +207,8 @@ def train(
     """
     model.to(device)
     text = None if text is None else text.to(device)
-    optimizer = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=lr, fused=True)
-    noise = _noise(split.train, model.n_items).to(device) if model.n_items > FULL_SOFTMAX_ITEMS else None
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    noise = _noise(split.training, model.n_items).to(device) if model.n_items > FULL_SOFTMAX_ITEMS else None
     kept = copy.deepcopy(model)  # the average
     rng = np.random.default_rng(seed)
     best, best_state, curve, steps = -1.0, {}, [], 0
@@ -208,7 +217,7 @@ def train(
         torch.manual_seed(seed)
         for epoch in track(range(1, epochs + 1), "ranker"):
             total, count = 0.0, 0
-            for rows in _batches(split.train, model.max_len + 1, batch, rng):
+            for rows in _batches(split.training, model.max_len + 1, batch, rng):
                 loss, positions = _loss(model.train(), rows.to(device), text, noise)
                 optimizer.zero_grad()
                 loss.backward()
@@ -233,13 +242,6 @@ def train(
 def _average(kept: SASRec, model: SASRec, decay: float) -> None:
     """``kept`` = ``decay`` x ``kept`` + (1 - ``decay``) x ``model``, in place."""
     torch._foreach_lerp_(list(kept.parameters()), list(model.parameters()), 1.0 - decay)
-
-
-def _decay_groups(model: SASRec, weight_decay: float) -> list[dict]:
-    """Decay matrices only: pulling norms and biases to zero regularises nothing."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 def _batches(sequences: list[np.ndarray], width: int, batch: int, rng: np.random.Generator) -> tuple[Tensor, ...]:

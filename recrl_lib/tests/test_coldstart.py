@@ -59,3 +59,10 @@ def test_nothing_cold_in_the_test_is_an_error():
     absent = np.setdiff1d(np.arange(1, N_ITEMS + 1), split.test)[:4]
     with pytest.raises(ValueError, match="4 items held out, 0 of them in the test"):
         coldstart.cold_ranks(split, text, absent, fit)
+
+
+def test_users_who_only_train_keep_their_warm_items():
+    split = Split([np.array([1, 2, 3])], np.array([4]), np.array([5]), others=(np.array([5, 4, 1]), np.array([5, 2])))
+    new = np.arange(6)  # item 5 is cold, and the one item that is left of the last user is no history
+    warm = coldstart._warm_split(split, new, n_warm=4)
+    assert [ids.tolist() for ids in warm.others] == [[4, 1]] and [ids.tolist() for ids in warm.train] == [[1, 2, 3]]

@@ -37,7 +37,7 @@ def cycles(n_users=40, n_items=N_ITEMS, seed=0):
 
 
 def fit(model, split, text=None, seed=0, **changes):
-    settings = dict(lr=1e-2, batch=8, epochs=4, patience=4, weight_decay=0.01)
+    settings = dict(lr=1e-2, batch=8, epochs=4, patience=4)
     return ranker.train(model, split, text, seed=seed, **{**settings, **changes})
 
 
@@ -68,6 +68,30 @@ def test_padding_does_not_leak():
     other = table.clone()
     other[0] = 100.0  # whatever the padding vector is
     assert torch.allclose(model(torch.tensor([[0, 0, 0, 3, 1, 4]]), other)[0, 3:], long[0, 3:], atol=1e-6)
+
+
+def test_a_head_adds_its_bias_for_the_distance():
+    """One block in plain loops: the query at place i meets the key at j <= i with the bias of i - j."""
+    model = small(layers=1).eval()
+    with torch.no_grad():
+        model.distances.normal_(0, 1, generator=torch.Generator().manual_seed(1))
+    table, history = model.item_table(None), torch.tensor([[0, 3, 1, 4, 5]])
+    block, x = model.blocks[0], table[history[0]] * math.sqrt(8)
+    q, k, v = block.qkv(block.norm_attention(x)).chunk(3, -1)
+    attended = torch.zeros(5, 8)
+    for h in range(2):
+        part = slice(4 * h, 4 * h + 4)
+        for i in range(1, 5):
+            logits = torch.stack([q[i, part] @ k[j, part] / 2 + model.distances[i - j, h] for j in range(1, i + 1)])
+            attended[i, part] = logits.softmax(0) @ v[1 : i + 1, part]
+    y = x + block.out(attended)
+    y = model.norm(y + block.feed_out(torch.nn.functional.gelu(block.feed_in(block.norm_feed(y)))))
+    assert torch.allclose(model(history, table)[0, 1:], y[1:], atol=1e-5)
+
+
+def test_untrained_heads_look_less_far_the_lower_their_number():
+    """With two heads biases start at 0 for the item itself and fall by 2^-3 and 2^-6 a step."""
+    assert torch.allclose(small(max_len=3).distances, torch.tensor([[0, 0], [-1 / 8, -1 / 64], [-2 / 8, -2 / 64]]))
 
 
 def test_attention_equals_a_naive_twin():
@@ -200,12 +224,21 @@ def test_fit_is_the_ranker_of_the_parameters():
     model, curve = ranker.fit(params, split, N_ITEMS, text, seed=3)
     twin = SASRec(N_ITEMS, 8, 1, 2, 6, params.ranker_dropout, TEXT_DIM, seed=3, item_dropout=0.3)
     twin.fit_text(text)
-    rows = fit(twin, split, text, seed=3, lr=params.ranker_lr, batch=params.ranker_batch, epochs=2, weight_decay=0.0,
+    rows = fit(twin, split, text, seed=3, lr=params.ranker_lr, batch=params.ranker_batch, epochs=2,
                average=params.ranker_average)
     assert curve == rows and ranker.state_sha256(model) == ranker.state_sha256(twin)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     plain, _ = ranker.fit(params, split, N_ITEMS, None, seed=3)
     assert plain.text is None
+
+
+def test_users_who_are_not_evaluated_teach_too():
+    """The evaluated users' single training items hold no transition, so all that is learned is the others'."""
+    walks = cycles()
+    split = Split([items[-1:] for items in walks.train], walks.valid, walks.test, others=tuple(walks.train))
+    model = small()
+    fit(model, split, epochs=12)
+    assert hr_at(ranker.target_ranks(model, split.train, split.valid, None), 1).mean() > 0.5
 
 
 def test_training_stops_early():

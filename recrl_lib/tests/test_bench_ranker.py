@@ -1,0 +1,32 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from recrl_lib import baselines, bench_ranker, config, metrics, ranker
+from recrl_lib.datasets import Split
+
+
+def test_the_table_of_seeds(monkeypatch):
+    """On 30 users who walk round 12 items: means are of the rows above, differences from EASE^R as ranked here."""
+    monkeypatch.setenv("RECRL_PROGRESS", "off")
+    rng = np.random.default_rng(0)
+    walks = [(rng.integers(12) + np.arange(6)) % 12 + 1 for _ in range(30)]
+    split = Split([w[:-2] for w in walks], np.array([w[-2] for w in walks]), np.array([w[-1] for w in walks]))
+    params = config.Params(ranker_dim=8, ranker_layers=1, ranker_max_len=6, ranker_epochs=2)
+    text = torch.randn(13, 5, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(bench_ranker, "_laptop", lambda: (params, split, 12, text))
+    table = bench_ranker.seeds(2)
+    assert table["text"].tolist() == ["llm"] * 3 + ["none"] * 3 + ["EASE^R"]
+    assert table["seed"].tolist()[:6] == [0, 1, "mean of 2"] * 2
+    history = split.with_valid
+    ease = metrics.ndcg_at(ranker.ranks_of(baselines.ease_chunks(split.train, 12, history), history, split.test), 10).mean()
+    for arm in ("llm", "none"):
+        rows = table[table["text"] == arm]
+        numbers = rows.drop(columns=["text", "seed", "over_ease_lo", "over_ease_hi", "train_cpu_seconds"]).astype(float)
+        pd.testing.assert_series_equal(numbers.iloc[:2].mean(), numbers.iloc[2], check_names=False)
+        np.testing.assert_allclose(rows["over_ease"], rows["ndcg@10"] - ease, atol=1e-12)
+        assert (rows["over_ease_lo"] <= rows["over_ease"]).all() and (rows["over_ease"] <= rows["over_ease_hi"]).all()
+    model, _ = ranker.fit(params, split, 12, text, seed=1)
+    expected = metrics.ndcg_at(ranker.target_ranks(model, history, split.test, text), 10).mean()
+    assert table["ndcg@10"][1] == pytest.approx(expected) and table["ndcg@10"].iloc[-1] == pytest.approx(ease)
