@@ -59,7 +59,7 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
     if name not in TRAINED:
         raise ValueError(f"arm {name!r}: only {', '.join(TRAINED)} are trained")
     params, store = stage.params, checkpoints(stage, name)
-    seeds = {phase: stage.torch_seed(phase) % 2**32 for phase in ("lora", "warm", "ppo")}
+    seeds = {phase: stage.torch_seed(phase) % 2**32 for phase in ("lora", "warm", "ppo", "settle")}
     explainer = ex.load_for(params, seeds["lora"], stage.device)
     records = world.training_records()
 
@@ -95,6 +95,8 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
             shield.detach()
     else:
         curve = _by_trl(explainer, reward, records, params, seeds["ppo"], shield, store)
+    if shielded and params.shield_settle:
+        guard("settle").settle(params.shield_settle)
     intact = warm["intact"] and ex.weights_sha256(explainer) == before
     second = explainer.adapter_state()
     adapter, warm_adapter = second, None

@@ -142,6 +142,7 @@ class Params:
     weight_length: float = _p(0.5, "shielded_ppo", "reward: weight of length; 0 removes a part, the others are rescaled to sum to 1", 0.0)
     weight_relevance: float = _p(0.3, "shielded_ppo", "reward: weight of relevance", 0.0)
     weight_coherence: float = _p(0.2, "shielded_ppo", "reward: weight of coherence", 0.0)
+    shield_settle: int = _p(0, "shielded_ppo", "steps of the replay alone after the training, at a rate that falls to zero", 0)
     tracker: str = _p("none", "shielded_ppo", "mirror the curves to a tracker, files in logs/", choices=("none", "wandb", "tensorboard"))
 
     eval_users: int = _p(24, "evaluation", "held-out users whose explanations are judged", 2)
@@ -173,6 +174,8 @@ class Params:
             raise ValueError(f"parameter run={self.run!r}: use letters, digits, '-', '_' and '.', starting with a letter or digit")
         if self.shield_mode == "penalty" and not self.shield_penalty:
             raise ValueError("parameter shield_penalty=0.0: shield_mode='penalty' has nothing else; give it a weight, 100 say")
+        if self.shield_settle and not self.shield_penalty:
+            raise ValueError(f"parameter shield_settle={self.shield_settle}: there is no replay to settle by; give shield_penalty a weight, or 0 steps")
         if not all(c.isalnum() or c in "-_" for c in self.batch):
             raise ValueError(f"parameter batch={self.batch!r}: use the name of a grid: letters, digits, '-' and '_'")
         if self.run == "reference":

@@ -48,6 +48,7 @@ class Point:
     penalty: float = 0.0
     steps: int = 20
     seed: int = 0
+    settle: int = 0  # steps of the replay alone, afterwards
 
     @property
     def curve(self) -> str:

@@ -58,6 +58,7 @@ from recrl_lib.progress import track
 MODES = ("none", "gradient", "update", "frozen_a", "penalty", "restart", "align")
 PROJECTING = ("gradient", "update", "frozen_a")  # keep A in the null space from the first step on
 BASES = ("activation", "sensitivity", "contrastive", "readout", "random")
+SETTLE_LR = 7e-4  # Adam's rate at the first step of ``Shield.settle``
 
 
 # --- what the ranker reads ----------------------------------------------------------------------
@@ -441,6 +442,23 @@ class Shield:
                 target.a.requires_grad_(True)
         if self.mode == "restart" and attached:
             self.project_parameters()
+
+    def settle(self, steps: int, lr: float = SETTLE_LR) -> None:
+        """After the training: ``steps`` of the replay alone, under the shield's own mode, at a rate that falls from ``lr`` to 0.
+
+        A training at a constant rate leaves the noise of its last steps in the item vectors. Here nothing else moves the
+        adapters, so the replay takes some of that out again. Raises ``ValueError`` without a replay.
+        """
+        if self.replay is None:
+            raise ValueError("shield_settle: there is no replay to settle by; set shield_penalty above 0")
+        optimizer = torch.optim.Adam([p for t in self._targets for p in (t.a, t.b)], lr=lr)
+        self.attach(optimizer)
+        for step in track(range(steps), "settling"):
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.detach()
 
     @torch.no_grad()
     def project_parameters(self) -> None:
