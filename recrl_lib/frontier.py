@@ -55,7 +55,7 @@ class Point:
         """The line of the figure this point lies on: its strength varies along it."""
         if self.mode in ("none", "penalty", "align", "alora"):
             return {"none": "no shield, stopped early", "penalty": "replay penalty"}.get(self.mode, self.mode)
-        return f"{self.mode}, {self.basis}" + (f" {self.energy:g}, with replay" if self.penalty else "")
+        return f"{self.mode}, {self.basis}" + (f" {self.energy:g}, with replay" if self.penalty else "") + (", settled" if self.settle else "")
 
 
 def named(name: str, seeds: int, steps: int) -> list[Point]:
@@ -230,6 +230,8 @@ def learn(lab: Lab, point: Point, guard: Shield | None, invoke=None) -> float:
         optimizer.step()
     if guard:
         guard.detach()
+    if point.settle:
+        guard.settle(point.settle)
     return process_time() - start
 
 
@@ -237,6 +239,8 @@ def run_point(lab: Lab, point: Point) -> dict:
     """Train and measure one point: its fields, then every measure, as one flat row."""
     if point.mode not in MODES:
         raise ValueError(f"frontier: mode {point.mode!r}; choose one of {', '.join(MODES)}")
+    if point.settle and (not point.penalty or point.mode in ("none", "alora")):
+        raise ValueError(f"frontier: settle={point.settle} is for a mode of the shield with a penalty")
     explainer = lab.explainer
     restart_adapters(explainer, point.seed)
     protected = sh.protect(lab.evidence, point.basis, point.energy, point.rank)

@@ -73,6 +73,16 @@ def test_a_penalty_moves_less_than_none_and_a_map_leaves_held_out_items_in_place
     assert mapped["loss"] == free["loss"] and mapped["item_change_seen"] < free["item_change_seen"]
 
 
+def test_a_settled_point_starts_from_the_same_training_and_moves_less(lab):
+    point = fr.Point("update", rank=8, steps=10, penalty=10.0)
+    before, after = fr.run_point(lab, point), fr.run_point(lab, replace(point, settle=20))
+    assert after["item_change_seen"] < before["item_change_seen"] and after["leak"] <= 1e-6
+    assert after["curve"].endswith("with replay, settled")
+    for wrong in (replace(point, penalty=0.0), replace(point, mode="none")):
+        with pytest.raises(ValueError, match="settle=20"):
+            fr.run_point(lab, replace(wrong, settle=20))
+
+
 def test_activated_lora_learns_and_moves_no_item_at_all(lab):
     row = fr.run_point(lab, fr.Point("alora", steps=10))
     assert row["loss"] < row["loss_base"]
