@@ -35,6 +35,9 @@ restart    trains freely and projects A once, when the shield is detached
 align      trains freely; afterwards a linear map takes the new item vectors to the old (``fit_alignment``)
 ========== =====================================================================================
 
+After any mode with a replay, ``Shield.settle`` may take more of what moved out again: steps of the replay alone, at a
+falling rate.
+
 Bases (what Q is; ``protect``): ``activation`` as above; ``sensitivity``, tokens weighted by how strongly the
 ranking's scores react to the layer's answer, and k chosen so that every layer may do equal damage;
 ``contrastive``, generalised eigenvectors of the explanations' Gram against the item texts', so that what stays
@@ -446,8 +449,9 @@ class Shield:
     def settle(self, steps: int, lr: float = SETTLE_LR) -> None:
         """After the training: ``steps`` of the replay alone, under the shield's own mode, at a rate that falls from ``lr`` to 0.
 
-        A training at a constant rate leaves the noise of its last steps in the item vectors. Here nothing else moves the
-        adapters, so the replay takes some of that out again. Raises ``ValueError`` without a replay.
+        While an explainer learns, the replay has a reward to pull against and large steps to do it in. Here nothing else
+        moves the adapters, and the item vectors come nearer to where the ranker knew them; what that costs the
+        explanations is measured in ``runs/reference/frontier/settle.csv``. Raises ``ValueError`` without a replay.
         """
         if self.replay is None:
             raise ValueError("shield_settle: there is no replay to settle by; set shield_penalty above 0")

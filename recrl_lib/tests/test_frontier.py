@@ -130,7 +130,7 @@ def test_named_sets_are_distinct_and_complete():
 
 
 def test_summary_by_hand():
-    columns = dict(mode="none", basis="activation", energy=0.99, rank=0, penalty=0.0, curve="no shield", loss_base=2.0, reward_base=0.5, key="k")
+    columns = dict(mode="none", basis="activation", energy=0.99, rank=0, penalty=0.0, settle=0, curve="no shield", loss_base=2.0, reward_base=0.5, key="k")
     measures = dict(set_same=1.0, top1_same=1.0)
     table = pd.DataFrame([
         {**columns, **measures, "steps": 20, "seed": 0, "loss": 1.0, "reward": 0.9, "overlap": 0.1},
