@@ -175,7 +175,7 @@ class Params:
         if self.shield_mode == "penalty" and not self.shield_penalty:
             raise ValueError("parameter shield_penalty=0.0: shield_mode='penalty' has nothing else; give it a weight, 100 say")
         if self.shield_settle and not self.shield_penalty:
-            raise ValueError(f"parameter shield_settle={self.shield_settle}: there is no replay to settle by; give shield_penalty a weight, or 0 steps")
+            raise ValueError(f"parameter shield_settle={self.shield_settle}: no replay to settle by; give shield_penalty a weight")
         if not all(c.isalnum() or c in "-_" for c in self.batch):
             raise ValueError(f"parameter batch={self.batch!r}: use the name of a grid: letters, digits, '-' and '_'")
         if self.run == "reference":

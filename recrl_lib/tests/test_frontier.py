@@ -130,7 +130,8 @@ def test_named_sets_are_distinct_and_complete():
 
 
 def test_summary_by_hand():
-    columns = dict(mode="none", basis="activation", energy=0.99, rank=0, penalty=0.0, settle=0, curve="no shield", loss_base=2.0, reward_base=0.5, key="k")
+    setting = dict(mode="none", basis="activation", energy=0.99, rank=0, penalty=0.0, settle=0, curve="no shield")
+    columns = dict(setting, loss_base=2.0, reward_base=0.5, key="k")
     measures = dict(set_same=1.0, top1_same=1.0)
     table = pd.DataFrame([
         {**columns, **measures, "steps": 20, "seed": 0, "loss": 1.0, "reward": 0.9, "overlap": 0.1},
@@ -154,3 +155,10 @@ def test_the_published_frontier_is_whole():
     assert points["seeds"].sum() == len(rows) and points["gain_loss"].notna().all()
     free = points[(points["mode"] == "none") & (points["steps"] == points["steps"].max())]
     assert free["gain_loss"].tolist() == pytest.approx([1.0])
+
+
+def test_the_published_settling_is_in_order_and_compares_equal_users():
+    table = fr.settled()
+    same = table[table["penalty"] == 1000.0]
+    assert same["settle"].is_monotonic_increasing and same["overlap"].is_monotonic_increasing
+    assert np.allclose(same["reward"] - same["reward_unsettled"], same["reward_change"], atol=2e-4)  # four digits each
