@@ -388,6 +388,16 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return out.assign(seeds=grouped.size()).reset_index()
 
 
+def stopped_early(points: pd.DataFrame) -> np.ndarray:
+    """The overlap that training without a shield has when it has learned as much as each of ``points`` (from ``summarise``).
+
+    Between the unshielded points, and from nothing learned and nothing moved to the first of them, on straight lines in
+    ``gain_loss``; beyond the most learned, that point's own.
+    """
+    free = points[(points["mode"] == "none") & (points["gain_loss"] > 0)].sort_values("gain_loss")
+    return np.interp(points["gain_loss"], [0.0, *free["gain_loss"]], [1.0, *free["overlap"]])
+
+
 def published() -> pd.DataFrame:
     """``summarise`` of the frontier in ``runs/reference/frontier`` (its ``params.json`` says how it was run)."""
     return summarise(pd.read_csv(REFERENCE / "frontier" / "frontier.csv"))

@@ -146,6 +146,12 @@ def test_summary_by_hand():
     assert out.loc["update", ["overlap", "overlap_lo", "overlap_hi"]].tolist() == pytest.approx([0.95, 0.9, 1.0])
 
 
+def test_training_stopped_early_by_hand():
+    points = pd.DataFrame([("none", 1.0, 0.1), ("none", 0.5, 0.6), ("none", -0.1, 0.9), ("update", 0.75, 0.95), ("penalty", 0.25, 0.9), ("alora", 1.1, 1.0)],
+                          columns=["mode", "gain_loss", "overlap"])  # fmt: skip
+    assert fr.stopped_early(points).tolist() == pytest.approx([0.1, 0.6, 1.0, 0.35, 0.8, 0.1])
+
+
 def test_the_published_frontier_is_whole():
     rows = pd.read_csv(paths.REFERENCE / "frontier" / "frontier.csv")
     assert not rows.duplicated([f.name for f in fields(fr.Point)]).any()
