@@ -1,4 +1,4 @@
-"""One arm of the study, from the base model to its final adapter: warm start, merge, reinforcement learning.
+"""One arm of the study, from the base model to its final adapter: warm start, merge, reinforcement learning, settling.
 
 An arm is stored as one adapter on the *base* model (``load_tuned``), whatever happened on the way, so
 that its leak, its item vectors and its KL are all measured against the same model.
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch.distributed as dist
 from torch import Tensor, device as Device
@@ -40,6 +41,7 @@ class Arm:
     curve: list[dict]
     warm_curve: list[dict]
     leak: float          # of the whole update, against the subspaces given, shielded or not
+    settle_seconds: float  # in ``Shield.settle``, after the training
     frozen_intact: bool  # training itself never touched a frozen weight
 
 
@@ -58,7 +60,7 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
     if name not in TRAINED:
         raise ValueError(f"arm {name!r}: only {', '.join(TRAINED)} are trained")
     params, store = stage.params, checkpoints(stage.params, name)
-    seeds = {phase: stage.torch_seed(phase) % 2**32 for phase in ("lora", "warm", "ppo")}
+    seeds = {phase: stage.torch_seed(phase) % 2**32 for phase in ("lora", "warm", "ppo", "settle")}
     explainer = ex.load_for(params, seeds["lora"], stage.device)
     records = world.training_records()
 
@@ -94,6 +96,10 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
             shield.detach()
     else:
         curve = _by_trl(explainer, reward, records, params, seeds["ppo"], shield, store)
+    start = perf_counter()
+    if shielded and params.shield_settle and not dist.is_initialized():  # a run that goes on settles anew, and ends the same
+        guard("settle").settle(params.shield_settle)
+    settle_seconds = perf_counter() - start
     intact = warm["intact"] and ex.weights_sha256(explainer) == before
     second = explainer.adapter_state()
     adapter, warm_adapter = second, None
@@ -101,7 +107,8 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
         nothing = {key: tensor.new_zeros(tensor.shape) for key, tensor in second.items()}
         adapter, warm_adapter = warmstart.stack(first, second), warmstart.stack(first, nothing)
     del explainer, shield
-    return Arm(name, adapter, warm_adapter, curve, warm["curve"], sh.leak(load_tuned(params, adapter, stage.device), protected), intact)
+    sealed = sh.leak(load_tuned(params, adapter, stage.device), protected)
+    return Arm(name, adapter, warm_adapter, curve, warm["curve"], sealed, settle_seconds, intact)
 
 
 def _tracker(name: str, stage: runs.StageRun) -> tracking.Tracker:

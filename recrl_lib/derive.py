@@ -33,11 +33,11 @@ from recrl_lib.files import sha256_file, write_atomic
 PREPARING = ("environment", "data", "ranker", "explainer", "shield")  # the stages before the training
 REUSED = (
     "seed", "device", "lora_rank", "lora_alpha", "max_new_tokens", "temperature",
-    "reward", "weight_length", "weight_relevance", "weight_coherence", "shield_mode", "shield_penalty",
+    "reward", "weight_length", "weight_relevance", "weight_coherence", "shield_mode", "shield_penalty", "shield_settle",
 )  # fmt: skip
 # What only the reinforcement learning reads, of the stage that trains and of those before it.
 AFTER_WARM_START = {name for name in config.owned_by("shielded_ppo") if not name.startswith("warm_")} - {"seed", "device", "dtype"} | {
-    "max_new_tokens", "temperature", "reward", "weight_length", "weight_relevance", "weight_coherence",
+    "max_new_tokens", "temperature", "reward", "weight_length", "weight_relevance", "weight_coherence", "shield_settle",
 }  # fmt: skip
 # The report draws outside its run folder, and the ablations compare the runs over their own.
 SHAREABLE = tuple(stage for stage in config.PIPELINE if stage.name not in ("ablations", "report"))

@@ -48,13 +48,15 @@ class Point:
     penalty: float = 0.0
     steps: int = 20
     seed: int = 0
+    settle: int = 0  # steps of the replay alone, afterwards
 
     @property
     def curve(self) -> str:
         """The line of the figure this point lies on: its strength varies along it."""
         if self.mode in ("none", "penalty", "align", "alora"):
             return {"none": "no shield, stopped early", "penalty": "replay penalty"}.get(self.mode, self.mode)
-        return f"{self.mode}, {self.basis}" + (f" {self.energy:g}, with replay" if self.penalty else "")
+        replay = f" {self.energy:g}, with replay" if self.penalty else ""
+        return f"{self.mode}, {self.basis}{replay}{', settled' if self.settle else ''}"
 
 
 def named(name: str, seeds: int, steps: int) -> list[Point]:
@@ -74,6 +76,7 @@ SETS: dict[str, list[dict]] = {  # fields of ``Point``; ``share``: of the steps,
         {"mode": "none"}, {"energy": 0.99}, {"basis": "contrastive", "energy": 0.999}, {"mode": "penalty", "penalty": 100.0},
         {"energy": 0.999}, {"basis": "contrastive", "energy": 0.9999}, {"basis": "contrastive", "energy": 0.99},
         *({"basis": "contrastive", "energy": energy, "penalty": weight} for weight in (1000.0, 100.0, 10000.0) for energy in (0.99, 0.999)),
+        {"basis": "contrastive", "energy": 0.99, "penalty": 1000.0, "settle": 150},
         {"mode": "none", "share": 0.25}, {"mode": "penalty", "penalty": 1000.0},
         {"energy": 0.9}, {"energy": 0.9999}, {"energy": 0.99, "penalty": 100.0}, {"mode": "penalty", "penalty": 10.0},
         {"mode": "alora"}, {"mode": "align"}, {"basis": "sensitivity", "energy": 0.99}, {"basis": "sensitivity", "energy": 0.999},
@@ -229,6 +232,8 @@ def learn(lab: Lab, point: Point, guard: Shield | None, invoke=None) -> float:
         optimizer.step()
     if guard:
         guard.detach()
+    if point.settle:
+        guard.settle(point.settle)
     return process_time() - start
 
 
@@ -236,6 +241,8 @@ def run_point(lab: Lab, point: Point) -> dict:
     """Train and measure one point: its fields, then every measure, as one flat row."""
     if point.mode not in MODES:
         raise ValueError(f"frontier: mode {point.mode!r}; choose one of {', '.join(MODES)}")
+    if point.settle and (not point.penalty or point.mode in ("none", "alora")):
+        raise ValueError(f"frontier: settle={point.settle} is for a mode of the shield with a penalty")
     explainer = lab.explainer
     restart_adapters(explainer, point.seed)
     protected = sh.protect(lab.evidence, point.basis, point.energy, point.rank)
@@ -381,6 +388,25 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return out.assign(seeds=grouped.size()).reset_index()
 
 
+def stopped_early(points: pd.DataFrame) -> np.ndarray:
+    """The overlap that training without a shield has when it has learned as much as each of ``points`` (from ``summarise``).
+
+    Between the unshielded points, and from nothing learned and nothing moved to the first of them, on straight lines in
+    ``gain_loss``; beyond the most learned, that point's own.
+    """
+    free = points[(points["mode"] == "none") & (points["gain_loss"] > 0)].sort_values("gain_loss")
+    return np.interp(points["gain_loss"], [0.0, *free["gain_loss"]], [1.0, *free["overlap"]])
+
+
 def published() -> pd.DataFrame:
     """``summarise`` of the frontier in ``runs/reference/frontier`` (its ``params.json`` says how it was run)."""
     return summarise(pd.read_csv(REFERENCE / "frontier" / "frontier.csv"))
+
+
+def settled() -> pd.DataFrame:
+    """``runs/reference/frontier/settle.csv``: the published laptop run's shielded arm after steps of settling.
+
+    Ranking kept over all users, PPO's users and held-out users, and in places of items seen and held out; the reward of the
+    first ``reward_users`` judged users beside that of other arms for the same users, and its paired change with one standard error.
+    """
+    return pd.read_csv(REFERENCE / "frontier" / "settle.csv")

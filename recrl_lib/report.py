@@ -533,6 +533,55 @@ def evidence_tables(m: Mapping[str, Any]) -> list[tuple[str, pd.DataFrame]]:
     return [(caption, frame.map(lambda v: "" if v != v else number(v) if isinstance(v, float) else str(v))) for caption, frame in found]
 
 
+def price_tables(e: Evidence) -> list[tuple[str, pd.DataFrame, str]]:
+    """(caption, table as text, source) of section "The price of the shield"; those that the run has numbers for."""
+    m, cost, ppo, found = e.evaluation, e.metrics["shield"], e.metrics["ppo"], []
+    if "shielded/overlap_held" in m:
+        found.append(("The two arms that share one model, beside the target. They differ in the shield alone; what each learned is "
+                      "the first row.", _target_table(m), EVALUATION))  # fmt: skip
+    if e.frontier is not None:
+        points = e.frontier.assign(free=frontier.stopped_early(e.frontier)).sort_values("overlap", ascending=False)
+        rows = [{"setting": p.curve, "energy": f"{p.energy:g}" if p.rank_mean else "", "replay weight": f"{p.penalty:g}",
+                 "steps": f"{p.steps}", "learning kept": share(p.gain_loss), "top 10 kept": share(p.overlap),
+                 "top 10 kept by unshielded training that learned as much": share(p.free)}
+                for p in points.itertuples()]  # fmt: skip
+        found.append(("Short trainings at equal learning: an unshielded training stopped early moves less, too (its last column is "
+                      "interpolated between where it was stopped).", pd.DataFrame(rows), "curves/frontier.csv"))  # fmt: skip
+    if "build_seconds" in cost:
+        rows = [
+            ("reading the item texts for the bases, beside the encoding of all items", f"{cost['gram_seconds']:.1f} s"),
+            ("building the bases", f"{cost['build_seconds']:.1f} s"),
+            ("memory of the bases while training", f"{cost['basis_mb']:.1f} MB"),
+            ("the shield's share of a PPO step, replay included", share(ppo["shield_seconds"] / ppo["step_seconds"])),
+            *([("settling after the training", f"{ppo['shielded/settle_seconds']:.1f} s")] if "shielded/settle_seconds" in ppo else []),
+            ("`separate` instead: memory of a second copy of the model", f"{cost['second_copy_mb']:.1f} MB"),
+            ("`separate` instead: memory of a second copy of the adapted matrices", f"{cost['second_copy_adapted_mb']:.1f} MB"),
+            ("`separate` instead: reading all items once more", f"{cost['encode_seconds']:.1f} s"),
+        ]
+        found.append(("What it takes, on this machine.", pd.DataFrame(rows, columns=["cost", "measured"]), f"metrics/shield.json, {PPO}"))
+    return found
+
+
+def _target_table(m: Mapping[str, Any]) -> pd.DataFrame:
+    """The study's target, line by line."""
+    gains = {arm: _get(m, f"{arm}/reward_change") for arm in SHARED}
+    moved = {arm: abs(_get(m, f"{arm}/ndcg@10") / _get(m, "base/ndcg@10") - 1) for arm in SHARED}
+    rows = [{"measure": "reward gain, as a share of the unshielded one", "target": f"at least {share(GAIN)}",
+             **{arm: share(gains[arm] / gains["unshielded"]) if gains["unshielded"] > 0 else "no gain" for arm in SHARED},
+             "met": "yes" if gains["shielded"] >= GAIN * gains["unshielded"] > 0 else "no"}]  # fmt: skip
+    for words, key, least in (
+        ("places of the top 10 kept", "top10_overlap", HELD), ("places kept that items held out from the bases had", "overlap_held", HELD),
+        ("users whose first item is the same", "top1_same", 0.98), ("users with the same ten (beyond the target)", "top10_set_same", HELD),
+        ("users with the same list (beyond the target)", "top10_exact", HELD),
+    ):  # fmt: skip
+        values = {arm: _get(m, f"{arm}/{key}") for arm in SHARED}
+        rows.append({"measure": words, "target": f"at least {share(least)}", **{arm: share(v) for arm, v in values.items()},
+                     "met": "yes" if values["shielded"] >= least else "no"})  # fmt: skip
+    rows.insert(4, {"measure": "relative change of NDCG@10, up or down", "target": f"below {share(0.005)}",
+                    **{arm: share(v) for arm, v in moved.items()}, "met": "yes" if moved["shielded"] < 0.005 else "no"})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def audit_table(found: Mapping[str, Any]) -> pd.DataFrame:
     """The shielded arm's measures beside the thresholds of ``policy.yaml``: measure, value, passes if, verdict."""
     policy = audit.load_policy()
@@ -715,6 +764,7 @@ def render(e: Evidence, pictures: Mapping[str, str]) -> str:
         examples=examples(e),
         percentiles=PERCENTILES,
         measures=evidence_tables(e.evaluation),
+        prices=price_tables(e),
         audit=audit_table(e.metrics["audit"]),
         parameters=parameter_table(e.params),
         provenance=provenance(e),

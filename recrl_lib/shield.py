@@ -35,6 +35,9 @@ restart    trains freely and projects A once, when the shield is detached
 align      trains freely; afterwards a linear map takes the new item vectors to the old (``fit_alignment``)
 ========== =====================================================================================
 
+After any mode with a replay, ``Shield.settle`` may take more of what moved out again: steps of the replay alone, at a
+falling rate.
+
 Bases (what Q is; ``protect``): ``activation`` as above; ``sensitivity``, tokens weighted by how strongly the
 ranking's scores react to the layer's answer, and k chosen so that every layer may do equal damage;
 ``contrastive``, generalised eigenvectors of the explanations' Gram against the item texts', so that what stays
@@ -58,6 +61,7 @@ from recrl_lib.progress import track
 MODES = ("none", "gradient", "update", "frozen_a", "penalty", "restart", "align")
 PROJECTING = ("gradient", "update", "frozen_a")  # keep A in the null space from the first step on
 BASES = ("activation", "sensitivity", "contrastive", "readout", "random")
+SETTLE_LR = 7e-4  # Adam's rate at the first step of ``Shield.settle``
 
 
 # --- what the ranker reads ----------------------------------------------------------------------
@@ -441,6 +445,24 @@ class Shield:
                 target.a.requires_grad_(True)
         if self.mode == "restart" and attached:
             self.project_parameters()
+
+    def settle(self, steps: int, lr: float = SETTLE_LR) -> None:
+        """After the training: ``steps`` of the replay alone, under the shield's own mode, at a rate that falls from ``lr`` to 0.
+
+        While an explainer learns, the replay has a reward to pull against and large steps to do it in. Here nothing else
+        moves the adapters, and the item vectors come nearer to where the ranker knew them; what that costs the
+        explanations is measured in ``runs/reference/frontier/settle.csv``. Raises ``ValueError`` without a replay.
+        """
+        if self.replay is None:
+            raise ValueError("shield_settle: there is no replay to settle by; set shield_penalty above 0")
+        optimizer = torch.optim.Adam([p for t in self._targets for p in (t.a, t.b)], lr=lr)
+        self.attach(optimizer)
+        for step in track(range(steps), "settling"):
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.detach()
 
     @torch.no_grad()
     def project_parameters(self) -> None:

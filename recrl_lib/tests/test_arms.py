@@ -1,6 +1,7 @@
 """Whole arms on a tiny model saved to disk, from the base to the stored adapter."""
 
 import types
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -97,6 +98,22 @@ def test_a_second_call_goes_on_from_what_is_stored(stage, monkeypatch):
     assert same(resumed.adapter, whole.adapter) and same(resumed.warm_adapter, whole.warm_adapter)
     assert timeless(resumed.curve) == timeless(whole.curve) and resumed.warm_curve == whole.warm_curve
     assert resumed.leak == whole.leak and resumed.frozen_intact
+
+
+def test_settling_moves_the_shielded_adapter_alone_and_the_same_way_after_an_interruption(stage, monkeypatch):
+    spaces, texts = protected(stage), ["good film", "the red film and a blue film"]
+    explainer = load_for(stage.params, 0)
+    text = ItemTexts(explainer, texts).base_vectors()
+    readout = torch.randn(4, text.shape[1], generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(sh, "replay_for", lambda explainer, *_: sh.Replay(explainer, ItemTexts(explainer, texts), text, readout, 10.0))
+    plain = arms.train("shielded", stage, WORLD, spaces, red)
+    stage.params = replace(stage.params, shield_penalty=10.0, shield_settle=3)
+    settled = arms.train("shielded", stage, WORLD, spaces, red)
+    monkeypatch.setattr(warmstart, "fit", lambda *a: pytest.fail("the warm start was repeated"))
+    again = arms.train("shielded", stage, WORLD, spaces, red)
+    assert timeless(settled.curve) == timeless(plain.curve) and same(settled.warm_adapter, plain.warm_adapter)
+    assert not same(settled.adapter, plain.adapter) and same(settled.adapter, again.adapter)
+    assert settled.leak <= 1e-6 and settled.frozen_intact and settled.settle_seconds > plain.settle_seconds
 
 
 def test_without_warm_start_the_adapter_has_its_own_rank(stage):

@@ -54,6 +54,7 @@ def test_stages_need_only_earlier_stages():
         ({"ranker_dim": 33}, ["ranker_dim", "ranker_heads"]),
         ({"minibatches": 3}, ["minibatches", "16"]),
         ({"shield_mode": "penalty"}, ["shield_penalty", "weight"]),
+        ({"shield_settle": 5}, ["shield_settle", "shield_penalty"]),
     ],
 )
 def test_bad_values_are_refused_by_name(wrong, words):

@@ -73,6 +73,16 @@ def test_a_penalty_moves_less_than_none_and_a_map_leaves_held_out_items_in_place
     assert mapped["loss"] == free["loss"] and mapped["item_change_seen"] < free["item_change_seen"]
 
 
+def test_a_settled_point_starts_from_the_same_training_and_moves_less(lab):
+    point = fr.Point("update", rank=8, steps=10, penalty=10.0)
+    before, after = fr.run_point(lab, point), fr.run_point(lab, replace(point, settle=20))
+    assert after["item_change_seen"] < before["item_change_seen"] and after["leak"] <= 1e-6
+    assert after["curve"].endswith("with replay, settled")
+    for wrong in (replace(point, penalty=0.0), replace(point, mode="none")):
+        with pytest.raises(ValueError, match="settle=20"):
+            fr.run_point(lab, replace(wrong, settle=20))
+
+
 def test_activated_lora_learns_and_moves_no_item_at_all(lab):
     row = fr.run_point(lab, fr.Point("alora", steps=10))
     assert row["loss"] < row["loss_base"]
@@ -120,7 +130,8 @@ def test_named_sets_are_distinct_and_complete():
 
 
 def test_summary_by_hand():
-    columns = dict(mode="none", basis="activation", energy=0.99, rank=0, penalty=0.0, curve="no shield", loss_base=2.0, reward_base=0.5, key="k")
+    setting = dict(mode="none", basis="activation", energy=0.99, rank=0, penalty=0.0, settle=0, curve="no shield")
+    columns = dict(setting, loss_base=2.0, reward_base=0.5, key="k")
     measures = dict(set_same=1.0, top1_same=1.0)
     table = pd.DataFrame([
         {**columns, **measures, "steps": 20, "seed": 0, "loss": 1.0, "reward": 0.9, "overlap": 0.1},
@@ -135,6 +146,12 @@ def test_summary_by_hand():
     assert out.loc["update", ["overlap", "overlap_lo", "overlap_hi"]].tolist() == pytest.approx([0.95, 0.9, 1.0])
 
 
+def test_training_stopped_early_by_hand():
+    points = pd.DataFrame([("none", 1.0, 0.1), ("none", 0.5, 0.6), ("none", -0.1, 0.9), ("update", 0.75, 0.95), ("penalty", 0.25, 0.9), ("alora", 1.1, 1.0)],
+                          columns=["mode", "gain_loss", "overlap"])  # fmt: skip
+    assert fr.stopped_early(points).tolist() == pytest.approx([0.1, 0.6, 1.0, 0.35, 0.8, 0.1])
+
+
 def test_the_published_frontier_is_whole():
     rows = pd.read_csv(paths.REFERENCE / "frontier" / "frontier.csv")
     assert not rows.duplicated([f.name for f in fields(fr.Point)]).any()
@@ -144,3 +161,10 @@ def test_the_published_frontier_is_whole():
     assert points["seeds"].sum() == len(rows) and points["gain_loss"].notna().all()
     free = points[(points["mode"] == "none") & (points["steps"] == points["steps"].max())]
     assert free["gain_loss"].tolist() == pytest.approx([1.0])
+
+
+def test_the_published_settling_is_in_order_and_compares_equal_users():
+    table = fr.settled()
+    same = table[table["penalty"] == 1000.0]
+    assert same["settle"].is_monotonic_increasing and same["overlap"].is_monotonic_increasing
+    assert np.allclose(same["reward"] - same["reward_unsettled"], same["reward_change"], atol=2e-4)  # four digits each

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from recrl_lib import config, evaluation as ev, paths, report, runs, shield
+from recrl_lib import config, evaluation as ev, frontier, paths, report, runs, shield
 from recrl_lib.config import Params
 from recrl_lib.tests.test_plots import ARMS, overlap, ppo_curve
 from recrl_lib.tests.test_plots import evaluation as arm_numbers
@@ -289,6 +289,23 @@ def test_the_price_of_the_shield_is_a_doubt_until_a_setting_meets_the_target():
     (text,) = doubts(none=(1.0, 0.1), update=(0.8, 0.99))
     assert "no setting of the frontier did" in text
     assert report._doubts_about_price(evidence({})) == []
+
+
+def test_the_price_of_the_shield_is_shown_beside_its_target():
+    assert report.price_tables(evidence({})) == []  # a run without the numbers
+    names = ("reward_change", "top10_overlap", "overlap_held", "top1_same", "ndcg@10", "top10_set_same", "top10_exact")
+    numbers = {f"shielded/{name}": v for name, v in zip(names, (0.19, 0.99, 0.985, 0.98, 0.0992, 0.9, 0.5))}
+    numbers |= {f"unshielded/{name}": v for name, v in zip(names, (0.2, 0.5, 0.5, 0.3, 0.08, 0.0, 0.0))}
+    e = evidence({"evaluation": numbers | {"base/ndcg@10": 0.1}})
+    ((_, target, source),) = report.price_tables(e)
+    assert target["met"].tolist() == ["yes", "yes", "no", "yes", "no", "no", "no"] and source == report.EVALUATION
+    assert target["shielded"].tolist() == ["95.0 %", "99.0 %", "98.5 %", "98.0 %", "0.8 %", "90.0 %", "50.0 %"]
+
+    cost = dict(build_seconds=11.0, gram_seconds=19.0, basis_mb=33.0, second_copy_mb=515.0, second_copy_adapted_mb=33.75, encode_seconds=19.0)
+    metrics = e.metrics | {"shield": e.metrics["shield"] | cost, "ppo": e.metrics["ppo"] | {"shielded/settle_seconds": 99.0}}
+    _, early, spent = report.price_tables(replace(e, metrics=metrics, frontier=frontier.published()))
+    assert early[1]["top 10 kept"].iloc[0] == "100 %" and len(early[1]) == len(frontier.published())
+    assert ["settling after the training", "99.0 s"] in spent[1].to_numpy().tolist() and spent[1]["measured"].str.contains("2.2 %").any()
 
 
 def test_missing_file_is_named_with_its_remedy(stage):

@@ -363,6 +363,38 @@ def test_replay_and_projection_combine(setting):
     assert sh.leak(explainer, protected) <= 1e-6 and shield.seconds > 0
 
 
+@pytest.mark.parametrize("mode", ["update", "penalty"])
+def test_settling_brings_the_items_back_under_the_same_projection(mode):
+    def settled(steps: int) -> tuple[float, float, dict]:
+        explainer, items, grams = make(2)
+        base, protected = items.base_vectors(), sh.subspaces(grams, 0.9)
+        optimizer = OPTIMIZERS["adam"](explainer.adapter_parameters())
+        shield = sh.Shield(explainer, protected, mode, replay_of(explainer, items, 10.0)).attach(optimizer)
+        train(explainer, optimizer, 10)
+        shield.detach()
+        if steps:
+            shield.settle(steps)
+        assert all(p.grad is None for p in explainer.adapter_parameters()) or not steps
+        return float((items.vectors() - base).norm() / base.norm()), sh.leak(explainer, protected), explainer.adapter_state()
+
+    moved, _, before = settled(0)
+    less, leak, after = settled(30)
+    assert less < 0.9 * moved and (leak <= 1e-6 or mode == "penalty")
+    assert not all(torch.equal(before[k], after[k]) for k in before)
+    again = settled(30)[2]
+    assert all(torch.equal(after[k], again[k]) for k in after)
+
+
+def test_settling_needs_a_replay_and_a_shield_that_is_off(setting):
+    explainer, items, grams = setting
+    with pytest.raises(ValueError, match="shield_penalty above 0"):
+        sh.Shield(explainer, sh.subspaces(grams, 0.9)).settle(1)
+    optimizer = OPTIMIZERS["adam"](explainer.adapter_parameters())
+    shield = sh.Shield(explainer, sh.subspaces(grams, 0.9), "update", replay_of(explainer, items, 1.0)).attach(optimizer)
+    with pytest.raises(RuntimeError, match="attached already"):
+        shield.settle(1)
+
+
 def test_replay_reads_only_the_items_it_is_given(setting):
     explainer, items, _ = setting
     replay = replay_of(explainer, items, 1.0, only={1, 3})  # "good film" and "bad"
