@@ -8,7 +8,7 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     assets      fetch, verify (sha256) and cache models and data sets      download  over HTTP, resumed
     datasets    one loader a format -> the same three tables; splits
     ranker      SASRec: training, scoring all items, top-k          softmax   its loss, in bounded memory
-    baselines   popularity, Markov, EASE^R          coldstart   items that training never saw
+    baselines   closed-form rankers                 coldstart   items that training never saw
     explainer   the LLM, LoRA, prompts, item vectors          decoding   batched sampling, fast
     shield      protected subspaces, and the shield that hooks any torch optimizer
     rewards     the training reward, in TRL's signature

@@ -48,6 +48,7 @@ def quality() -> None:
         ("popularity", lambda: counted(baselines.popularity_chunks, len(split.test))),
         ("Markov chain", lambda: counted(baselines.markov_chunks, split.with_valid)),
         ("EASE^R", lambda: counted(baselines.ease_chunks, split.with_valid)),
+        ("EASE^R + chain", lambda: counted(baselines.ease_chain_chunks, split.with_valid)),
         ("SASRec, no text", lambda: trained(None)),
         ("SASRec, with text", lambda: trained(text)),
     ):
@@ -67,13 +68,17 @@ def _laptop() -> tuple[config.Params, datasets.Split, int, Tensor]:
 
 
 def seeds(n: int) -> pd.DataFrame:
-    """A row for each of ``n`` seeds with text and without, their means, and EASE^R: test metrics, and NDCG@10 over EASE^R's.
+    """A row for each of ``n`` seeds with text and without, their means, and the closed-form rivals: test metrics, and NDCG@10
+    over each rival's.
 
     The intervals (95 %) are of paired differences, bootstrapped over users; a mean's is of the users' means over seeds.
     """
     params, split, n_items, text = _laptop()
     history, test = split.with_valid, split.test
-    ease = metrics.ndcg_at(ranker.ranks_of(baselines.ease_chunks(split.training, n_items, history), history, test), 10)
+    rivals = {
+        name: metrics.ndcg_at(ranker.ranks_of(chunks(split.training, n_items, history), history, test), 10)
+        for name, chunks in (("ease", baselines.ease_chunks), ("ease_chain", baselines.ease_chain_chunks))
+    }
     rows = []
     for arm, vectors in (("llm", text), ("none", None)):
         table, users = [], []
@@ -92,9 +97,12 @@ def seeds(n: int) -> pd.DataFrame:
             })
         table.append(pd.DataFrame(table).mean().to_dict())
         for seed, row, values in zip([*range(n), f"mean of {n}"], table, [*users, np.mean(users, 0)]):
-            over = stats.paired_bootstrap_diff(values, ease, 10_000, np.random.default_rng(0))[:3]
-            rows.append({"text": arm, "seed": seed, **row, **dict(zip(("over_ease", "over_ease_lo", "over_ease_hi"), over))})
-    return pd.DataFrame([*rows, {"text": "EASE^R", "ndcg@10": ease.mean()}])
+            row = {"text": arm, "seed": seed, **row}
+            for name, rival in rivals.items():
+                over = stats.paired_bootstrap_diff(values, rival, 10_000, np.random.default_rng(0))[:3]
+                row |= dict(zip((f"over_{name}", f"over_{name}_lo", f"over_{name}_hi"), over))
+            rows.append(row)
+    return pd.DataFrame(rows + [{"text": name, "ndcg@10": rival.mean()} for name, rival in rivals.items()])
 
 
 def scale() -> None:

@@ -277,12 +277,12 @@ def control_table(results: dict[str, float]) -> pd.DataFrame:
 
 
 def gain_table(results: dict[str, float]) -> pd.DataFrame:
-    """Gains with their intervals as text: over the base on all films, on films that PPO explained and on new ones,
+    """Gains with their intervals as text: over the base on all items, on items that PPO explained and on new ones,
     and over the warm start; one row an arm and comparison."""
     rows = []
     for arm in TEXT_ARMS[1:]:
-        for what, title in (("change", "over base"), ("seen_items", "over base, films of the training"),
-                            ("new_items", "over base, new films"), ("by_ppo", "over the warm start")):  # fmt: skip
+        for what, title in (("change", "over base"), ("seen_items", "over base, items of the training"),
+                            ("new_items", "over base, new items"), ("by_ppo", "over the warm start")):  # fmt: skip
             keys = {m: f"{arm}/{m}_{what}" for m in GAINS} | {"ctr_lift": f"{arm}/ctr_lift" + ("" if what == "change" else f"_{what}")}
             if all(key in results for key in keys.values()):
                 rows.append({"arm": arm, "gain": title, "users": int(results.get(f"{arm}/users_{what}", results["eval_users"]))} | {

@@ -184,15 +184,15 @@ def bars(rows: Sequence[Mapping[str, Any]], ylabel: str, title: str, reference: 
 
 
 def data_overview(interactions: pd.DataFrame, items: pd.DataFrame) -> Figure:
-    """Popularity curve, history lengths, and each genre's share of films beside its share of ratings.
+    """Popularity curve, history lengths, and each genre's share of items beside its share of ratings.
 
-    A film of several genres counts in each.
+    An item of several genres counts in each.
     """
     interactions = _columns(interactions, "interactions", "user", "item")
     fig, (popularity, length, genre) = _axes(1, 3, 11, 3.8, width_ratios=(1, 1, 1.3))
     counts = interactions["item"].value_counts().to_numpy()
     popularity.loglog(np.arange(1, len(counts) + 1), counts, color=_PALETTE[0])
-    popularity.set(title="Popularity", xlabel="film, by rank of popularity", ylabel="ratings")
+    popularity.set(title="Popularity", xlabel="item, by rank of popularity", ylabel="ratings")
 
     lengths = interactions["user"].value_counts().to_numpy()
     length.hist(lengths, bins=np.geomspace(lengths.min(), lengths.max() + 1, 25), color=_PALETTE[0], edgecolor="black")
@@ -205,7 +205,7 @@ def data_overview(interactions: pd.DataFrame, items: pd.DataFrame) -> Figure:
 
     shares = genre_shares(interactions, items)
     y = np.arange(len(shares))
-    genre.barh(y - 0.2, shares["films"], 0.4, color=_PALETTE[7], edgecolor="black", linewidth=0.5, label="of films")
+    genre.barh(y - 0.2, shares["items"], 0.4, color=_PALETTE[7], edgecolor="black", linewidth=0.5, label="of items")
     genre.barh(
         y + 0.2,
         shares["ratings"],
@@ -226,13 +226,13 @@ def data_overview(interactions: pd.DataFrame, items: pd.DataFrame) -> Figure:
 
 
 def genre_shares(interactions: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
-    """Share of films and of ratings of each genre (columns films, ratings), largest share of ratings first."""
+    """Share of items and of ratings of each genre (columns items, ratings), largest share of ratings first."""
     pairs = items[["item", "genres"]].assign(genre=items["genres"].str.split("|")).explode("genre")
     pairs = pairs[pairs["genre"].fillna("") != ""]
     rated = interactions["item"].value_counts()
-    films = pairs["genre"].value_counts() / len(items)
+    among = pairs["genre"].value_counts() / len(items)
     ratings = pairs["item"].map(rated).fillna(0).groupby(pairs["genre"]).sum() / len(interactions)
-    table = pd.DataFrame({"films": films, "ratings": ratings}).rename_axis("genre").reset_index()
+    table = pd.DataFrame({"items": among, "ratings": ratings}).rename_axis("genre").reset_index()
     return table.sort_values(["ratings", "genre"], ascending=[False, True]).set_index("genre")
 
 
@@ -273,7 +273,7 @@ def ranker_spread(values: Mapping[str, Sequence[float]], reference: Mapping[str,
     for y, (seeds, look) in enumerate(zip(values.values(), _looks(list(values)))):
         ax.plot(seeds, np.full(len(seeds), y), look.marker, color=look.colour, markersize=8, alpha=0.7)
         ax.plot([np.mean(seeds)] * 2, [y - 0.3, y + 0.3], "-", color="black", linewidth=2)
-    for (name, value), dash in zip(reference.items(), (":", "--", "-.")):
+    for (name, value), dash in zip(reference.items(), (":", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))):
         ax.axvline(value, color="black", linestyle=dash, linewidth=1.2, label=name)
     ax.set_yticks(range(len(values)), values)
     ax.set_ylim(len(values) - 0.5, -0.5)

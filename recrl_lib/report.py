@@ -199,7 +199,7 @@ def _more_claims(m: Mapping[str, Any]) -> list[Claim]:
             found.append(Claim(f"Did PPO add reward to the warm start ({arm})?", _rose_in_group(m, arm, "by_ppo"), words))
         if f"{arm}/reward_new_items" in m:
             words = f"change {with_interval(m, f'{arm}/reward_new_items')}, users: {m[f'{arm}/users_new_items']:g}"
-            question = f"Did the reward rise on films that PPO never explained ({arm})?"
+            question = f"Did the reward rise on items that PPO never explained ({arm})?"
             found.append(Claim(question, _rose_in_group(m, arm, "new_items"), words))
         if (survives := m.get(f"{arm}/lift_sign_survives")) is not None:
             words = f"lift between {number(m[f'{arm}/lift_lowest'])} and {number(m[f'{arm}/lift_highest'])}"
@@ -368,7 +368,7 @@ def _doubts_about_explanations(e: Evidence) -> list[Doubt]:
     for arm in ("base", *SHARED):
         if _get(m, f"{arm}/own_item_retrieval@10") <= CHANCE:
             found.append(
-                f"That the explanations ({arm}) are about their own film and viewer: they pick theirs among ten "
+                f"That the explanations ({arm}) are about their own item and viewer: they pick theirs among ten "
                 f"in {share(m[f'{arm}/own_item_retrieval@10'])} of cases, and chance is {share(CHANCE)}."
             )
     return [Doubt(text, EVALUATION) for text in found]
@@ -520,7 +520,7 @@ def evidence_tables(m: Mapping[str, Any]) -> list[tuple[str, pd.DataFrame]]:
     if "reference/reward" in m:
         shown = ev.control_table(m).rename_axis("texts").reset_index()
         found.append(("Texts composed by rule, and the arms on the same users. Each control must lose to the tuned arms.", shown))
-        found.append(("Gains with 95 % intervals: over the base on all films, on films of the training and on new ones, "
+        found.append(("Gains with 95 % intervals: over the base on all items, on items of the training and on new ones, "
                       "and over the warm start.", ev.gain_table(m)))  # fmt: skip
     if "shielded/reward_p_holm" in m:
         rows = [{"question": f"{arm}: {what} differs from the base", "p": m[f"{arm}/{what}_p"], "p (Holm)": m[f"{arm}/{what}_p_holm"]}
@@ -690,7 +690,7 @@ CAPTIONS = {  # in the order of the page: (caption, source)
     "ranker_training": ("Training of the ranker, which is frozen afterwards.", "curves/ranker.csv"),
     "data_overview": ("The data: popularity, history lengths, genres.", "artifacts/interactions.parquet"),
     "recommendation_concentration": (
-        "How unevenly films are recommended before and after tuning.",
+        "How unevenly items are recommended before and after tuning.",
         "artifacts/top10.parquet",
     ),
 }

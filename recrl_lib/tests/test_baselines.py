@@ -48,3 +48,26 @@ def test_ease_query_is_the_last_items_in_any_chunk():
     np.testing.assert_allclose(scores[0, 1:], weights[2] + weights[7], rtol=1e-6)
     np.testing.assert_allclose(scores[1, 1:], weights[1], rtol=1e-6)
     assert scores.dtype == torch.float32 and scores[:, 0].isneginf().all()
+
+
+def test_chain_counts_decayed_steps():
+    train = some_sequences()
+    weights = baselines.chain_weights(train, 8, window=3, decay=0.5, smoothing=2.0)
+    expected = np.zeros((8, 8))
+    for items in train:
+        for i in range(len(items)):
+            for j in range(i + 1, min(i + 4, len(items))):
+                expected[items[i] - 1, items[j] - 1] += 0.5 ** (j - i - 1)
+    for item in range(8):
+        expected[item] /= 2.0 + sum(int((items == item + 1).sum()) for items in train)
+    np.testing.assert_allclose(weights, expected, atol=1e-12)
+
+
+def test_ease_with_the_chain_fades_the_query():
+    train = some_sequences()
+    weights = baselines.ease_weights(train, 8, 2.0) + 0.3 * baselines.chain_weights(train, 8)
+    histories = [np.array([5, 3, 8, 3]), np.array([2])]  # item 3 twice: its last place counts
+    scores = torch.cat([s for _, s in baselines.ease_chain_chunks(train, 8, histories, 2.0, 0.3, 0.5, chunk=1)])
+    np.testing.assert_allclose(scores[0, 1:], weights[2] + 0.5 * weights[7] + 0.125 * weights[4], rtol=1e-6)
+    np.testing.assert_allclose(scores[1, 1:], weights[1], rtol=1e-6)
+    assert scores.dtype == torch.float32 and scores[:, 0].isneginf().all()

@@ -181,7 +181,7 @@ def test_controls_warm_arms_and_groups(world):
     table = evaluation.judge_table(results)
     assert table.loc["usr", "base"] == results["base/usr"] and np.isnan(table.loc["usr", "base, shuffled"])
     assert set(evaluation.control_table(results).index) >= {"empty", "reference", "base"}
-    assert list(evaluation.gain_table(results)["gain"][:1]) == ["over base, films of the training"]
+    assert list(evaluation.gain_table(results)["gain"][:1]) == ["over base, items of the training"]
 
 
 def test_questions_and_detectable_effects(world):

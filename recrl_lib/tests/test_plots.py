@@ -211,7 +211,7 @@ def test_genre_shares_by_hand():
     interactions = pd.DataFrame({"user": [0, 0, 1, 1], "item": [1, 2, 2, 3]})
     table = plots.genre_shares(interactions, items)
     assert table.index.tolist() == ["B", "A", "C"]
-    assert table["films"].tolist() == [0.5, 0.25, 0.25] and table["ratings"].tolist() == [0.75, 0.25, 0.0]
+    assert table["items"].tolist() == [0.5, 0.25, 0.25] and table["ratings"].tolist() == [0.75, 0.25, 0.0]
 
 
 def test_outside_energy_by_hand_and_without_rounding_noise():

@@ -412,7 +412,7 @@ def test_a_warm_start_shares_the_credit():
     ("evaluation", {"shielded/ctr_lift_lo": 0.99}, "simulated clicks (shielded)"),
     ("evaluation", {"unshielded/reward_change_lo": -0.1}, "(unshielded) raised the reward"),
     ("evaluation", {"shielded/quality_change_lo": -0.1}, "(shielded) raised the judged quality"),
-    ("evaluation", {"base/own_item_retrieval@10": 0.1}, "(base) are about their own film"),
+    ("evaluation", {"base/own_item_retrieval@10": 0.1}, "(base) are about their own item"),
     ("evaluation", {"shielded/beats_controls": False}, "composed by rule scores as well as the tuned policy (shielded)"),
     ("ppo", {"shielded/leak": 0.03}, "0.03 of the shielded update"),
     ("ppo", {"ratio_first_minibatch_max_dev": 0.2}, "sampling and training agree"),
