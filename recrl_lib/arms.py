@@ -6,7 +6,7 @@ that its leak, its item vectors and its KL are all measured against the same mod
 A run that was killed goes on: the warm start is kept as ``runs/<run>/checkpoints/<arm>/warm.safetensors`` and
 Shielded PPO from its newest checkpoint beside it. With ``processes`` > 1 the PPO of an arm runs in as many
 processes (``accelerate launch ... -m recrl_lib.arms --run RUN --arm ARM``), which leave their result as the
-last checkpoint; this process picks it up there and finds nothing left to do.
+last checkpoint; this process picks it up there and only settles.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
     else:
         curve = _by_trl(explainer, reward, records, params, seeds["ppo"], shield, store)
     start = perf_counter()
-    if shielded and params.shield_settle and not dist.is_initialized():  # a run that goes on settles anew, and ends the same
+    if shielded and params.shield_settle and not dist.is_initialized():  # in one process; a run that goes on settles anew
         guard("settle").settle(params.shield_settle)
     settle_seconds = perf_counter() - start
     intact = warm["intact"] and ex.weights_sha256(explainer) == before

@@ -9,7 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+RIVALS = {"ease": "EASE^R", "ease_chain": "EASE^R + chain"}  # those that a trained ranker is compared with, user by user
 EASE_ITEMS = 20_000  # the largest catalogue whose item-to-item matrices (3.2 GB each) fit an ordinary machine
+
+
+def closed_form(train: Sequence[np.ndarray], n_items: int, sequences: Sequence[np.ndarray]) -> dict[str, Iterator[tuple[int, Tensor]]]:
+    """Every ranker here, by name, learned from ``train`` and asked about ``sequences``; EASE^R for up to ``EASE_ITEMS`` items.
+
+    Each computes when it is first read.
+    """
+    rankers = {
+        "popularity": popularity_chunks(train, n_items, len(sequences)), "Markov chain": markov_chunks(train, n_items, sequences),
+    }  # fmt: skip
+    if n_items <= EASE_ITEMS:
+        rankers |= {RIVALS["ease"]: ease_chunks(train, n_items, sequences), RIVALS["ease_chain"]: ease_chain_chunks(train, n_items, sequences)}
+    return rankers
 
 
 def popularity_chunks(

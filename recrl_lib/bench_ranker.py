@@ -7,12 +7,12 @@ seeds 0..N-1, with text and without, and writes ``runs/reference/ranker_seeds.cs
 """
 
 import argparse
+import functools
 import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -41,17 +41,12 @@ def quality() -> None:
         model, _ = ranker.fit(params, split, n_items, vectors, 0)
         return ranker.target_ranks(model, split.with_valid, split.test, vectors)
 
-    def counted(chunks: Callable, *arguments) -> np.ndarray:
-        return ranker.ranks_of(chunks(split.training, n_items, *arguments), split.with_valid, split.test)
-
-    for name, ranks in (
-        ("popularity", lambda: counted(baselines.popularity_chunks, len(split.test))),
-        ("Markov chain", lambda: counted(baselines.markov_chunks, split.with_valid)),
-        ("EASE^R", lambda: counted(baselines.ease_chunks, split.with_valid)),
-        ("EASE^R + chain", lambda: counted(baselines.ease_chain_chunks, split.with_valid)),
-        ("SASRec, no text", lambda: trained(None)),
-        ("SASRec, with text", lambda: trained(text)),
-    ):
+    arms = {
+        name: functools.partial(ranker.ranks_of, chunks, split.with_valid, split.test)
+        for name, chunks in baselines.closed_form(split.training, n_items, split.with_valid).items()
+    }
+    arms |= {"SASRec, no text": lambda: trained(None), "SASRec, with text": lambda: trained(text)}
+    for name, ranks in arms.items():
         start = time.process_time()
         r = ranks()
         seconds = time.process_time() - start
@@ -75,10 +70,8 @@ def seeds(n: int) -> pd.DataFrame:
     """
     params, split, n_items, text = _laptop()
     history, test = split.with_valid, split.test
-    rivals = {
-        name: metrics.ndcg_at(ranker.ranks_of(chunks(split.training, n_items, history), history, test), 10)
-        for name, chunks in (("ease", baselines.ease_chunks), ("ease_chain", baselines.ease_chain_chunks))
-    }
+    closed = baselines.closed_form(split.training, n_items, history)
+    rivals = {key: metrics.ndcg_at(ranker.ranks_of(closed[name], history, test), 10) for key, name in baselines.RIVALS.items()}
     rows = []
     for arm, vectors in (("llm", text), ("none", None)):
         table, users = [], []

@@ -210,11 +210,12 @@ def _typed(name: str, value, kind: type):
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {},
     "laptop": dict(
-        # 943 validation users: NDCG@10 wanders by more than an epoch brings, and a patience of 4 stopped two of five seeds too soon.
+        # NDCG@10 of 943 users wanders by more than an epoch brings: a patience of 4 stopped two of ten trainings before their best
+        # validation (seed 3, with text and without).
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=14, ranker_patience=8,
         lora_layers=10, max_new_tokens=40, explain_users=12,
-        # A weight of 3000 kept no more of the ranking and learned less; 150 steps of settling brought the top 10 from .987 to
-        # .994 and cost no reward (runs/reference/frontier/settle.csv).
+        # A weight of 3000 kept no more of the ranking and had learned less by PPO's last step; 150 steps of settling brought the top 10 from .987 to
+        # .994 and cost no reward (runs/reference/frontier: settle.csv, manifest.json).
         shield_penalty=1000.0, shield_settle=150,
         frontier_points="none", frontier_steps=16, frontier_users=24,  # small: 3 minutes more
         warm_steps=30, ppo_steps=6, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,

@@ -77,7 +77,8 @@ def derive(base: str, run: str, **changes: Any) -> Params:
     if manifest != present or runs.read_params(run) != params:  # a job that runs already writes there too
         runs.write_params(params)
         write_atomic(runs.run_folder(run) / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    if "shielded_ppo" in ready and set(origin["changed"]) <= AFTER_WARM_START and not runs.up_to_date("shielded_ppo", params):
+    reaching = set(origin["changed"]) & {name for need in with_needs("shielded_ppo") for name in config.owned_by(need)}
+    if "shielded_ppo" in ready and reaching <= AFTER_WARM_START and not runs.up_to_date("shielded_ppo", params):
         _share_warm_start(source, params)
     return params
 

@@ -36,6 +36,10 @@ MAX_NORM = 1.0             # gradient clipping, before the shield
 TEXT_TOKENS = 40           # longest explanation when the reward is measured
 MODES = (*sh.MODES, "alora")
 
+# The study's target: at least these shares of the unshielded gain, of places of the top 10, and of first places, and the
+# relative change of NDCG@10 below the last.
+GAIN, HELD, FIRST, NDCG = 0.9, 0.99, 0.98, 0.005
+
 
 @dataclass(frozen=True)
 class Point:
@@ -53,10 +57,11 @@ class Point:
     @property
     def curve(self) -> str:
         """The line of the figure this point lies on: its strength varies along it."""
+        settled = ", settled" if self.settle else ""
         if self.mode in ("none", "penalty", "align", "alora"):
-            return {"none": "no shield, stopped early", "penalty": "replay penalty"}.get(self.mode, self.mode)
+            return {"none": "no shield, stopped early", "penalty": "replay penalty"}.get(self.mode, self.mode) + settled
         replay = f" {self.energy:g}, with replay" if self.penalty else ""
-        return f"{self.mode}, {self.basis}{replay}{', settled' if self.settle else ''}"
+        return f"{self.mode}, {self.basis}{replay}{settled}"
 
 
 def named(name: str, seeds: int, steps: int) -> list[Point]:
@@ -404,7 +409,7 @@ def published() -> pd.DataFrame:
 
 
 def settled() -> pd.DataFrame:
-    """``runs/reference/frontier/settle.csv``: the published laptop run's shielded arm after steps of settling.
+    """``runs/reference/frontier/settle.csv``: a laptop run's shielded arm after steps of settling (which run: its manifest).
 
     Ranking kept over all users, PPO's users and held-out users, and in places of items seen and held out; the reward of the
     first ``reward_users`` judged users beside that of other arms for the same users, and its paired change with one standard error.

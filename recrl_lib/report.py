@@ -22,6 +22,7 @@ from markupsafe import Markup
 from recrl_lib import audit, config, datasets, evaluation as ev, frontier, paths, plots, runs, shield, simulator, study
 from recrl_lib.config import Params
 from recrl_lib.files import write_atomic
+from recrl_lib.frontier import FIRST, GAIN, HELD, NDCG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +33,6 @@ PPO = "metrics/ppo.json"
 SHARED = ("unshielded", "shielded")
 TUNED = ("separate", *SHARED)
 SEALED = 1e-6  # a leak below this is rounding of float32 adapters
-GAIN = 0.9  # share of the unshielded gain that a shield should keep
-HELD = 0.99  # share of the top 10 below which the page says that the shield did not hold the ranking
 FEW_USERS = 100
 LEAST_USERS = 10  # in a group of users, to answer a question about it
 CHANCE = 0.1  # own-item retrieval among ten candidates
@@ -545,15 +544,15 @@ def price_tables(e: Evidence) -> list[tuple[str, pd.DataFrame, str]]:
                  "steps": f"{p.steps}", "learning kept": share(p.gain_loss), "top 10 kept": share(p.overlap),
                  "top 10 kept by unshielded training that learned as much": share(p.free)}
                 for p in points.itertuples()]  # fmt: skip
-        found.append(("Short trainings at equal learning: an unshielded training stopped early moves less, too (its last column is "
-                      "interpolated between where it was stopped).", pd.DataFrame(rows), "curves/frontier.csv"))  # fmt: skip
+        found.append(("Short trainings at equal learning: an unshielded training stopped early moves less, too (the last column "
+                      "lies on straight lines between nothing learned and where it was stopped).", pd.DataFrame(rows), "curves/frontier.csv"))  # fmt: skip
     if "build_seconds" in cost:
         rows = [
             ("reading the item texts for the bases, beside the encoding of all items", f"{cost['gram_seconds']:.1f} s"),
-            ("building the bases", f"{cost['build_seconds']:.1f} s"),
+            ("building the bases, those of the frontier's settings too", f"{cost['build_seconds']:.1f} s"),
             ("memory of the bases while training", f"{cost['basis_mb']:.1f} MB"),
             ("the shield's share of a PPO step, replay included", share(ppo["shield_seconds"] / ppo["step_seconds"])),
-            *([("settling after the training", f"{ppo['shielded/settle_seconds']:.1f} s")] if "shielded/settle_seconds" in ppo else []),
+            *([("settling after the training", f"{ppo['shielded/settle_seconds']:.1f} s")] if e.params.shield_settle else []),
             ("`separate` instead: memory of a second copy of the model", f"{cost['second_copy_mb']:.1f} MB"),
             ("`separate` instead: memory of a second copy of the adapted matrices", f"{cost['second_copy_adapted_mb']:.1f} MB"),
             ("`separate` instead: reading all items once more", f"{cost['encode_seconds']:.1f} s"),
@@ -571,14 +570,14 @@ def _target_table(m: Mapping[str, Any]) -> pd.DataFrame:
              "met": "yes" if gains["shielded"] >= GAIN * gains["unshielded"] > 0 else "no"}]  # fmt: skip
     for words, key, least in (
         ("places of the top 10 kept", "top10_overlap", HELD), ("places kept that items held out from the bases had", "overlap_held", HELD),
-        ("users whose first item is the same", "top1_same", 0.98), ("users with the same ten (beyond the target)", "top10_set_same", HELD),
+        ("users whose first item is the same", "top1_same", FIRST), ("users with the same ten (beyond the target)", "top10_set_same", HELD),
         ("users with the same list (beyond the target)", "top10_exact", HELD),
     ):  # fmt: skip
         values = {arm: _get(m, f"{arm}/{key}") for arm in SHARED}
         rows.append({"measure": words, "target": f"at least {share(least)}", **{arm: share(v) for arm, v in values.items()},
                      "met": "yes" if values["shielded"] >= least else "no"})  # fmt: skip
-    rows.insert(4, {"measure": "relative change of NDCG@10, up or down", "target": f"below {share(0.005)}",
-                    **{arm: share(v) for arm, v in moved.items()}, "met": "yes" if moved["shielded"] < 0.005 else "no"})  # fmt: skip
+    rows.insert(4, {"measure": "relative change of NDCG@10, up or down", "target": f"below {share(NDCG)}",
+                    **{arm: share(v) for arm, v in moved.items()}, "met": "yes" if moved["shielded"] < NDCG else "no"})  # fmt: skip
     return pd.DataFrame(rows)
 
 

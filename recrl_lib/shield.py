@@ -61,7 +61,7 @@ from recrl_lib.progress import track
 MODES = ("none", "gradient", "update", "frozen_a", "penalty", "restart", "align")
 PROJECTING = ("gradient", "update", "frozen_a")  # keep A in the null space from the first step on
 BASES = ("activation", "sensitivity", "contrastive", "readout", "random")
-SETTLE_LR = 7e-4  # Adam's rate at the first step of ``Shield.settle``
+SETTLE_LR = 7e-4  # Adam's rate at the first step of ``Shield.settle``, a quarter of the warm start's; no other was tried at length
 
 
 # --- what the ranker reads ----------------------------------------------------------------------
@@ -446,8 +446,8 @@ class Shield:
         if self.mode == "restart" and attached:
             self.project_parameters()
 
-    def settle(self, steps: int, lr: float = SETTLE_LR) -> None:
-        """After the training: ``steps`` of the replay alone, under the shield's own mode, at a rate that falls from ``lr`` to 0.
+    def settle(self, steps: int) -> None:
+        """After the training: ``steps`` of the replay alone, under the shield's own mode, at a rate that falls to 0.
 
         While an explainer learns, the replay has a reward to pull against and large steps to do it in. Here nothing else
         moves the adapters, and the item vectors come nearer to where the ranker knew them; what that costs the
@@ -455,10 +455,10 @@ class Shield:
         """
         if self.replay is None:
             raise ValueError("shield_settle: there is no replay to settle by; set shield_penalty above 0")
-        optimizer = torch.optim.Adam([p for t in self._targets for p in (t.a, t.b)], lr=lr)
+        optimizer = torch.optim.Adam([p for t in self._targets for p in (t.a, t.b)], lr=SETTLE_LR)
         self.attach(optimizer)
         for step in track(range(steps), "settling"):
-            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+            optimizer.param_groups[0]["lr"] = SETTLE_LR * (1 - step / steps)
             optimizer.zero_grad(set_to_none=True)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -43,18 +43,18 @@ def test_a_derived_run_shares_files_and_entries_and_runs_the_rest(base):
 
 
 def test_a_change_after_the_warm_start_shares_its_adapters(base):
-    params = derive.derive("base", "d", kl_coef=0.0, weight_length=0.0)
+    params = derive.derive("base", "d", kl_coef=0.0, weight_length=0.0, eval_users=5)
     for arm in arms.TRAINED:
         adapter, plain = arms.checkpoints(params, arm).load("warm")
         assert plain == {"curve": [{"step": 1, "loss": float(len(arm))}], "intact": True}
         assert adapter["lora_A"].tolist() == [[1, 1]] and adapter["lora_B"].tolist() == [[len(arm)]] * 2
     arms.checkpoints(params, "shielded").save("warm", adapter, {"curve": [], "intact": True})
-    derive.derive("base", "d", kl_coef=0.0, weight_length=0.0)
+    derive.derive("base", "d", kl_coef=0.0, weight_length=0.0, eval_users=5)
     assert arms.checkpoints(params, "shielded").load("warm")[1]["curve"] == []  # its own is kept
     finish("shielded_ppo", params)
     folder = runs.run_folder("d") / "checkpoints"
     shutil.rmtree(folder)
-    derive.derive("base", "d", kl_coef=0.0, weight_length=0.0)
+    derive.derive("base", "d", kl_coef=0.0, weight_length=0.0, eval_users=5)
     assert not folder.exists()  # nothing left to train
 
 
