@@ -285,9 +285,8 @@ def command(job: Job) -> list[str]:
     return [sys.executable, "-m", "recrl_lib.runner", "job", "--attended", "--run", job.run, "--stages", *job.stages]
 
 
-def launch(run: str, argv: list[str], environment: dict[str, str]) -> subprocess.Popen:
-    """Start a job's process. It ends when this one does, whatever way: its standard input is a pipe held here."""
-    log = log_file(run)
+def launch(log: Path, argv: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    """Start a job's process, which prints into ``log``. It ends when this one does, whatever way: its standard input is a pipe held here."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
         return subprocess.Popen(
@@ -320,7 +319,7 @@ def run_local(grid: Grid, workers: int, out: TextIO, argv: Command = command, po
             while queue and len(active) < workers:
                 job = queue.pop(0)
                 tries[job.run] = tries.get(job.run, 0) + 1
-                active[job.run] = (job, launch(job.run, argv(job), environment(grid.name, job.arm, threads)))
+                active[job.run] = (job, launch(log_file(job.run), argv(job), environment(grid.name, job.arm, threads)))
                 board.set(job.run, "running")
             for run, (job, process) in list(active.items()):
                 if (code := process.poll()) is None:
@@ -393,7 +392,7 @@ def run_ray(
     waiting = {}
     try:
         for job in _pending(grid, board):
-            waiting[task.remote(job.run, argv(job), environment(grid.name, job.arm, None))] = job
+            waiting[task.remote(log_file(job.run), argv(job), environment(grid.name, job.arm, None))] = job
         while waiting:
             for done in ray.wait(list(waiting), num_returns=len(waiting), timeout=poll)[0]:
                 job = waiting.pop(done)
@@ -415,10 +414,10 @@ def run_ray(
     return {run: board.reason[run] for run, state in board.state.items() if state == "failed"}
 
 
-def _ray_task(run: str, argv: list[str], environment: dict[str, str]) -> int:
+def _ray_task(log: Path, argv: list[str], environment: dict[str, str]) -> int:
     """What a worker does: the job's process, as on one machine, and once more if it died under a living worker."""
     for _ in range(TRIES):
-        process = launch(run, argv, environment)
+        process = launch(log, argv, environment)
         code = process.wait()
         if not lost(code):
             break

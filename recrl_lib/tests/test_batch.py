@@ -252,7 +252,7 @@ def test_a_job_whose_parent_is_gone_ends_with_its_kernel(base, house, argv, tmp_
     house.write("evaluation", f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)")
     (job,) = batch.load(grid_of(tmp_path, "base: base\nstages: [evaluation]\nseeds: [4]\narms: {a: {}}")).jobs
     derive.derive("base", job.run)
-    process = batch.launch(job.run, argv(job), {})
+    process = batch.launch(batch.log_file(job.run), argv(job), {})
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     process.stdin.close()
     assert process.wait(20) == 130
