@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recrl_lib import assets, bench_data, bench_ranker, config, datasets, explainer as ex, ppo, rewards, shield as sh, study
+from recrl_lib import assets, bench_data, bench_ranker, config, datasets, explainer as ex, ppo, rewards, shield as sh, study, vitals
 from recrl_lib.files import write_atomic
 
 PROMPTS, SAMPLES, TOKENS, ITEMS, STEPS = 8, 4, 40, 320, 2
@@ -224,7 +224,7 @@ def own_ppo(path: str) -> None:
     trainer.train(task["steps"])
     print(json.dumps({
         "steps": task["steps"], "cpu_seconds": (time.process_time() - cpu) / task["steps"],
-        "wall_seconds": (time.perf_counter() - wall) / task["steps"], "peak_gb": ppo.peak_memory_gb(bench.device),
+        "wall_seconds": (time.perf_counter() - wall) / task["steps"], "peak_gb": vitals.peak_memory_gb(bench.device),
     }))
 
 
