@@ -1,7 +1,7 @@
 """Intervals and tests over users, and over seeds and users: paired where arms share users.
 
-Bootstrap intervals (Efron & Tibshirani 1993), ``percentile`` or ``bca``; the hierarchical bootstrap for several
-seeds; Holm's correction for several questions; the smallest effect that so many users can show. Resamples are
+Bootstrap intervals (Efron & Tibshirani 1993), ``percentile`` or ``bca``; seeds and users resampled together for
+several seeds; Holm's correction for several questions; the smallest effect that so many users can show. Resamples are
 drawn in blocks, so that memory stays at a few times ``BLOCK`` numbers whatever their number.
 """
 
@@ -36,25 +36,33 @@ def bootstrap_ratio(
     return float(ratio), *_interval(means[0] / means[1], level, method, ratio, left_out)
 
 
-def hierarchical_mean(
-    x: np.ndarray, n: int, rng: np.random.Generator, level: float = 0.95
+def crossed_mean(
+    x: np.ndarray, seeds: np.ndarray, users: np.ndarray, n: int, rng: np.random.Generator, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean of ``x`` (S, U), S seeds of U users, resampling seeds and then each drawn seed's users: (mean, lo, hi).
+    """Mean of ``x`` (N,), one value a seed and user, and its interval for new seeds as well as new users: (mean, lo, hi).
 
-    The interval is for a new seed as well as new users. With few seeds it is too narrow (S of 3 has only 10
-    different resamples of seeds): say how many there were.
+    ``seeds`` and ``users`` (N,) are labels; a user that several seeds share is one user. Both are resampled, and a
+    value counts as often as its seed times as often as its user (the pigeonhole bootstrap, Owen 2007,
+    doi 10.1214/07-AOAS122). Drawing users anew for each seed would count their spread once for each seed that shares
+    them. Of one seed this is ``bootstrap_mean``. With few seeds the interval is too narrow (three have only 10
+    different resamples): say how many there were.
     """
-    (x,) = _checked(n, level, x=x, ndim=2)
-    return float(x.mean()), *_interval(_hierarchical_means(x, n, rng), level)
-
-
-def hierarchical_ratio(
-    num: np.ndarray, den: np.ndarray, n: int, rng: np.random.Generator, level: float = 0.95
-) -> tuple[float, float, float]:
-    """mean(``num``) / mean(``den``), both (S, U) of the same seeds and users, as ``hierarchical_mean``: (ratio, lo, hi)."""
-    num, den = _checked(n, level, num=num, den=den, ndim=2)
-    means = _hierarchical_means(np.stack([num, den]), n, rng)
-    return float(_ratio(num.mean(), den.mean(), means[1])), *_interval(means[0] / means[1], level)
+    (x,) = _checked(n, level, x=x)
+    if len(seeds) != len(x) or len(users) != len(x):
+        raise ValueError(f"crossed_mean: {len(x)} values, {len(seeds)} seeds, {len(users)} users: give a label of each a value")
+    labels = [np.unique(of, return_inverse=True)[1] for of in (seeds, users)]
+    rows, means = max(1, BLOCK // len(x)), []
+    for start in range(0, n, rows):
+        weights = 1.0
+        for label in labels:
+            count = label.max() + 1
+            drawn = rng.integers(0, count, (min(rows, n - start), count))
+            times = np.zeros((len(drawn), count))
+            np.add.at(times, (np.arange(len(drawn))[:, None], drawn), 1)
+            weights = weights * times[:, label]
+        total = weights.sum(-1)  # 0 where no drawn seed has a drawn user: such a resample says nothing
+        means.append((weights @ x)[total > 0] / total[total > 0])
+    return float(x.mean()), *_interval(np.concatenate(means), level)
 
 
 def paired_bootstrap_diff(
@@ -120,17 +128,6 @@ def _resampled_means(x: np.ndarray, n: int, rng: np.random.Generator) -> np.ndar
     return np.concatenate([x[..., block].mean(-1) for block in blocks], axis=-1)
 
 
-def _hierarchical_means(x: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Means (..., n) of ``x`` (..., S, U): seeds drawn with replacement, then users of each drawn seed."""
-    seeds, users = x.shape[-2:]
-    rows, means = max(1, BLOCK // (seeds * users)), []
-    for start in range(0, n, rows):
-        size = min(rows, n - start)
-        seed = rng.integers(0, seeds, (size, seeds, 1))
-        means.append(x[..., seed, rng.integers(0, users, (size, seeds, users))].mean((-2, -1)))
-    return np.concatenate(means, axis=-1)
-
-
 def _interval(
     values: np.ndarray, level: float, method: str = "percentile", observed: float = 0.0, left_out: np.ndarray | None = None
 ) -> tuple[float, float]:
@@ -148,16 +145,16 @@ def _interval(
     return float(lo), float(hi)
 
 
-def _checked(n: int, level: float, method: str = "percentile", *, ndim: int = 1, **arrays: np.ndarray) -> list[np.ndarray]:
-    """The arrays as float64, equally long and finite: (U,), or (S, U) with ``ndim`` 2."""
+def _checked(n: int, level: float, method: str = "percentile", **arrays: np.ndarray) -> list[np.ndarray]:
+    """The arrays as float64 (U,), equally long and finite."""
     if n < 1 or not 0 < level < 1:
         raise ValueError(f"bootstrap: n={n} must be at least 1, and level={level} between 0 and 1")
     if method not in METHODS:
         raise ValueError(f"bootstrap: method={method!r}: choose one of {', '.join(METHODS)}")
     out = [np.asarray(array, dtype=np.float64) for array in arrays.values()]
     for name, array in zip(arrays, out):
-        if array.ndim != ndim or array.size == 0 or not np.isfinite(array).all():
-            raise ValueError(f"bootstrap: {name} must be a non-empty {ndim}-D array of finite numbers, one a user")
+        if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
+            raise ValueError(f"bootstrap: {name} must be a non-empty 1-D array of finite numbers, one a user")
         if array.shape != out[0].shape:
             first = next(iter(arrays))
             raise ValueError(f"bootstrap: {name} has {array.size} users, {first} has {out[0].size}; pair them")

@@ -12,7 +12,7 @@ from recrl_lib.files import write_atomic
 
 EVALUATION = {
     "shielded/ctr_lift": 1.1, "shielded/ctr_lift_lo": 1.05, "shielded/ctr_lift_hi": 1.15,
-    "shielded/ndcg@10_change_lo": -0.01, "shielded/ndcg@10_change_hi": 0.01,
+    "shielded/ndcg@10_change": 0.0, "shielded/ndcg@10_change_lo": -0.01, "shielded/ndcg@10_change_hi": 0.01,
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_the_difference_is_paired_by_user():
     assert got.loc["a", "reward"] == pytest.approx(finished("a", shift=0.01).texts["reward"].mean())
 
 
-def test_seeds_are_pooled_and_their_spread_is_told():
+def test_seeds_are_averaged_and_their_spread_is_told():
     got = table(finished("main", 0), finished("main", 1), finished("a", 0, shift=0.1), finished("a", 1, shift=0.3))
     a = got.loc["a"]
     assert (a["seeds"], a["texts"], a["paired"]) == (2, 80, 80) and a["reward_diff"] == pytest.approx(0.2)
@@ -64,7 +64,7 @@ def test_order_and_reading_table():
 
 def verdicts(*found, evaluation=EVALUATION):
     frame = ablations.compare(found, 500, np.random.default_rng(0))
-    return {c.claim: c.held for c in ablations.claims(frame, evaluation)}
+    return {c.claim: c.held for c in ablations.claims(frame, [evaluation])}
 
 
 def test_verdicts_follow_the_numbers():
@@ -80,6 +80,15 @@ def test_verdicts_follow_the_numbers():
         evaluation=EVALUATION | {"shielded/ctr_lift_hi": 1.3},
     )  # fmt: skip
     assert list(got.values()) == ["yes", "no", "no", "not shown", "not tested", "yes"]
+
+
+def test_clicks_and_ndcg_of_several_seeds_have_the_widest_interval_of_any():
+    frame = ablations.compare([finished("main"), finished("no_projection", overlap=0.1)], 100, np.random.default_rng(0))
+    other = EVALUATION | {"shielded/ctr_lift": 1.2, "shielded/ctr_lift_hi": 1.25, "shielded/ndcg@10_change_lo": 0.001}
+    first = EVALUATION | {"shielded/ndcg@10_change_lo": 0.002}
+    lift, ranking, *_ = ablations.claims(frame, [first, other])
+    assert lift.held == "yes" and lift.numbers.startswith("1.150 [1.050, 1.250]")
+    assert ranking.held == "no" and "[+0.0010, +0.0100]" in ranking.numbers
 
 
 # --------------------------------------------------------------------------------------------- which runs

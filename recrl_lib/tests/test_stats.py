@@ -101,29 +101,40 @@ def test_bca_limits():
         stats.bootstrap_mean(np.ones(3), 10, rng(), method="t")
 
 
-def test_hierarchical_bootstrap_against_its_naive_twin(monkeypatch):
-    x, y = rng(1).random((3, 7)), rng(2).random((3, 7)) + 0.5
+def test_seeds_and_users_are_resampled_together_as_by_the_naive_twin():
+    """Unbalanced on purpose: user 9 is known to one seed only."""
+    seeds, users = np.array([5, 5, 5, 8, 8, 6]), np.array([1, 2, 9, 1, 2, 1])
+    x = rng(1).random(6)
+    generator, means = rng(), []
+    drawn_seeds = np.array([5, 6, 8])[generator.integers(0, 3, (150, 3))]
+    drawn_users = np.array([1, 2, 9])[generator.integers(0, 3, (150, 3))]
+    for some_seeds, some_users in zip(drawn_seeds, drawn_users):
+        picked = [x[i] for s in some_seeds for u in some_users for i in range(6) if (seeds[i], users[i]) == (s, u)]
+        means += [np.mean(picked)] if picked else []
+    expected = [x.mean(), *np.quantile(means, [0.025, 0.975])]
+    np.testing.assert_allclose(stats.crossed_mean(x, seeds, users, 150, rng()), expected, rtol=1e-12)
+    with pytest.raises(ValueError, match="6 values, 6 seeds, 2 users"):
+        stats.crossed_mean(x, seeds, users[:2], 10, rng())
 
-    def naive(generator):
-        seeds = generator.integers(0, 3, (150, 3, 1))
-        users = generator.integers(0, 7, (150, 3, 7))
-        return [[(s[k, 0], u) for k in range(3) for u in users_[k]] for s, users_ in zip(seeds, users, strict=True)]
 
-    picks = naive(rng())
-    means = [np.mean([x[p] for p in pick]) for pick in picks]
-    ratios = [np.mean([x[p] for p in pick]) / np.mean([y[p] for p in pick]) for pick in picks]
-    np.testing.assert_allclose(stats.hierarchical_mean(x, 150, rng()), [x.mean(), *np.quantile(means, [0.025, 0.975])], rtol=1e-12)
-    expected = [x.mean() / y.mean(), *np.quantile(ratios, [0.025, 0.975])]
-    np.testing.assert_allclose(stats.hierarchical_ratio(x, y, 150, rng()), expected, rtol=1e-12)
+def test_of_one_seed_it_is_the_plain_bootstrap():
+    x = rng(1).normal(0, 1, 200)
+    plain, crossed = stats.bootstrap_mean(x, 4000, rng()), stats.crossed_mean(x, np.zeros(200), np.arange(200), 4000, rng())
+    np.testing.assert_allclose(crossed, plain, atol=0.012)  # a tenth of the interval's width
 
 
-def test_seeds_that_differ_widen_the_interval():
-    users = rng(1).normal(0, 0.1, (4, 100))
-    _, lo, hi = stats.hierarchical_mean(users, 1000, rng())
-    _, wide_lo, wide_hi = stats.hierarchical_mean(users + np.array([[-1.0], [0], [0], [1]]), 1000, rng())
-    assert wide_hi - wide_lo > 10 * (hi - lo)
-    with pytest.raises(ValueError, match="2-D"):
-        stats.hierarchical_mean(np.ones(3), 10, rng())
+def test_the_interval_over_seeds_that_share_users_covers_as_often_as_promised():
+    """10 seeds of the same 30 users, both with effects of their own. Pooling the pairs as if each were a user of its own, or drawing
+    users anew for each seed, makes the interval too narrow."""
+    generator, seeds, users = rng(0), np.repeat(np.arange(10), 30), np.tile(np.arange(30), 10)
+    covered = {"crossed": 0, "pooled": 0}
+    for _ in range(200):
+        x = generator.normal(0, 0.3, 10)[seeds] + generator.normal(0, 1, 30)[users] + generator.normal(0, 0.3, 300)
+        for name, (_, lo, hi) in (
+            ("crossed", stats.crossed_mean(x, seeds, users, 300, generator)), ("pooled", stats.bootstrap_mean(x, 300, generator))
+        ):
+            covered[name] += lo <= 0 <= hi
+    assert covered["crossed"] > 0.9 * 200 and covered["pooled"] < 0.6 * 200
 
 
 def test_holm_by_hand_and_against_its_naive_twin():
