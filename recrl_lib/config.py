@@ -189,6 +189,11 @@ class Params:
             raise ValueError(f"parameter minibatches={self.minibatches}: must divide prompts_per_step x samples_per_prompt = {samples}")
         if self.prompts_per_step % self.processes:
             raise ValueError(f"parameter processes={self.processes}: must divide prompts_per_step={self.prompts_per_step}")
+        ours_alone = {"lr_schedule": "constant", "kl_target": 0.0, "stop_kl": 0.0}  # what TRL's trainers are not told
+        if changed := [name for name, value in ours_alone.items() if self.algorithm != "ppo" and getattr(self, name) != value]:
+            raise ValueError(f"parameter {changed[0]}={getattr(self, changed[0])!r}: works with algorithm='ppo' only, not {self.algorithm!r}")
+        if self.dtype == "bfloat16" and self.algorithm != "ppo":
+            raise ValueError(f"parameter dtype='bfloat16': {self.algorithm!r} trains in float32; use 'auto' or 'float32'")
         if self.processes > 1 and self.algorithm != "ppo":
             raise ValueError(f"parameter processes={self.processes}: only algorithm='ppo' trains data-parallel, not {self.algorithm!r}")
 
@@ -219,7 +224,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         shield_penalty=1000.0, shield_settle=150,
         frontier_points="none", frontier_steps=16, frontier_users=24,  # small: 3 minutes more
         warm_steps=30, ppo_steps=6, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
-        eval_users=128, bootstrap=10_000, batch="ablations", control_users=12, warm_users=32,
+        eval_users=128, bootstrap=10_000, batch="ablations", control_users=12, warm_users=128,
     ),
     "pod": dict(
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=6, ranker_seeds=5,

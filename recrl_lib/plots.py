@@ -416,24 +416,9 @@ def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
     panels = [p for p in _PPO_PANELS if p[0] in curve]
     columns = (len(panels) + 1) // 2
     fig, axes = _axes(2, columns, 2.7 * columns, 4.4, sharex=True)
-    every = 1 + curve["step"].nunique() // 8  # a marker on every point of a long run hides the line
-    arms = list(dict.fromkeys(curve["arm"]))
     for ax, (column, title, label) in zip(axes.flat, panels):
-        for arm, look in zip(arms, _looks(arms)):
-            part = curve[curve["arm"] == arm]
-            ax.plot(
-                part["step"],
-                part[column],
-                look.line,
-                marker=look.marker,
-                markevery=every,
-                color=look.colour,
-                markersize=5,
-                linewidth=1.3,
-                label=arm,
-            )
+        _arm_lines(ax, curve, column)
         ax.set(title=title, ylabel=label)
-        _whole_ticks(ax.xaxis)
         if column in ("clip_fraction", "eos_rate"):
             ax.yaxis.set_major_formatter(PercentFormatter(1))
         elif column == "explained_variance":
@@ -449,6 +434,42 @@ def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
     last.legend(loc="best")
     for ax in axes[1]:
         ax.set_xlabel("PPO step")
+    return fig
+
+
+def _arm_lines(ax, curve: pd.DataFrame, column: str) -> None:
+    """``column`` by step, a line an arm."""
+    every = 1 + curve["step"].nunique() // 8  # a marker on every point of a long run hides the line
+    arms = list(dict.fromkeys(curve["arm"]))
+    for arm, look in zip(arms, _looks(arms)):
+        part = curve[curve["arm"] == arm]
+        ax.plot(
+            part["step"], part[column], look.line, marker=look.marker, markevery=every, color=look.colour, markersize=5, linewidth=1.3, label=arm
+        )
+    _whole_ticks(ax.xaxis)
+
+
+def ppo_statistics(curve: pd.DataFrame | list[dict], units: Mapping[str, str]) -> Figure:
+    """Every logged statistic that ``ppo_curves`` leaves out, in small; ``units``: by column, "" where it has none."""
+    curve = _columns(curve, "curves/ppo.csv", "arm", "step")
+    drawn = {column for column, *_ in _PPO_PANELS} | {"arm", "step", "episodes", "shield_seconds"}
+    panels = [c for c in curve if c not in drawn and curve[c].notna().any()]
+    if not panels:
+        raise ValueError("curves/ppo.csv: no further statistic to draw; run notebooks/05_shielded_ppo.ipynb again")
+    rows = -(-len(panels) // 4)
+    fig, axes = _axes(rows, 4, 10.8, 1.7 * rows, sharex=True, squeeze=False)
+    for ax, column in zip(axes.flat, panels):
+        _arm_lines(ax, curve, column)
+        ax.set_title(column, fontsize=9)
+        ax.set_ylabel(units.get(column, ""), fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
+    for ax in axes.flat[len(panels):]:
+        ax.remove()
+    for ax in axes.flat[max(len(panels) - 4, 0):len(panels)]:
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel("PPO step", fontsize=8)
+    axes[0, 0].legend(loc="best", fontsize=8)
     return fig
 
 

@@ -48,9 +48,9 @@ got wrong), in four groups; "no" is a choice:
 16-20   k1 in the reward, no KL in the loss; log-ratios clamped to +-20; no scaling, no whitening of rewards.
 21-27   Advantages whitened over the rollout, raw spread logged; GAE against a double loop; cut off = ended, no
         bootstrap; float32 head read before the token, detached; value clip; no value-only warm-up: starting at
-        the mean score does its work for nothing.
+        the mean score does its work for nothing. In a short run it hardly moves from there: a batch-mean baseline.
 28-35   Clip .2, steps counted in a test; no dual clip (clamped ratios, few epochs); a minibatch's token count before
-        micro-batches; token mean; norm clip, then shield; AdamW, eps 1e-5, no decay; constant or linear rate by
+        micro-batches; token mean; norm clip, then shield (a replay's gradient joins there, unclipped; its norm is logged); AdamW, eps 1e-5, no decay; constant or linear rate by
         planned optimizer step; fixed or adaptive KL (Ziegler et al. 2019).
 36-40   Approximate-KL stop between epochs, logged; entropy logged, no bonus; ``vitals``; a generator each for
         prompts, sampling and minibatches; checkpoints of all that decides the next step (``state``).
@@ -358,7 +358,9 @@ class PPO:
         nn.utils.clip_grad_norm_(self.value_head.parameters(), self.params.max_grad_norm)
         self.optimizer.step()
         self.optimizer_steps += 1
-        return {**dict(zip(names, (total(sums) / tokens).tolist())), "gradient_norm": float(norm)}, float(_largest(deviation))
+        replay = self.shield.replay if self.shield else None
+        norms = {"gradient_norm": float(norm), "replay_norm": replay.norm if replay else 0.0}
+        return {**dict(zip(names, (total(sums) / tokens).tolist())), **norms}, float(_largest(deviation))
 
     def _sum_gradients(self) -> None:
         """Over the processes, in one message; a process without rows contributes zeros."""

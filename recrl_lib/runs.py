@@ -434,28 +434,19 @@ class StageRun:
 
         return pd.read_parquet(self.input(_with_suffix(name, ".parquet")))
 
-    def save_tensors(self, name: str, tensors: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
-        """Write tensors or arrays to ``artifacts/<name>.safetensors``; ``metadata`` must be JSON."""
+    def save_tensors(self, name: str, tensors: dict[str, Any]) -> None:
+        """Write tensors or arrays to ``artifacts/<name>.safetensors``."""
         import torch
         from safetensors.torch import save
 
         content = {key: torch.as_tensor(value).detach().cpu().contiguous() for key, value in tensors.items()}
-        # One key: safetensors writes several in random order, and equal runs would differ in sha256.
-        header = None if metadata is None else {"json": json.dumps(metadata, sort_keys=True)}
-        write_atomic(self.output(_with_suffix(name, ".safetensors")), save(content, header))
+        write_atomic(self.output(_with_suffix(name, ".safetensors")), save(content))
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Tensors of ``artifacts/<name>.safetensors``, on the CPU."""
         from safetensors.torch import load_file
 
         return load_file(self.input(_with_suffix(name, ".safetensors")))
-
-    def load_metadata(self, name: str) -> dict[str, Any]:
-        """The ``metadata`` that was given to ``save_tensors``; empty if there was none."""
-        from safetensors import safe_open
-
-        with safe_open(self.input(_with_suffix(name, ".safetensors")), framework="numpy") as file:
-            return json.loads((file.metadata() or {}).get("json", "{}"))
 
     def save_json(self, name: str, content: Any) -> None:
         """Write ``content`` to ``artifacts/<name>.json``; NaN and infinity are refused."""

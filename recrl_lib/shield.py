@@ -351,7 +351,7 @@ class Replay:
     ):
         if weight <= 0:
             raise ValueError(f"shield_penalty={weight}: a replay penalty needs a positive weight")
-        self.weight, self.batch = weight, batch
+        self.weight, self.batch, self.norm = weight, batch, 0.0
         self._explainer, self._readout = explainer, readout.to(explainer.device)
         self.generator = torch.Generator().manual_seed(seed)
         spread = (text[1:] - text[1:].mean(0)).to(explainer.device) @ self._readout.T
@@ -372,8 +372,13 @@ class Replay:
         return self.weight * ((text - base) @ self._readout.T).square().sum(-1).mean() / self._scale
 
     def add_to(self, parameters: list[nn.Parameter]) -> None:
-        """Add the penalty's gradient to the parameters' ``.grad``; call with autograd on, between backward and step."""
-        for parameter, gradient in zip(parameters, torch.autograd.grad(self.loss(), parameters)):
+        """Add the penalty's gradient to the parameters' ``.grad``; call with autograd on, between backward and step.
+
+        Its norm is kept in ``norm``: it comes after the clipping of the training's gradient, and can be the larger of the two.
+        """
+        gradients = torch.autograd.grad(self.loss(), parameters)
+        self.norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+        for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
@@ -401,7 +406,7 @@ class Shield:
 
     ``optimizer`` may be the wrapper of accelerate or TRL: the torch optimizer inside is used. Hooks
     fire on real steps only, so clipping comes before and gradient accumulation is no concern. ``replay`` adds its
-    penalty in any mode (``penalty`` has nothing else); the projection, if any, comes after it.
+    penalty's gradient, unclipped, in any mode (``penalty`` has nothing else); the projection, if any, comes after it.
     """
 
     def __init__(self, explainer: Explainer, protected: Mapping[str, Subspace], mode: str = "update", replay: Replay | None = None):

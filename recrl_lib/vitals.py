@@ -32,10 +32,11 @@ STATISTICS = {
     "approx_kl": Statistic("nats per token", "KL from the sampling policy during the update", "below .02"),
     "epochs_skipped": Statistic("count", "passes that stop_kl cut short", "mostly 0"),
     "gradient_norm": Statistic("none", "of the adapters' gradient before clipping", "steady, finite"),
+    "replay_norm": Statistic("none", "of the replay's gradient, which joins the clipped one", "below gradient_norm; 0: no replay"),
     "learning_rate": Statistic("none", "of the adapters, at the step's last update", "as scheduled"),
     "ratio_first_minibatch_max_dev": Statistic("none", "largest |ratio - 1| before the first update", "below 1e-3 (.1 in bfloat16)"),
     "generated_tokens_per_second": Statistic("tokens/s", "speed of sampling", "steady"),
-    "shield_seconds": Statistic("seconds", "spent in the shield's hooks", "a hundredth of the step"),
+    "shield_seconds": Statistic("seconds", "spent in the shield's hooks", "a hundredth of the step; with a replay a tenth"),
     "step_seconds": Statistic("seconds", "wall time of the step", "steady"),
 }
 TIMES = ("generated_tokens_per_second", "shield_seconds", "step_seconds")  # differ between equal runs
@@ -72,6 +73,8 @@ def warnings(rows: pd.DataFrame) -> list[str]:
     if "explained_variance" in rows:
         known = late["explained_variance"]
         found.append((known < -1, f"the values explain {known:.1f} of the returns' variance, less than a constant would: lower value_lr"))
+    if "replay_norm" in rows and (pull := late["replay_norm"]) > late["gradient_norm"]:
+        found.append((True, f"the replay's gradient is {pull / late['gradient_norm']:.1f} times the reward's: lower shield_penalty to learn more"))
     if "clip_fraction" in rows:
         clipped = late["clip_fraction"]
         found.append((clipped > 0.2, f"{clipped:.0%} of the ratios are clipped: lower learning_rate"))

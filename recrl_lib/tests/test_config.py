@@ -34,6 +34,13 @@ def test_stages_own_all_parameters_and_share_only_the_common_ones():
     assert common == ["run", "seed", "device"]
 
 
+@pytest.mark.parametrize("name, value", [("lr_schedule", "linear"), ("kl_target", 5.0), ("stop_kl", 0.1), ("dtype", "bfloat16")])
+def test_what_trl_is_not_told_is_refused_with_it(name, value):
+    Params(**{name: value})
+    with pytest.raises(ValueError, match=f"{name}=.*'rloo'"):
+        Params(algorithm="rloo", **{name: value})
+
+
 def test_stages_need_only_earlier_stages():
     for i, stage in enumerate(config.STAGES):
         assert set(stage.needs) <= {earlier.name for earlier in config.STAGES[:i]}, stage.name

@@ -69,6 +69,7 @@ def ppo_curve(steps: int = 12) -> pd.DataFrame:
                     "arm": arm,
                     "step": step,
                     "reward": 0.6 + 0.01 * step + rng.normal(0, 0.01),
+                    "score": 0.5 + 0.01 * step,
                     "kl": 0.05 * step**1.5,
                     "length": 30 + rng.normal(),
                     "clip_fraction": 0.02 + 0.01 * rng.random(),
@@ -154,6 +155,7 @@ def every_figure(steps: int = 12) -> dict:
         "frontier": plots.frontier(frontier_points()),
         "bars": plots.bars(rows, "relative change", "What a few steps do", reference=0.1),
         "ppo_curves": plots.ppo_curves(ppo_curve(steps)),
+        "ppo_statistics": plots.ppo_statistics(ppo_curve(steps), {"score": "reward"}),
         "reward_parts": plots.reward_parts(explanations()),
         "ctr_lift": plots.ctr_lift(evaluation(), ceiling=1.245),
         "ranking_moved": plots.ranking_moved(evaluation()),
@@ -204,6 +206,16 @@ def test_arms_differ_in_marker_line_and_hatch_not_only_in_colour():
     lines = {line.get_label(): line for line in plots.ppo_curves(ppo_curve()).axes[0].get_lines()}
     a, b = lines["unshielded"], lines["shielded"]
     assert (a.get_linestyle(), a.get_marker()) != (b.get_linestyle(), b.get_marker())
+
+
+def test_between_them_the_two_figures_draw_every_statistic_of_a_step():
+    curve = pd.DataFrame(ppo_curve()).assign(kl_coef=0.02, never_logged=np.nan)
+    main, rest = plots.ppo_curves(curve), plots.ppo_statistics(curve, {"kl_coef": "reward per nat"})
+    titles = [ax.get_title() for ax in rest.axes]
+    assert len(main.axes) + len(titles) == len(curve.columns) - len(["arm", "step", "shield_seconds", "never_logged"])
+    assert titles == ["score", "kl_coef"]
+    panel = rest.axes[titles.index("kl_coef")]
+    assert panel.get_ylabel() == "reward per nat" and [line.get_label() for line in panel.get_lines()] == ["unshielded", "shielded"]
 
 
 def test_genre_shares_by_hand():

@@ -303,6 +303,20 @@ def test_shielded_ppo_keeps_the_invariant_at_every_step():
     assert sh.leak(free.explainer, protected) > 0.1
 
 
+def test_the_replays_norm_is_logged_beside_the_gradients():
+    """It joins after the clipping: a heavy replay must not hide behind a clipped norm of 1."""
+    norms = {}
+    for weight in (10.0, 1000.0):
+        explainer = tiny_explainer(lora_layers=1)
+        items = ItemTexts(explainer, ["good film", "bad", "red film"])
+        text = items.vectors()
+        replay = sh.Replay(explainer, items, text, torch.eye(text.shape[1]), weight)
+        guard = sh.Shield(explainer, sh.subspaces(sh.item_grams(explainer, items)[0], 0.5), replay=replay)
+        norms[weight] = trainer(shield=guard, explainer=explainer, learning_rate=3e-2, minibatches=1).train(1)[0]["replay_norm"]
+    assert norms[1000.0] > 5 * norms[10.0] > 0
+    assert trainer().train(1)[0]["replay_norm"] == 0
+
+
 def test_the_shield_stays_on_from_one_call_of_train_to_the_next():
     explainer = tiny_explainer(lora_layers=1)
     protected = sh.subspaces(sh.item_grams(explainer, ItemTexts(explainer, ["good film", "a red film"]))[0], 0.95)

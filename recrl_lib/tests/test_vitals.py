@@ -7,7 +7,7 @@ from recrl_lib.config import resolve
 from recrl_lib.tests.test_ppo import trainer
 
 HEALTHY = dict(
-    reward=0.8, kl=1.0, eos_rate=0.95, entropy=1.0, explained_variance=0.1, clip_fraction=0.03, length=30.0,
+    reward=0.8, kl=1.0, eos_rate=0.95, entropy=1.0, explained_variance=0.1, clip_fraction=0.03, length=30.0, gradient_norm=0.1, replay_norm=0.0,
     shield_seconds=0.01, step_seconds=4.0,
 )
 
@@ -22,7 +22,7 @@ def rows(n: int = 6, **last) -> pd.DataFrame:
 
 def test_nothing_to_warn_of():
     assert vitals.warnings(rows()) == [] == vitals.warnings(rows(1))
-    assert vitals.warnings(rows().drop(columns=["entropy", "explained_variance", "clip_fraction"])) == []
+    assert vitals.warnings(rows().drop(columns=["entropy", "explained_variance", "clip_fraction", "gradient_norm", "replay_norm"])) == []
 
 
 @pytest.mark.parametrize("name, value, words", [
@@ -32,6 +32,7 @@ def test_nothing_to_warn_of():
     ("entropy", 0.1, "collapsed to 10%"),
     ("explained_variance", -3.0, "value_lr"),
     ("clip_fraction", 0.4, "40% of the ratios"),
+    ("replay_norm", 0.3, "3.0 times the reward's: lower shield_penalty"),
 ])
 def test_each_warning_fires(name, value, words):
     assert any(words in text for text in vitals.warnings(rows(**{name: value})))
