@@ -24,6 +24,8 @@ from recrl_lib.study import TOP_K, Study
 
 TEXT_ARMS = ("base", "unshielded", "shielded")  # `separate` speaks with the unshielded policy
 CONTROL = "control_"  # arms of texts composed by rule; "reference" is the human-made ceiling
+CHURN = {"top10_overlap": "overlap", "top10_set_same": "set_same", "top10_exact": "exact", "kendall_tau": "kendall_tau", "rbo": "rbo",
+         "top1_same": "top1_same"}  # name in the metrics: column of the ranking table  # fmt: skip
 MEASURES = ("ndcg", "hr", "overlap", "set_same", "exact", "kendall_tau", "rbo", "top1_same")
 
 
@@ -80,6 +82,15 @@ def change_by_group(study: Study, text: Tensor, top: np.ndarray, held: set[int])
             f"overlap_{name}": float(stayed[entries].mean()) if entries.any() else 1.0,
         }
     return out
+
+
+def held_overlap(study: Study, top: np.ndarray, held: set[int], n_boot: int, rng: np.random.Generator) -> dict[str, float]:
+    """``overlap_held`` of ``change_by_group`` with its interval over users; empty if no base top ten has an item of ``held``."""
+    theirs = np.isin(study.top, sorted(held))
+    kept = (study.top[:, :, None] == top[:, None, :]).any(2) & theirs
+    if not theirs.any():
+        return {}
+    return _with_ends("overlap_held", stats.bootstrap_ratio(kept.sum(1), theirs.sum(1), n_boot, rng))
 
 
 @torch.no_grad()
@@ -330,6 +341,47 @@ def gain_metrics(arm: str, after: pd.DataFrame, before: pd.DataFrame, what: str,
     return out | _with_ends(f"{arm}/ctr_lift_{what}", lift) | {f"{arm}/users_{what}": float(len(after))}
 
 
+def judged_gains(arm: str, explanations: pd.DataFrame, n_boot: int, rng: np.random.Generator) -> dict[str, float]:
+    """Paired change from the base of every measure of the judge, on all items and on those that PPO never explained, keyed
+    ``<arm>/<measure>_change`` and ``<arm>/<measure>_new_items``. A text without claims has no grounding precision: such users are
+    left out of it, in both arms."""
+    said, base = (explanations[explanations["arm"] == a] for a in (arm, "base"))
+    out: dict[str, float] = {}
+    for measure in (m for m in JUDGED if m not in GAINS):
+        difference, new = said[measure].to_numpy(float) - base[measure].to_numpy(float), base["new_item"].to_numpy(bool)
+        for what, keep in (("change", np.ones_like(new)), ("new_items", new)):
+            values = difference[keep & ~np.isnan(difference)]
+            if len(values):
+                out |= _with_ends(f"{arm}/{NAMES.get(measure, measure)}_{what}", stats.bootstrap_mean(values, n_boot, rng))
+    return out
+
+
+def judged_gain_table(results: dict[str, float]) -> pd.DataFrame:
+    """``judged_gains`` as text, a row a measure: the base's mean, and each tuned arm's change on all items and on new ones."""
+    rows = {}
+    for name in (NAMES.get(m, m) for m in JUDGED if m not in GAINS):
+        rows[name] = {"base": f"{results[f'base/{name}']:.3f}"}
+        for arm in TEXT_ARMS[1:]:
+            for what, title in (("change", "all items"), ("new_items", "new items")):
+                if (key := f"{arm}/{name}_{what}") in results:
+                    rows[name][f"{arm}, {title}"] = f"{results[key]:+.3f} [{results[f'{key}_lo']:+.3f}, {results[f'{key}_hi']:+.3f}]"
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("")
+
+
+def gain_kept(explanations: pd.DataFrame, n_boot: int, rng: np.random.Generator) -> dict[str, float]:
+    """Share of the unshielded gain in reward that the shielded policy has, users resampled jointly: ``shielded/gain_kept``.
+
+    Empty where the unshielded gain is not above 0 in every resample: a share of nothing means nothing.
+    """
+    base, free, held = (explanations.loc[explanations["arm"] == arm, "reward"].to_numpy(float) for arm in TEXT_ARMS)
+    if free.mean() <= base.mean():
+        return {}
+    try:
+        return _with_ends("shielded/gain_kept", stats.bootstrap_ratio(held - base, free - base, n_boot, rng))
+    except ValueError:
+        return {}
+
+
 def _with_ends(name: str, found: tuple[float, float, float]) -> dict[str, float]:
     return dict(zip((name, f"{name}_lo", f"{name}_hi"), map(float, found), strict=True))
 
@@ -392,17 +444,26 @@ def arm_metrics(
         ("ndcg@10_change", ranked["ndcg"], before["ndcg"]),
     ):
         out |= _with_ends(name, stats.bootstrap_mean(after_.to_numpy() - before_.to_numpy(), n_boot, rng))
+    for name, measure in CHURN.items():
+        out |= _with_ends(name, stats.bootstrap_mean(ranked[measure].to_numpy(), n_boot, rng))
     clicks = said["click"].to_numpy(), base["click"].to_numpy()
     out |= _with_ends("ctr_lift", simulator.ctr_lift(*clicks, n_boot, rng))
     _, out["ctr_lift_bca_lo"], out["ctr_lift_bca_hi"] = stats.bootstrap_ratio(*clicks, n_boot, rng, method="bca")
     out |= {
         "ctr": said["click"].mean(), "kl": said["kl"].mean(), "eos_rate": said["ended"].mean(), "mean_tokens": said["tokens"].mean(),
         **{name: said[name].mean() for name in ("reward_length", "reward_relevance", "reward_coherence")},
-        "hr@10": ranked["hr"].mean(), "top10_overlap": ranked["overlap"].mean(), "top10_set_same": ranked["set_same"].mean(),
-        "top10_exact": ranked["exact"].mean(), "kendall_tau": ranked["kendall_tau"].mean(), "rbo": ranked["rbo"].mean(),
-        "top1_same": ranked["top1_same"].mean(), **change,
+        "hr@10": ranked["hr"].mean(), **change,
     }
     return {f"{arm}/{name}": float(value) for name, value in out.items()}
+
+
+def ranking_gain_table(results: dict[str, float], arms: Sequence[str]) -> pd.DataFrame:
+    """What became of the ranking, as text with intervals over users: a row an arm."""
+    shown = {"NDCG@10, change": "ndcg@10_change", **{name: name for name in CHURN}}
+    return pd.DataFrame({
+        title: {arm: f"{results[f'{arm}/{name}']:.4f} [{results[f'{arm}/{name}_lo']:.4f}, {results[f'{arm}/{name}_hi']:.4f}]" for arm in arms}
+        for title, name in shown.items()
+    })
 
 
 def top_frame(tops: dict[str, np.ndarray]) -> pd.DataFrame:

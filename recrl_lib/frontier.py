@@ -163,7 +163,7 @@ class Lab:
     records: list[dict]  # of the same held-out users
     loss_base: float     # of the untuned model, on ``asked``
     reward_base: float
-    n_boot: int = 2000
+    n_boot: int = 10_000
 
     @property
     def seen(self) -> set[int]:

@@ -6,6 +6,7 @@ clicks, so that nothing but score and quality differs between them. A synthetic 
 quality would show in clicks under stated assumptions; it is no evidence about people.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,6 +135,16 @@ def sensitivity(
 def paper_quality(text: str) -> float:
     """min(words / 40, 1): the quality of the published account's simulated click is length alone."""
     return min(len(words(text)) / 40, 1.0)
+
+
+def paper_lift(texts: Sequence[str], before: Sequence[str], base_click: float = 0.5, beta: float = 0.5) -> float:
+    """Lift of ``texts`` over ``before`` in the published account's click model, where quality is length alone.
+
+    mean sigmoid(logit(``base_click``) + beta q) of the one over that of the other, ``base_click`` being the click without a word.
+    """
+    bias = np.log(base_click / (1 - base_click))
+    clicked = [sigmoid(bias + beta * np.array([paper_quality(t) for t in side])).mean() for side in (texts, before)]
+    return float(clicked[0] / clicked[1])
 
 
 def paper_ceiling(base_click: float = 0.5, beta: float = 0.5) -> float:

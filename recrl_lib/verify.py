@@ -170,8 +170,11 @@ def evaluated(e: Evidence) -> Numbers:
             ranks, tolerance = ranking[ranking["arm"] == arm].sort_values("user")["rank"].to_numpy(), SUMS
         yield f"{arm}/ndcg@10", float(metrics.ndcg_at(ranks, 10).mean()), tolerance
         yield f"{arm}/hr@10", float(metrics.hr_at(ranks, 10).mean()), tolerance
-        for name, values in metrics.churn(world.top, study.top_array(tops, arm)).items():
-            yield f"{arm}/{name if name in ('rbo', 'kendall_tau', 'top1_same') else f'top10_{name}'}", float(values.mean()), SUMS
+        changed = metrics.churn(world.top, study.top_array(tops, arm))
+        for name, column in evaluation.CHURN.items():
+            yield f"{arm}/{name}", float(changed[column].mean()), SUMS
+    for name, value in evaluation.gain_kept(table, params.bootstrap, stage.rng("verify")).items():
+        yield name, value, EXACT if name.endswith(("_lo", "_hi")) else MODELS
 
 
 def audited(e: Evidence) -> Numbers:

@@ -246,6 +246,58 @@ def test_change_by_group_is_the_naive_one(world):
     assert same["overlap_held"] == same["overlap_seen"] == 1 and same["item_change_held"] == same["max_abs_score_delta_seen"] == 0
 
 
+def test_the_places_of_held_out_items_and_their_interval(world):
+    study_, explainer = world
+    tune_randomly(explainer)
+    text = ItemTexts(explainer, study_.items["text"].tolist()).vectors()
+    _, top = evaluation.ranking_table(study_, text)
+    held = {3, 7, 8, 20}
+    found = evaluation.held_overlap(study_, top, held, 400, np.random.default_rng(0))
+    assert found["overlap_held"] == pytest.approx(evaluation.change_by_group(study_, text, top, held)["overlap_held"])
+    assert found["overlap_held_lo"] < found["overlap_held"] < found["overlap_held_hi"]
+    same = evaluation.held_overlap(study_, study_.top, held, 50, np.random.default_rng(0))
+    assert list(same.values()) == [1.0] * 3
+    assert evaluation.held_overlap(study_, top, {N_ITEMS + 5}, 50, np.random.default_rng(0)) == {}
+
+
+def judged(**changes) -> pd.DataFrame:
+    """Texts of 40 users by three arms, all alike but for ``changes``: column -> (unshielded, shielded) added to the base's."""
+    rng = np.random.default_rng(0)
+    base = pd.DataFrame({m: rng.random(40) for m in (*evaluation.JUDGED, "reward")} | {"new_item": np.arange(40) >= 30})
+    arms = [base.assign(arm="base")]
+    for n, arm in enumerate(evaluation.TEXT_ARMS[1:]):
+        arms.append(base.assign(arm=arm, **{column: base[column] + both[n] for column, both in changes.items()}))
+    return pd.concat(arms, ignore_index=True)
+
+
+def test_every_measure_of_the_judge_is_compared_user_by_user():
+    table = judged(own_item=(0.1, -0.2), fluency=(0.0, np.where(np.arange(40) >= 30, 0.3, 0.0)))
+    table.loc[[40, 85], "grounding_precision"] = np.nan  # users 0 and 5 claim nothing in one arm each
+    found = {arm: evaluation.judged_gains(arm, table, 300, np.random.default_rng(0)) for arm in evaluation.TEXT_ARMS[1:]}
+    assert found["unshielded"]["unshielded/own_item_retrieval@10_change"] == pytest.approx(0.1)
+    shielded = found["shielded"]
+    assert [shielded[f"shielded/own_item_retrieval@10_change{end}"] for end in ("", "_lo", "_hi")] == pytest.approx([-0.2] * 3)
+    assert shielded["shielded/fluency_change"] == pytest.approx(0.075) and shielded["shielded/fluency_new_items"] == pytest.approx(0.3)
+    assert shielded["shielded/fluency_change_lo"] > 0 and shielded["shielded/grounding_precision_change"] == pytest.approx(0, abs=1e-12)
+    means = {f"base/{evaluation.NAMES.get(m, m)}": 0.5 for m in evaluation.JUDGED}
+    shown = evaluation.judged_gain_table(means | found["unshielded"] | shielded)
+    assert shown.loc["fluency", "shielded, new items"] == "+0.300 [+0.300, +0.300]" and "quality" not in shown.index
+
+
+def test_the_share_of_the_gain_that_was_kept():
+    rng = np.random.default_rng(1)
+    table = judged(reward=(0.2, 0.2 * rng.normal(0.9, 0.3, 40)))
+    found = evaluation.gain_kept(table, 2000, np.random.default_rng(0))
+    held, free = (table.loc[table["arm"] == arm, "reward"].mean() - table.loc[table["arm"] == "base", "reward"].mean()
+                  for arm in ("shielded", "unshielded"))  # fmt: skip
+    assert found["shielded/gain_kept"] == pytest.approx(held / free)
+    assert found["shielded/gain_kept_lo"] < found["shielded/gain_kept"] < found["shielded/gain_kept_hi"]
+    equal = evaluation.gain_kept(judged(reward=(0.2, 0.2)), 50, np.random.default_rng(0))
+    assert list(equal.values()) == pytest.approx([1.0] * 3)
+    assert evaluation.gain_kept(judged(reward=(-0.2, 0.2)), 50, np.random.default_rng(0)) == {}
+    assert evaluation.gain_kept(judged(reward=(rng.normal(0.01, 1, 40), 0.2)), 50, np.random.default_rng(0)) == {}  # may be a loss
+
+
 def test_served_vectors_are_those_of_the_adapter(world):
     study_, explainer = world
     tune_randomly(explainer)

@@ -280,26 +280,37 @@ def test_the_page_is_whole_self_contained_escaped_and_repeatable(stage):
 
 def test_the_price_of_the_shield_is_a_doubt_until_a_setting_meets_the_target():
     def doubts(**settings):
-        points = pd.DataFrame([{"mode": m, "curve": m, "gain_loss": g, "overlap": o, "top1_same": 0.5} for m, (g, o) in settings.items()])
+        points = pd.DataFrame([{"mode": m, "curve": m, "gain_loss": g, "gain_reward": 0.7, "overlap": o, "top1_same": 0.5} for m, (g, o) in settings.items()])
         return [d.text for d in report._doubts_about_price(replace(evidence({}), frontier=points))]
 
     assert doubts(none=(1.0, 0.1), alora=(1.0, 1.0), update=(0.95, 0.99)) == []
     (text,) = doubts(none=(1.0, 0.1), alora=(1.0, 1.0), update=(0.95, 0.98), penalty=(0.5, 1.0), restart=(0.9, 0.7))
-    assert "(update) keeps 98.0 %" in text and "50.0 % of the first" in text
+    assert "(update) keeps 98.0 %" in text and "50.0 % of the first" in text and "in reward it has 70.0 %" in text
     (text,) = doubts(none=(1.0, 0.1), update=(0.8, 0.99))
     assert "no setting of the frontier did" in text
     assert report._doubts_about_price(evidence({})) == []
 
 
 def test_the_price_of_the_shield_is_shown_beside_its_target():
+    """"yes" asks for the whole interval; where only the mean is good enough, the table says so."""
     assert report.price_tables(evidence({})) == []  # a run without the numbers
-    names = ("reward_change", "top10_overlap", "overlap_held", "top1_same", "ndcg@10", "top10_set_same", "top10_exact")
-    numbers = {f"shielded/{name}": v for name, v in zip(names, (0.19, 0.99, 0.985, 0.98, 0.0992, 0.9, 0.5))}
-    numbers |= {f"unshielded/{name}": v for name, v in zip(names, (0.2, 0.5, 0.5, 0.3, 0.08, 0.0, 0.0))}
+    names = ("top10_overlap", "overlap_held", "top1_same", "top10_set_same", "top10_exact")
+    numbers = {f"{arm}/{name}": v for arm in report.SHARED for name, v in zip(names, (0.99, 0.985, 0.98, 0.9, 0.5))}
+    numbers |= {"shielded/gain_kept": 0.95, "shielded/gain_kept_lo": 0.8, "shielded/gain_kept_hi": 1.1, "shielded/top1_same_lo": 0.97,
+                "shielded/top1_same_hi": 0.99, "shielded/top10_overlap_lo": 0.99, "shielded/top10_overlap_hi": 0.995}  # fmt: skip
+    numbers |= {f"{arm}/ndcg@10_change{end}": v for arm in report.SHARED for end, v in zip(("", "_lo", "_hi"), (-0.0004, -0.0016, 0.0002))}
     e = evidence({"evaluation": numbers | {"base/ndcg@10": 0.1}})
     ((_, target, source),) = report.price_tables(e)
-    assert target["met"].tolist() == ["yes", "yes", "no", "yes", "no", "no", "no"] and source == report.EVALUATION
-    assert target["shielded"].tolist() == ["95.0 %", "99.0 %", "98.5 %", "98.0 %", "0.8 %", "90.0 %", "50.0 %"]
+    assert target["met"].tolist() == ["by its mean", "yes", "no", "by its mean", "by its mean", "no", "no"] and source == report.EVALUATION
+    assert target["shielded"].tolist() == [
+        "95.0 % [80.0 %, 110.0 %]", "99.0 % [99.0 %, 99.5 %]", "98.5 %", "98.0 % [97.0 %, 99.0 %]", "−0.4 % [−1.6 %, +0.2 %]", "90.0 %", "50.0 %",
+    ]
+    assert target["unshielded"].iloc[0] == "100 %"
+    kept = next(c for c in report.claims(e.evaluation) if c.question.startswith("How much of the reward gain"))
+    assert kept.answer.endswith("[80.0 %, 110.0 %]")
+    lost = {k: v for k, v in e.evaluation.items() if "gain_kept" not in k}
+    ((_, target, _),) = report.price_tables(replace(e, metrics=e.metrics | {"evaluation": lost}))
+    assert target.iloc[0][["unshielded", "shielded", "met"]].tolist() == ["no gain", "no gain", "no"]
 
     cost = dict(build_seconds=11.0, gram_seconds=19.0, basis_mb=33.0, second_copy_mb=515.0, second_copy_adapted_mb=33.75, encode_seconds=19.0)
     metrics = e.metrics | {"shield": e.metrics["shield"] | cost, "ppo": e.metrics["ppo"] | {"shielded/settle_seconds": 99.0}}

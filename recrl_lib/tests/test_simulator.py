@@ -10,6 +10,7 @@ from recrl_lib.simulator import (
     clicks,
     ctr_lift,
     paper_ceiling,
+    paper_lift,
     paper_quality,
     sensitivity,
     sigmoid,
@@ -109,6 +110,8 @@ def test_paper_variant():
     # the published 1.225 is a quality of .92, that is 37 words
     assert sigmoid(0.5 * paper_quality("word " * 37)) / 0.5 == pytest.approx(1.225, abs=0.003)
     assert paper_ceiling(0.2, 0.0) == pytest.approx(1)
+    assert paper_lift(["word " * 40] * 3, [""] * 3) == pytest.approx(paper_ceiling()) and paper_lift(["a b"], ["c d"]) == 1
+    assert paper_lift(["word " * 40, ""], [""]) == pytest.approx((paper_ceiling() + 1) / 2)
 
 
 @pytest.mark.parametrize(
