@@ -6,8 +6,11 @@ Each yields scores in the form of ``ranker.score_chunks``, so that ``ranker.rank
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+
+from recrl_lib.paths import REFERENCE
 
 RIVALS = {"ease": "EASE^R", "ease_chain": "EASE^R + chain"}  # those that a trained ranker is compared with, user by user
 EASE_ITEMS = 20_000  # the largest catalogue whose item-to-item matrices (3.2 GB each) fit an ordinary machine
@@ -135,3 +138,13 @@ def _popularity(train: Sequence[np.ndarray], n_items: int) -> Tensor:
     counts = torch.from_numpy(np.bincount(np.concatenate(train), minlength=n_items + 1)).float()
     counts[0] = -torch.inf
     return counts
+
+
+def published_seeds() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``runs/reference/ranker_seeds.csv``, which ``bench_ranker.seeds`` explains: (a row a seed, the means over seeds and the rivals).
+
+    ``text`` is ``llm`` or ``none`` and, in the second table, its index; a rival's row is called by its key in ``RIVALS``.
+    """
+    table = pd.read_csv(REFERENCE / "ranker_seeds.csv", dtype={"seed": str})
+    one_seed = table["seed"].fillna("none").str.isdigit()
+    return table[one_seed].reset_index(drop=True), table[~one_seed].set_index("text")

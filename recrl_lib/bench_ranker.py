@@ -64,7 +64,7 @@ def _laptop() -> tuple[config.Params, datasets.Split, int, Tensor]:
 
 def seeds(n: int) -> pd.DataFrame:
     """A row for each of ``n`` seeds with text and without, their means, and the closed-form rivals: test metrics, and NDCG@10
-    over each rival's.
+    over each rival's and, with text, over that without (``plain``).
 
     The intervals (95 %) are of paired differences, bootstrapped over users; a mean's is of the users' means over seeds.
     """
@@ -72,9 +72,9 @@ def seeds(n: int) -> pd.DataFrame:
     history, test = split.with_valid, split.test
     closed = baselines.closed_form(split.training, n_items, history)
     rivals = {key: metrics.ndcg_at(ranker.ranks_of(closed[name], history, test), 10) for key, name in baselines.RIVALS.items()}
-    rows = []
+    tables: dict[str, list[dict]] = {"llm": [], "none": []}
+    users: dict[str, list[np.ndarray]] = {"llm": [], "none": []}
     for arm, vectors in (("llm", text), ("none", None)):
-        table, users = [], []
         for seed in range(n):
             start = time.process_time()
             model, curve = ranker.fit(params, split, n_items, vectors, seed)
@@ -82,16 +82,19 @@ def seeds(n: int) -> pd.DataFrame:
             valid = [row["valid_ndcg@10"] for row in curve]
             ranks = ranker.target_ranks(model, history, test, vectors)
             free = ranker.target_ranks(model, history, test, None)
-            users.append(metrics.ndcg_at(ranks, 10))
-            table.append({
-                "ndcg@10": users[-1].mean(), "hr@10": metrics.hr_at(ranks, 10).mean(), "mrr@10": metrics.mrr_at(ranks, 10).mean(),
+            users[arm].append(metrics.ndcg_at(ranks, 10))
+            tables[arm].append({
+                "ndcg@10": users[arm][-1].mean(), "hr@10": metrics.hr_at(ranks, 10).mean(), "mrr@10": metrics.mrr_at(ranks, 10).mean(),
                 "text_free_ndcg@10": metrics.ndcg_at(free, 10).mean(), "valid_ndcg@10": max(valid),
                 "epochs": len(valid), "best_epoch": int(np.argmax(valid)) + 1, "train_cpu_seconds": seconds,
             })
-        table.append(pd.DataFrame(table).mean().to_dict())
-        for seed, row, values in zip([*range(n), f"mean of {n}"], table, [*users, np.mean(users, 0)]):
+        tables[arm].append(pd.DataFrame(tables[arm]).mean().to_dict())
+        users[arm].append(np.mean(users[arm], 0))
+    rows = []
+    for arm, table in tables.items():
+        for i, (seed, row, values) in enumerate(zip([*range(n), f"mean of {n}"], table, users[arm])):
             row = {"text": arm, "seed": seed, **row}
-            for name, rival in rivals.items():
+            for name, rival in (rivals | ({"plain": users["none"][i]} if arm == "llm" else {})).items():
                 over = stats.paired_bootstrap_diff(values, rival, 10_000, np.random.default_rng(0))[:3]
                 row |= dict(zip((f"over_{name}", f"over_{name}_lo", f"over_{name}_hi"), over))
             rows.append(row)

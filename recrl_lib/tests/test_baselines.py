@@ -71,3 +71,10 @@ def test_ease_with_the_chain_fades_the_query():
     np.testing.assert_allclose(scores[0, 1:], weights[2] + 0.5 * weights[7] + 0.125 * weights[4], rtol=1e-6)
     np.testing.assert_allclose(scores[1, 1:], weights[1], rtol=1e-6)
     assert scores.dtype == torch.float32 and scores[:, 0].isneginf().all()
+
+
+def test_published_seeds_are_split_from_their_means_and_the_rivals():
+    seeds, means = baselines.published_seeds()
+    assert set(seeds["text"]) == {"llm", "none"} and list(means.index) == ["llm", "none", *baselines.RIVALS]
+    for arm in ("llm", "none"):
+        assert means.loc[arm, "ndcg@10"] == pytest.approx(seeds.loc[seeds["text"] == arm, "ndcg@10"].mean(), abs=1e-4)

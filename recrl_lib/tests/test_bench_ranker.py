@@ -27,6 +27,9 @@ def test_the_table_of_seeds(monkeypatch):
         assert table["ndcg@10"].iloc[6 + n] == pytest.approx(rival)
         np.testing.assert_allclose(rows[f"over_{name}"], rows["ndcg@10"] - rival, atol=1e-12)
         assert (rows[f"over_{name}_lo"] <= rows[f"over_{name}"]).all() and (rows[f"over_{name}"] <= rows[f"over_{name}_hi"]).all()
+    difference = table["ndcg@10"].to_numpy()[:3] - table["ndcg@10"].to_numpy()[3:6]  # with text less without, seed by seed and of the means
+    np.testing.assert_allclose(table["over_plain"][:3], difference, atol=1e-12)
+    assert table["over_plain"][3:].isna().all()
     for arm in ("llm", "none"):
         rows = table[table["text"] == arm]
         numbers = rows[["ndcg@10", "hr@10", "mrr@10", "over_ease", "valid_ndcg@10", "best_epoch"]].astype(float)
