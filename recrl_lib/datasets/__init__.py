@@ -5,11 +5,12 @@ Titles are untrusted text: they end up in prompts and HTML, so every loader pass
 counted by kind and left out, and too many of them stop the run; the kinds::
 
     cut last line           the file ends in the middle of a row
-    broken gzip             the compressed stream ends too early or is damaged: what comes before counts
+    broken gzip             the compressed stream ends too early or is damaged: stops the run, since nobody can count what is lost
+                            behind it; with bad_row_limit=1 what comes before counts
     not UTF-8, bad JSON, bad quoting, wrong number of fields, missing field, unparsable field
     duplicate               a second row of the same user and item (the first counts), or of the same item in an items table
     item without metadata   an interaction with an item that has no row in the items table
-    user with fewer than 3 events   counted in users; leave-one-out cannot split them
+    user with fewer than 3 events   counted in users, as given or as the filters leave them; leave-one-out cannot split them
 """
 
 from collections.abc import Callable

@@ -2,15 +2,17 @@
 
 Which column is what is said by the parameters ``user_column`` to ``genres_column``. Needed are user and item in the interactions, and
 item and title in the items; a time may be a Unix time in any unit, an ISO 8601 date or "01 7, 2015", and without one file order
-counts. Genres are separated by ``|``, ``;`` or commas.
+counts. A rating may be blank, and is then NaN. Genres are separated by ``|``, ``;`` or commas.
 """
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recrl_lib.datasets.reading import Rows, columns
@@ -34,7 +36,7 @@ def read(folder: Path, skipped: Skipped, names: dict[str, str]) -> Raw:
     for lines, fields in rows:
         missing = np.array([not (user.strip() and item.strip()) for user, item in zip(fields["user"], fields["item"])])
         time, time_good = parse_times(fields["time"]) if timed else (lines * 1000, ~missing)
-        rating, rating_good = parse_numbers(fields["rating"], np.float64) if rated else (np.zeros(len(lines)), ~missing)
+        rating, rating_good = _ratings(fields["rating"]) if rated else (np.zeros(len(lines)), ~missing)
         good = ~missing & time_good & rating_good
         skipped.add_rows("missing field", path, lines[missing])
         skipped.add_rows("unparsable field", path, lines[~missing & ~good])
@@ -51,6 +53,13 @@ def read(folder: Path, skipped: Skipped, names: dict[str, str]) -> Raw:
         table["user"] = table["user"].astype(np.int64)
     order = "time, ties by file order" if timed else "file order: no time column was named"
     return Raw(path, rows.total, table, items, f"own data, {path.name}", "item", order=order)
+
+
+def _ratings(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(float64, NaN where there is none; bool: blank or a number) of a column of ratings."""
+    blank = np.array([not text.strip() for text in texts], bool)
+    rating, good = parse_numbers(["0" if none else text for text, none in zip(texts, blank)], np.float64)
+    return np.where(blank, np.nan, rating), good
 
 
 def _items(path: Path, skipped: Skipped, names: dict[str, str]) -> pd.DataFrame:
@@ -79,8 +88,9 @@ class _Table:
         self.path = path
         # A CSV file of one's own may end without a newline (RFC 4180), so a last line that has all its fields counts.
         self._rows = None if path.suffix == ".parquet" else Rows(path, skipped, terminated=False)
-        self._file = pq.ParquetFile(path) if self._rows is None else None
-        self.names = self._rows.names if self._rows else self._file.schema_arrow.names
+        with _readable(path):
+            self._file = pq.ParquetFile(path) if self._rows is None else None
+            self.names = self._rows.names if self._rows else self._file.schema_arrow.names
         self.found = columns(path, self.names, wanted, optional)
         self._parquet_total = 0
 
@@ -93,10 +103,25 @@ class _Table:
             for lines, fields in self._rows:
                 yield lines, {need: fields[place] for need, place in self.found.items()}
             return
-        for batch in self._file.iter_batches(100_000, columns=[self.names[place] for place in self.found.values()]):
+        batches = self._file.iter_batches(100_000, columns=[self.names[place] for place in self.found.values()])
+        while True:
+            with _readable(self.path):
+                batch = next(batches, None)
+            if batch is None:
+                return
             lines = np.arange(1, len(batch) + 1) + self._parquet_total
             self._parquet_total += len(batch)
             yield lines, {need: _texts(batch.column(self.names[place]).to_pandas()) for need, place in self.found.items()}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """pyarrow's errors about a parquet file do not say which one it is."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: no parquet file, or a damaged one ({reason}); write or fetch it again") from None
 
 
 def _texts(column: pd.Series) -> list[str]:

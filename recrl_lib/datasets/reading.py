@@ -12,18 +12,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from recrl_lib.datasets.tables import Skipped
+from recrl_lib.datasets.tables import BROKEN, Skipped
 from recrl_lib.progress import track
 
 BLOCK = 2**22  # bytes of text handled at once
-_PIECE = 2**18  # bytes read from disk at once; in a broken gzip file, at most this much before the break is lost
+_PIECE = 2**18  # bytes read from disk at once; in a broken gzip file, at most this much before the break is lost too
 
 
 def blocks(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes]]:
     """(number of its first line, text) of successive blocks of whole lines of ``path``, plain or gzip.
 
-    Only the last block can end without a newline. Where a gzip file breaks off or is damaged, the lines before that count; the break
-    is one bad row. Raises ``FileNotFoundError``.
+    Only the last block can end without a newline. Where a gzip file breaks off or is damaged, the lines before that come, and
+    ``skipped`` is told: its ``check`` stops the run for such a file. Raises ``FileNotFoundError``.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; put it there, or name another folder with data_dir")
@@ -41,7 +41,7 @@ def blocks(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes]]:
                     rest = rest[end:]
         except (zlib.error, EOFError):
             end = rest.rfind(b"\n") + 1
-            skipped.add("broken gzip", path, number + rest.count(b"\n", 0, end))
+            skipped.add(BROKEN, path, number + rest.count(b"\n", 0, end))
             rest = rest[:end]
     if rest:
         yield number, rest

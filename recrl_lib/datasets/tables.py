@@ -19,6 +19,7 @@ import pyarrow as pa
 from recrl_lib.datasets.splits import GLOBAL_TIME, MIN_EVENTS, evaluable
 
 SHORT_USER = f"user with fewer than {MIN_EVENTS} events"
+BROKEN = "broken gzip"
 
 _SPECIAL = re.compile(r"<\|.*?\|>|<\||\|>|</?(?:s|pad|unk|bos|eos)>")
 
@@ -44,7 +45,8 @@ class Skipped:
     """What was left out, counted by kind, with the first example of each.
 
     ``limit``: largest share of a file's rows that may be bad. ``normal``: kinds that are in the nature of the format (a second review
-    of the same book); they are counted and shown, but do not count against the limit. Nor do short users.
+    of the same book); they are counted and shown, but do not count against the limit. Nor do short users. ``broken``: the line where a
+    compressed file breaks.
     """
 
     limit: float = 0.01
@@ -52,6 +54,7 @@ class Skipped:
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     bad: dict[Path, int] = field(default_factory=dict)
+    broken: dict[Path, int] = field(default_factory=dict)
 
     def add(self, kind: str, path: Path, line: int, n: int = 1) -> None:
         """``n`` more rows of ``kind``, the first of them in ``line`` of ``path`` (1-based)."""
@@ -59,6 +62,8 @@ class Skipped:
         self.first.setdefault(kind, f"{path.name} line {line}")
         if kind not in self.normal:
             self.bad[path] = self.bad.get(path, 0) + n
+        if kind == BROKEN:
+            self.broken[path] = line
 
     def add_rows(self, kind: str, path: Path, lines: np.ndarray) -> None:
         """The rows in ``lines``, if any."""
@@ -66,7 +71,12 @@ class Skipped:
             self.add(kind, path, int(np.min(lines)), len(lines))
 
     def check(self, path: Path, rows: int) -> None:
-        """Raise ``ValueError`` when the file held no row, or more than ``limit`` of its ``rows`` are bad."""
+        """Raise ``ValueError`` when the file is broken, held no row, or more than ``limit`` of its ``rows`` are bad."""
+        if path in self.broken and self.limit < 1:  # what is lost cannot be counted, so no share of it can be allowed
+            raise ValueError(
+                f"{path} line {self.broken[path]}: the gzip file breaks off here or is damaged, and all that follows is lost: "
+                "fetch it again, or set bad_row_limit=1 to go on with the rows before the break."
+            )
         if not rows:
             raise ValueError(f"{path}: no rows; the file is empty: fetch it again, or name another folder with data_dir")
         bad = self.bad.get(path, 0)
@@ -110,10 +120,10 @@ def assemble(raw: Raw, skipped: Skipped, *, split: str, min_core: int, max_inter
     rows, items = raw.interactions, raw.items.sort_values("raw", ignore_index=True)
     item = pd.Index(items["raw"]).get_indexer(rows["item"])
     user, raw_users = pd.factorize(rows["user"], sort=True)
-    kept = _usable(raw, user, item, skipped)
-    kept = kept[latest_core(user[kept], item[kept], min_core, max_interactions)]
+    usable = _usable(raw, user, item, skipped)
+    kept = usable[latest_core(user[usable], item[usable], min_core, max_interactions)]
     if split != GLOBAL_TIME:
-        kept = _splittable(raw, user, kept, skipped)
+        kept = _splittable(raw, user, usable, kept, skipped)
     if not len(kept):
         raise ValueError(f"{raw.path}: no interaction is left after the filters (min_core={min_core}); lower min_core, or give more data")
 
@@ -152,14 +162,18 @@ def _usable(raw: Raw, user: np.ndarray, item: np.ndarray, skipped: Skipped) -> n
     return kept[np.argsort(raw.interactions["time"].to_numpy()[kept], kind="stable")]
 
 
-def _splittable(raw: Raw, user: np.ndarray, kept: np.ndarray, skipped: Skipped) -> np.ndarray:
-    """Those of the ``kept`` rows whose user has enough events for leave-one-out."""
-    events = np.bincount(user[kept], minlength=1)
-    short = events[user[kept]] < MIN_EVENTS
+def _splittable(raw: Raw, user: np.ndarray, usable: np.ndarray, kept: np.ndarray, skipped: Skipped) -> np.ndarray:
+    """Those of the ``kept`` rows whose user has enough events for leave-one-out.
+
+    Counted are the users with too few among the ``usable`` rows, whom a core filter would take without a word, and those to whom the
+    filters have left too few; the example is the first usable row of any of them.
+    """
+    given, left = (np.bincount(user[rows], minlength=user.max(initial=0) + 1) for rows in (usable, kept))
+    short = ((given > 0) & (given < MIN_EVENTS)) | ((left > 0) & (left < MIN_EVENTS))
     if short.any():
-        first = int(raw.interactions["line"].to_numpy()[kept[short]].min())
-        skipped.add(SHORT_USER, raw.path, first, int(((events > 0) & (events < MIN_EVENTS)).sum()))
-    return kept[~short]
+        first = int(raw.interactions["line"].to_numpy()[usable[short[user[usable]]]].min())
+        skipped.add(SHORT_USER, raw.path, first, int(short.sum()))
+    return kept[left[user[kept]] >= MIN_EVENTS]
 
 
 def _evaluable_first(table: pd.DataFrame, users: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, int]:

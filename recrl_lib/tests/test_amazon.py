@@ -167,8 +167,20 @@ def test_a_broken_gzip_keeps_what_came_before(tmp_path):
     packed = gzip.compress(b"".join(line + b"\n" for line in clean_lines(2000)), compresslevel=1)
     path = tmp_path / "Books.json.gz"
     path.write_bytes(packed[: -len(packed) // 3])
-    table, seen = amazon.reviews(path, *BOOKS, skipped := Skipped())
+    with pytest.raises(ValueError, match=r"Books.json.gz line 1\d{3}: the gzip file breaks off here.*fetch it again, or set bad_row_limit=1"):
+        amazon.reviews(path, *BOOKS, Skipped(0.5))
+    table, seen = amazon.reviews(path, *BOOKS, skipped := Skipped(1.0))
     assert 1000 < len(table) == seen < 2000 and skipped.first == {"broken gzip": f"Books.json.gz line {seen + 1}"}
+
+
+def test_broken_metadata_stop_the_run_too(tmp_path):
+    write(tmp_path, [review_2018()], [META_2018[0].replace("0001713353", f"{n:010d}") for n in range(400)], packed=True)
+    path = tmp_path / "meta_Books.json.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"meta_Books.json.gz line \d+: the gzip file breaks off here"):
+        load(tmp_path)
+    items, _ = amazon.metadata(path, skipped := Skipped(1.0))
+    assert len(items) > 300 and skipped.counts == {"broken gzip": 1}
 
 
 def test_too_many_bad_lines_stop_the_run(tmp_path):

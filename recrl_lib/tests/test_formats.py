@@ -1,12 +1,14 @@
 """MovieLens CSV, Steam and own tables: the exact formats, in lines as the real files have them."""
 
 import gzip
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from recrl_lib import datasets, explainer
+from recrl_lib.config import Params
 from recrl_lib.references import reference_line
 
 # --- MovieLens 25M, 32M, latest-small: CRLF, titles quoted where they hold a comma or a quote -------------
@@ -223,6 +225,14 @@ def test_a_wrong_column_is_named(tmp_path):
     assert (datasets.load("csv", tmp_path, min_core=1, columns=NAMES | {"genres": "genre", "year": ""}).items["genres"] == "").all()
 
 
+def test_the_columns_are_those_of_the_parameters(tmp_path):
+    params = Params(dataset="csv", data_dir=str(own(tmp_path)), min_core=1, **{f"{need}_column": name for need, name in NAMES.items()})
+    assert datasets.load_for(params).info["n_interactions"] == 6
+    message = r"interactions.csv: no column 'wo' for user_column; .* did you mean 'who'\? Set user_column=who"
+    with pytest.raises(ValueError, match=message):
+        datasets.load_for(replace(params, user_column="wo"))
+
+
 def test_own_tables_with_bad_rows(tmp_path):
     log = LOG + ",bob,tea-01\n1709294700,bob,tea-09\n1709294800,bob,mug\n1709294900,,mug\n1709295000,carl,mug\nnoon,bob,mug\n1709,b"
     data = datasets.load("csv", own(tmp_path, log, SHOP + "mug,Other mug,,\n,Nothing,,\n"), min_core=1, columns=NAMES, bad_row_limit=0.5)
@@ -255,6 +265,47 @@ def test_parquet_with_missing_values_and_floats(tmp_path):
     data = datasets.load("csv", tmp_path, min_core=1, bad_row_limit=0.3)
     assert data.info["skipped_first"] == {"missing field": "interactions.parquet line 4"}
     assert data.interactions["item"].tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["interactions", "items"])
+def test_a_damaged_parquet_is_named(tmp_path, name):
+    log = pd.DataFrame({"user": np.repeat(range(400), 5), "item": np.tile(list("abcde"), 400), "time": range(2000)})
+    log.to_parquet(tmp_path / "interactions.parquet")
+    pd.DataFrame({"item": list("abcde"), "title": list("ABCDE")}).to_parquet(tmp_path / "items.parquet")
+    path = tmp_path / f"{name}.parquet"
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[4:60] = b"\xff" * 56  # in the first column's pages: the file opens
+    for content in (b"", b"user,item\n1,2\n", whole[:-20], bytes(damaged)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}.parquet: no parquet file, or a damaged one \(.*\); write or fetch it again"):
+            datasets.load("csv", tmp_path, min_core=1)
+
+
+def test_a_rating_may_be_blank_but_not_a_word(tmp_path):
+    log = "user,item,time,rating\n1,a,1,4.5\n1,b,2,\n1,c,3,  \n1,d,4,good\n1,e,5,nan\n"
+    shop = "item,title\n" + "".join(f"{i},{i.upper()}\n" for i in "abcde")
+    data = datasets.load("csv", own(tmp_path, log, shop), min_core=1, bad_row_limit=0.5)
+    assert data.info["skipped"] == {"unparsable field": 2} and data.info["skipped_first"] == {"unparsable field": "interactions.csv line 5"}
+    np.testing.assert_array_equal(data.interactions["rating"], [4.5, np.nan, np.nan])
+    (tmp_path / "interactions.csv").unlink()
+    pd.DataFrame({"user": 1, "item": list("abc"), "time": range(3), "rating": [4.5, None, 2.0]}).to_parquet(tmp_path / "interactions.parquet")
+    data = datasets.load("csv", tmp_path, min_core=1)
+    np.testing.assert_array_equal(data.interactions["rating"], [4.5, np.nan, 2.0])
+    assert data.info["skipped"] == {}
+
+
+def test_a_broken_gzip_of_own_tables_stops_the_run(tmp_path):
+    own(tmp_path)
+    for name in ("interactions", "items"):
+        text = (tmp_path / f"{name}.csv").read_bytes()
+        (tmp_path / f"{name}.csv").unlink()
+        path = tmp_path / f"{name}.csv.gz"
+        path.write_bytes(gzip.compress(text)[:-8])  # only the checksum is lost, but nobody can know that
+        with pytest.raises(ValueError, match=rf"{name}.csv.gz line \d: the gzip file breaks off here .* fetch it again, or set bad_row_limit=1"):
+            datasets.load("csv", tmp_path, min_core=1, columns=NAMES, bad_row_limit=0.9)
+        assert datasets.load("csv", tmp_path, min_core=1, columns=NAMES, bad_row_limit=1.0).info["skipped"] == {"broken gzip": 1}
+        path.write_bytes(gzip.compress(text))
 
 
 # --- what the prompt calls an item ---------------------------------------------------------------------------

@@ -65,6 +65,27 @@ def test_a_damaged_gzip_is_noticed_by_its_checksum(tmp_path, small):
     assert skipped.counts == {"broken gzip": 1}
 
 
+@pytest.mark.parametrize("cut", [200, -5])
+def test_a_broken_gzip_stops_the_run_whatever_its_share(tmp_path, small, cut):
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress("".join(f"{n},{n * n % 997}\n" for n in range(9000)).encode())[:cut])
+    found, rows = read_all(path, skipped := Skipped(0.99), header=["x", "y"], has_header=False)
+    line = len(found) + 1
+    assert skipped.counts == {"broken gzip": 1} and (line < 9000) is (cut > 0)
+    with pytest.raises(ValueError, match=rf"a.csv.gz line {line}: the gzip file breaks off here .*: fetch it again, or set bad_row_limit=1 "):
+        skipped.check(path, rows.total)
+    skipped.check(tmp_path / "another.csv", 10)
+    skipped.limit = 1.0
+    skipped.check(path, rows.total)
+
+
+def test_a_gzip_broken_in_its_first_line_is_not_called_empty(tmp_path):
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(b"id,title\n1,a\n")[:12])
+    with pytest.raises(ValueError, match="a.csv.gz line 1: the gzip file breaks off here"):
+        Rows(path, Skipped())
+
+
 def read_all(path, skipped, **options):
     rows = Rows(path, skipped, **options)
     return [(int(n), fields) for lines, columns in rows for n, *fields in zip(lines, *columns)], rows

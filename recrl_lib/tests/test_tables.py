@@ -78,6 +78,18 @@ def test_assembling_by_hand():
     assert data.items["title"].tolist() == ["T7", "T8", "T9"]
 
 
+def test_short_users_are_those_of_the_input_and_those_that_the_filters_make():
+    taken = [(9, 7, 0), (9, 7, 0), (9, 7, 0)]  # one event and two duplicates: a core filter takes the user before anybody counts
+    left = [(8, 7, 1), (8, 8, 1)]  # too few before the filter and after it: counted once
+    made = [(3, i, 9) for i in (7, 8, 6)]  # three events, of which the filter takes that with item 6, which nobody else met
+    whole = [(u, i, 3 + u) for u in (1, 2) for i in (7, 8, 9)]
+    for rows, count, line in ((taken + left + whole + made, 3, 2), (whole + made + left, 2, 8), (whole + left + made, 2, 8), (whole, 0, 0)):
+        data = assemble(raw(rows, (6, 7, 8, 9)), skipped := Skipped(1.0), split="leave-one-out", min_core=2, max_interactions=0)
+        assert skipped.counts.get("user with fewer than 3 events", 0) == count
+        assert skipped.first.get("user with fewer than 3 events", "x.csv line 0") == f"x.csv line {line}"
+        assert data.info["n_users"] == 2 and data.interactions["item"].tolist() == [1, 2, 3, 1, 2, 3]
+
+
 def test_without_a_filter_items_that_nobody_met_stay_and_with_one_they_go():
     rows = [(u, i, u) for u in range(3) for i in (7, 9)]
     with pytest.raises(ValueError, match="no interaction is left"):
