@@ -3,8 +3,9 @@
 #
 # Only the volume survives a stop of the pod, so the repository must be cloned there: its runs/ and .venv then last
 # too. What would go to the home folder (assets, Hugging Face's, pip's and W&B's caches) is sent to the volume by
-# .venv/pod.env, which every make target reads. The environment sees the image's own packages, so that its CUDA build
-# of torch is kept if the code runs on it; everything else comes from environment.yml.
+# .venv/pod.env, which every make target reads. If the code runs on the image's CUDA build of torch, that is kept: the
+# environment then sees the image's own packages, and everything else comes from environment.yml. Otherwise it sees none
+# of them: a torchvision built for another torch would break transformers and peft.
 #
 # VOLUME: the persistent folder. Default: /workspace on a RunPod pod, else this repository's parent folder.
 set -euo pipefail
@@ -21,17 +22,23 @@ case $(pwd -P)/ in
 esac
 [[ $volume != *[[:space:]\$\#]* ]] || fail "VOLUME=$volume: a path without blanks, \$ and # is needed"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed; name one: make pod-setup PYTHON=python3.12"
+[[ ! $("$python" -c 'import sys; print(sys.prefix)') -ef .venv ]] ||
+  fail "$python is that of .venv, which may be built anew here; deactivate it, or name the image's: make pod-setup PYTHON=/usr/bin/python3"
 
 home=$volume/.shielded-recrl
 mkdir -p "$home"
 before=$(cat .venv/pod.env 2> /dev/null || true)
-if ! .venv/bin/python -c '' 2> /dev/null; then "$python" -m venv --clear --system-site-packages .venv; fi
 torch=$("$python" -c 'import torch; print(torch.__version__)' 2> /dev/null || true)
 case $torch in
   2.11.* | 2.12.* | 2.13.*) echo "keeping torch $torch of the image" ;;
   "") echo "the image has no torch: installing the one of environment.yml" ;;
   *) echo "the image's torch $torch is not 2.11 to 2.13: installing the one of environment.yml"; torch= ;;
 esac
+sees=$([[ -n $torch ]] && echo true || echo false)
+made=$(sed -n 's/^include-system-site-packages *= *//p' .venv/pyvenv.cfg 2> /dev/null || true)
+if [[ $made != "$sees" ]] || ! .venv/bin/python -c '' 2> /dev/null; then
+  "$python" -m venv --clear ${torch:+--system-site-packages} .venv
+fi
 {
   echo "# Written by make pod-setup; read by make, and by bash with: source .venv/pod.env"
   echo "export RECRL_HOME=$home"
@@ -44,6 +51,11 @@ esac
 } > .venv/pod.env
 [[ $(cat .venv/pod.env) == "$before" ]] || rm -f .venv/.installed  # another image than last time
 make env PYTHON="$python" PIP_ARGS="${PIP_ARGS:-}"
+if ! errors=$(.venv/bin/python -c 'import torch, transformers, peft' 2>&1); then
+  remedy="remove .venv, then make pod-setup again"
+  [[ -z $torch ]] || remedy="the image's packages do not fit its torch $torch; take another image, or a Python without them: make pod-setup PYTHON=..."
+  fail "torch, transformers and peft do not import together (${errors##*$'\n'}): $remedy"
+fi
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -1 || true)
 echo "ready: ${gpu:-no GPU}; caches in $home, runs in $PWD/runs"
 echo "next: make pod-run    (make all, and it goes on when the terminal is closed)"
