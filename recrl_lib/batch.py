@@ -27,6 +27,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -385,7 +386,18 @@ def run_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+        try:
+            if address and re.fullmatch(r"[^/]+:\d+", address):  # where nobody answers, Ray itself tries for more than ten minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+        except OSError as error:
+            if not (where := address or os.environ.get("RAY_ADDRESS")):
+                raise
+            reason = " ".join(str(error).split())
+            without = "leave ADDRESS out" if address else "unset RAY_ADDRESS"
+            remedy = f"start one with ray start --head, or {without} for a Ray of this machine's own"
+            raise ValueError(f"engine ray: no cluster at address {where!r}: {remedy} ({reason})") from None
     board = Board(grid.jobs, int(sum(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]) // max(cpus, 1)), out)
     task = ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=5, retry_exceptions=False)(_ray_task)
     begun = time.time()
@@ -480,8 +492,13 @@ def main(argv: list[str] | None = None) -> int:
     for run, reason in failed.items():
         print(f"FAILED {run}: {reason}")
     if not failed:
-        print(f"compare them in notebook 07: make all RUN={grid.base}, with its profile and seed")
+        print(f"compare them in notebook 07: make all RUN={grid.base}{_chosen(grid)}, with its profile and seed")
     return 1 if failed else 0
+
+
+def _chosen(grid: Grid) -> str:
+    """What makes the base run's notebook 07 compare this grid, where its parameters name another one."""
+    return "" if runs.read_params(grid.base).batch == grid.name else f' SET="batch={grid.name}"'
 
 
 def _terminated(signum, frame):

@@ -22,7 +22,7 @@ COLUMNS = {  # README heading: metric, decimals
 def sync(run: str) -> Path:
     """Copy ``run``'s small files to the reference folders and refresh the README's table.
 
-    Raises ``RuntimeError`` if a stage is missing or out of date, or ran on a dirty git tree.
+    Raises ``RuntimeError`` if a stage is missing or out of date, or ran on a dirty git tree, or if the tree is dirty now.
     """
     params = runs.read_params(run)
     if params is None:
@@ -36,6 +36,8 @@ def sync(run: str) -> Path:
         raise RuntimeError(f"figures/{run} holds no figure: make all RUN={run} FORCE=1, with the run's profile and seed")
     if any(stage["git_dirty"] or stage["git_commit"] is None for stage in manifest["stages"].values()):
         raise RuntimeError(f"runs/{run}: it ran on uncommitted changes, so its numbers have no source; commit, then make all RUN={run} FORCE=1, with the run's profile and seed")
+    if runs.git_state()[1] is not False:  # what is published must be what the commit's code reads and writes
+        raise RuntimeError(f"the git tree has uncommitted changes, or is none (see git status): commit or remove them, then make sync-reference RUN={run}")
     source, target = runs.run_folder(run), paths.REFERENCE / run
     shutil.rmtree(target, ignore_errors=True)
     written = [name for stage in manifest["stages"].values() for name in stage["outputs"] if name.startswith(("metrics/", "curves/"))]

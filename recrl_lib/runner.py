@@ -244,8 +244,8 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], connect
         coalesce_streams=True,
         kernel_manager_class=LoggedKernelManager,
         # Sockets in a short-named scratch folder: no port races between runs, no open ports, and a path
-        # well below the ~100 characters that a Unix socket may have.
-        config=Config({"KernelManager": {"transport": "ipc", "connection_file": str(connection)}}),
+        # well below the ~100 characters that a Unix socket may have. On Windows ZeroMQ has no such sockets.
+        config=Config({"KernelManager": {"transport": "tcp" if sys.platform == "win32" else "ipc", "connection_file": str(connection)}}),
     )
 
 

@@ -7,15 +7,18 @@
     tracker.finish()
 
 Both packages are optional (see environment.yml). W&B works offline, with all its files in the folder given, unless
-``WANDB_API_KEY`` is set; it never asks for a login and prints nothing. ``wandb sync <folder>/wandb/offline-run-*``
+``WANDB_API_KEY`` is set; it never asks for a login and prints nothing. With a key that does not work, or without a network, it warns
+and works offline too: a training does not end for want of a mirror. ``wandb sync <folder>/wandb/offline-run-*``
 uploads later. Project and entity are W&B's own ``WANDB_PROJECT`` (default ``shielded-recrl``) and ``WANDB_ENTITY``.
 """
 
 import numbers
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
+ONLINE_TIMEOUT = 30.0  # seconds that W&B may take to come up; its own default is 90, for each arm
 KINDS = ("none", "wandb", "tensorboard")
 
 
@@ -35,13 +38,22 @@ class WandB(Tracker):
         os.environ.setdefault("WANDB_NOTEBOOK_NAME", job_type)  # else it looks for a notebook server
         import wandb
 
+        def start(mode: str, **settings: Any):
+            return wandb.init(
+                project=os.environ.get("WANDB_PROJECT") or "shielded-recrl", dir=folder, mode=mode,
+                group=group, job_type=job_type, name=name, config=config, reinit="create_new",
+                settings=wandb.Settings(silent=True, console="off", disable_code=True, x_disable_stats=True, **settings),
+            )  # fmt: skip
+
         folder.mkdir(parents=True, exist_ok=True)
-        online = bool(os.environ.get("WANDB_API_KEY"))
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or "shielded-recrl", dir=folder, mode="online" if online else "offline",
-            group=group, job_type=job_type, name=name, config=config, reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off", disable_code=True, x_disable_stats=True),
-        )  # fmt: skip
+        run = None
+        if os.environ.get("WANDB_API_KEY"):
+            try:
+                run = start("online", init_timeout=ONLINE_TIMEOUT)
+            except Exception as error:  # a key that is wrong, a server that is not there, ...
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                warnings.warn(f"tracker='wandb' goes on offline, upload later with wandb sync: {reason}", stacklevel=3)
+        self._run = start("offline") if run is None else run
 
     def log(self, row: dict[str, Any], step: int) -> None:
         self._run.log(_numbers(row), step=step)

@@ -1,18 +1,21 @@
 """Whole arms on a tiny model saved to disk, from the base to the stored adapter."""
 
+import os
+import shutil
 import types
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from recrl_lib import arms, config, paths, rewards, runs, shield as sh, vitals, warmstart
+from recrl_lib import arms, config, datasets, paths, ranker, rewards, runs, shield as sh, study, vitals, warmstart
 from recrl_lib.claims import Catalogue
 from recrl_lib.config import resolve
 from recrl_lib.explainer import ItemTexts, load_for, messages, prompt_ids, sample
 from recrl_lib.tests.test_checkpoint import RECORDS, red
-from recrl_lib.tests.tiny import tiny_explainer
+from recrl_lib.tests.tiny import WORDS, tiny_explainer
 
 WORLD = types.SimpleNamespace(training_records=lambda: RECORDS)
 
@@ -128,6 +131,72 @@ def test_unknown_arm_and_failed_processes_are_clear_errors(stage):
     stage.params = resolve("smoke", **{**stage.params.as_dict(), "processes": 2, "run": "no-such-run"})
     with pytest.raises(RuntimeError, match="2 processes: exit code .*ppo_unshielded.log"):
         arms._launch("unshielded", stage)
+
+
+# What the launched processes import first: where this test's runs and notebooks lie, and a trace of each one's rank.
+ELSEWHERE = """
+import os
+from pathlib import Path
+from recrl_lib import paths
+paths.NOTEBOOKS, paths.RUNS = Path({notebooks!r}), Path({runs!r})
+if "RANK" in os.environ:
+    Path({root!r}, "rank " + os.environ["RANK"] + " of " + os.environ["WORLD_SIZE"]).touch()
+"""
+
+
+def before_training(params) -> None:
+    """The stages that the training reads, finished: six users, twenty items, an untrained ranker, subspaces of the tiny model."""
+
+    def finish(stage):
+        stage.metrics(dict.fromkeys(runs.REQUIRED_METRICS[stage.name], 0.5))
+        stage.finish()
+
+    rng = np.random.default_rng(0)
+    titles = [" ".join(rng.choice(WORDS, 3, replace=False)) for _ in range(20)]
+    items = pd.DataFrame({"item": range(1, 21), "title": titles, "year": 0, "genres": "good", "text": titles})
+    rows = [(u, i, t) for u in range(6) for t, i in enumerate(rng.permutation(20)[:5] + 1)]
+    seen = pd.DataFrame(rows, columns=["user", "item", "time"])
+    stage = runs.start("data", params.as_dict())
+    for name, table in (("interactions", seen), ("items", items), ("users", pd.DataFrame({"user": range(6)}))):
+        stage.save_table(name, table)
+    stage.save_json("dataset", {"noun": "film"})
+    stage.save_json("user_groups", {"ppo": list(range(6)), "heldout": []})
+    finish(stage)
+    stage = runs.start("ranker", params.as_dict())
+    model = ranker.freeze(ranker.SASRec(20, 16, 1, 2, 10, 0.0))
+    ranker.save(model, stage.output("ranker.safetensors"))
+    top = ranker.top_k(model, datasets.split(seen, 6, "leave-one-out").with_valid, None, 10)
+    stage.save_tensors("base", {"top": torch.from_numpy(top)})
+    stage.save_json("ranker_hashes", {"weights": ranker.state_sha256(model)})
+    finish(stage)
+    finish(runs.start("explainer", params.as_dict()))
+    stage = runs.start("shield", params.as_dict())
+    explainer = load_for(params, 0)
+    stage.save_tensors("subspaces", sh.to_tensors(sh.subspaces(sh.item_grams(explainer, ItemTexts(explainer, titles))[0], 0.9)))
+    stage.save_json("held_out_items", [])
+    finish(stage)
+
+
+def test_two_launched_processes_train_as_one(stage, house, finished, monkeypatch):
+    """By the function that notebook 05 calls: accelerate launches, each process reads the run folder, and this one goes on from what they left."""
+    shutil.copytree(finished.notebooks, house.notebooks)
+    (house.root / "site").mkdir()
+    code = ELSEWHERE.format(notebooks=str(house.notebooks), runs=str(house.runs), root=str(house.root))
+    (house.root / "site" / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(house.root / "site"), str(paths.ROOT)]))
+    before_training(stage.params)
+    trained = {}
+    for processes in (2, 1):
+        here = runs.start("shielded_ppo", {**stage.params.as_dict(), "processes": processes})
+        world = study.load(here)
+        spaces, scorer = sh.from_tensors(here.load_tensors("subspaces")), rewards.Reward.of(here.params, world.catalogue)
+        trained[processes] = arms.train("shielded", here, world, spaces, scorer)
+        assert sorted(path.name for path in house.root.glob("rank *")) == ["rank 0 of 2", "rank 1 of 2"]
+    two, one = trained[2], trained[1]
+    assert two.leak <= 1e-6 and two.frozen_intact and [row["step"] for row in two.curve] == [row["step"] for row in one.curve]
+    assert two.adapter.keys() == one.adapter.keys() and not same(one.adapter, one.warm_adapter)
+    for name, tensor in one.adapter.items():
+        torch.testing.assert_close(two.adapter[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])

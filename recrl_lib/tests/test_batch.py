@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,30 @@ def test_the_grids_of_the_study_are_valid(base):
     main, *others = batch.load("ablations", "base", [0, 1]).jobs
     assert main.arm == "main" and {job.params.seed for job in others} == {0, 1}
     assert not {"data", "ranker", "explainer", "shield"} & {stage for job in others for stage in job.stages}
+
+
+@pytest.mark.parametrize("name, chosen", [("smoke", ""), ("mine", ' SET="batch=mine"')])
+def test_the_closing_hint_names_the_grid_where_the_base_run_does_not(base, tmp_path, capsys, name, chosen):
+    assert BASE.batch == "smoke"
+    assert batch.main(["--grid", grid_of(tmp_path, "base: base\nstages: [evaluation]\nseeds: [4]\narms: {main: {}}", name)]) == 0
+    assert capsys.readouterr().out.endswith(f"compare them in notebook 07: make all RUN=base{chosen}, with its profile and seed\n")
+
+
+def test_a_ray_cluster_that_is_not_there_is_one_clear_line(base, tmp_path, monkeypatch, capsys):
+    def no_cluster(**options):
+        raise ConnectionError("Could not find any running Ray instance.\nPlease specify the one to connect to.")
+
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False, init=no_cluster))
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    path = grid_of(tmp_path, "base: base\nstages: [evaluation]\nseeds: [4]\narms: {main: {}}")
+    for address, where, without in ((["--address", "auto"], "auto", "leave ADDRESS out"), ([], "head:6379", "unset RAY_ADDRESS")):
+        assert batch.main(["--grid", path, "--engine", "ray", *address]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: engine ray: no cluster at address '{where}': start one with ray start --head, or {without} ")
+        assert message.count("\n") == 1 and "Could not find any running Ray instance" in message
+    monkeypatch.setattr(sys.modules["ray"], "init", lambda **options: pytest.fail("Ray was asked to wait for it"))
+    assert batch.main(["--grid", path, "--engine", "ray", "--address", "127.0.0.1:9"]) == 2  # nobody answers at port 9
+    assert "no cluster at address '127.0.0.1:9': start one" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------- one machine, toy jobs

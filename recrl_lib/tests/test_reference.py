@@ -1,6 +1,7 @@
 """Published runs: what is copied, what is refused, and that the README shows the reference run's numbers."""
 
 import json
+import re
 
 import pytest
 
@@ -18,6 +19,7 @@ def finished(tmp_path, monkeypatch):
         monkeypatch.setattr(paths, name, {"RUNS": tmp_path / "runs", "FIGURES": tmp_path / "figures", "REFERENCE": tmp_path / "runs" / "reference"}[name])
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(runs, "up_to_date", lambda stage, params: True)
+    monkeypatch.setattr(runs, "git_state", lambda: ("c" * 40, False))
     runs.write_params(Params(run="r"))
     metrics = {f"{arm}/{name}": 0.5 for arm in runs.ARMS for name in (*[n for n, _ in reference.COLUMNS.values()], "ctr_lift_lo", "ctr_lift_hi")}
     folder = tmp_path / "runs" / "r"
@@ -50,6 +52,14 @@ def test_a_run_on_uncommitted_changes_is_refused(finished):
     assert not paths.REFERENCE.exists()
 
 
+@pytest.mark.parametrize("state", [("c" * 40, True), ("c" * 40, None), (None, None)])
+def test_uncommitted_changes_now_are_refused_too(finished, monkeypatch, state):
+    monkeypatch.setattr(runs, "git_state", lambda: state)
+    with pytest.raises(RuntimeError, match="uncommitted changes, or is none .*: commit or remove them, then make sync-reference RUN=r"):
+        reference.sync("r")
+    assert not paths.REFERENCE.exists() and "old" in (paths.ROOT / "README.md").read_text()
+
+
 def test_an_unfinished_run_and_one_without_figures_are_refused(finished, monkeypatch):
     (paths.FIGURES / "r" / "a.svg").unlink()
     with pytest.raises(RuntimeError, match="no figure"):
@@ -61,8 +71,20 @@ def test_an_unfinished_run_and_one_without_figures_are_refused(finished, monkeyp
         reference.sync("unknown")
 
 
-def test_the_readme_shows_the_reference_run():
-    assert reference.with_table(README, reference.table("laptop")) == README
+def named(readme: str) -> str:
+    """The run that the README's table says it is of."""
+    (run,) = re.findall(r"^Run `([^`]+)`: seed ", readme[readme.index(reference.BEGIN) : readme.index(reference.END)], re.MULTILINE)
+    return run
+
+
+def test_the_readme_shows_the_run_that_it_names():
+    assert reference.with_table(README, reference.table(named(README))) == README
+
+
+def test_another_run_may_be_published(finished):
+    reference.sync("r")
+    readme = (paths.ROOT / "README.md").read_text()
+    assert named(readme) == "r" and reference.with_table(readme, reference.table("r")) == readme
 
 
 def test_markers_must_be_there():

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 
 import pytest
-from conftest import code, markdown, notebook, parameters_source
+from conftest import code, finish, markdown, notebook, parameters_source
 
 from recrl_lib.files import write_atomic
 from recrl_lib import config, paths, runner, runs
@@ -166,6 +167,17 @@ def test_a_kernel_that_does_not_start_is_tried_twice(house, monkeypatch):
     assert "the kernel did not start: RuntimeError: Kernel died before" in out.getvalue().splitlines()[-1]
 
 
+@pytest.mark.parametrize("platform, transport", [("linux", "ipc"), ("win32", "tcp")])
+def test_kernels_are_spoken_to_by_what_the_system_has(tmp_path, monkeypatch, platform, transport):
+    import papermill
+
+    given = {}
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *arguments, **options: given.update(options))
+    monkeypatch.setattr(runner, "sys", types.SimpleNamespace(platform=platform))
+    runner._papermill(tmp_path / "a.ipynb", tmp_path / "b.ipynb", {}, tmp_path / "1.json", tmp_path / "log")
+    assert given["config"].KernelManager == {"transport": transport, "connection_file": str(tmp_path / "1.json")}
+
+
 def test_being_stopped_ends_the_kernel_and_says_where(house):
     marker = house.root / "pid"
     house.write("environment", f"import os, time\nPath({str(marker)!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
@@ -191,6 +203,30 @@ def test_being_stopped_ends_the_kernel_and_says_where(house):
     assert err == ""
     with pytest.raises(ProcessLookupError):
         os.kill(kernel, 0)
+
+
+# ------------------------------------------------------------------------------------------ one's own data
+
+
+def test_own_tables_go_through_notebook_01_by_the_command_line(house, capsys):
+    """The real notebook, on tables whose columns have names of their own."""
+    own = house.root / "shop"
+    own.mkdir()
+    rows = [f"{n % 70},article-{(n // 70 * 4 + n % 70) % 30},{1.7e9 + n:.0f},\n" for n in range(70 * 8)]
+    (own / "interactions.csv").write_text("customer,sku,when,stars\n" + "".join(rows))
+    (own / "items.csv").write_text("sku,name\n" + "".join(f"article-{n},Article {n}\n" for n in range(30)))
+    moved = runs.read_notebook(house.write("environment"))["cells"][2]
+    finish("environment", Params(run="mine"))
+    real = runs.read_notebook(paths.ROOT / "notebooks" / "01_data.ipynb")
+    place = next(n for n, cell in enumerate(real["cells"]) if "parameters" in runs.tags(cell))
+    real["cells"].insert(place + 1, moved | {"id": "moved"})
+    write_atomic(house.notebooks / "01_data.ipynb", json.dumps(real))
+    columns = ["user_column=customer", "item_column=sku", "time_column=when", "rating_column=stars", "title_column=name"]
+    given = ["--set", "dataset=csv", f"data_dir={own}", *columns]
+    assert runner.main(["all", "--profile", "smoke", "--run", "mine", "--to", "data", *given]) == 0, capsys.readouterr().out
+    metrics = runs.read_metrics("mine", "data")
+    assert (metrics["n_users"], metrics["n_items"], metrics["n_interactions"], metrics["rows_skipped"]) == (70, 30, 560, 0)
+    assert runs.read_params("mine").title_column == "name"
 
 
 # ------------------------------------------------------------------------------------------ progress

@@ -1,6 +1,7 @@
 """Trackers with the real packages, offline: files in the folder given, no prompt, nothing printed."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -57,6 +58,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from recrl_lib import tracking
+tracking.ONLINE_TIMEOUT = 2.0
 for arm in ("unshielded", "shielded"):
     tracker = tracking.open("wandb", Path(sys.argv[1]), job_type=arm, name="r-kl0", config={"kl_coef": 0.0})
     assert (tracker._run.group, tracker._run.job_type, tracker._run.offline) == ("ablations", f"kl0-{arm}", True)
@@ -66,15 +68,28 @@ for arm in ("unshielded", "shielded"):
 """
 
 
-def test_wandb_offline(tmp_path):
+def wandb_arms(tmp_path, **environment) -> str:
+    """What two arms print on stderr: nothing is asked, nothing else is printed, and both leave an offline run."""
     pytest.importorskip("wandb")
     home = tmp_path / "home"
     home.mkdir()
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    environment = clean | {"RECRL_BATCH": "ablations", "RECRL_ARM": "kl0", "HOME": str(home)}
+    environment = clean | {"RECRL_BATCH": "ablations", "RECRL_ARM": "kl0", "HOME": str(home)} | environment
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "logs")]
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
     files = sorted((tmp_path / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2 and all(b"reward" in file.read_bytes() for file in files)
     assert not (home / ".netrc").exists()
+    return done.stderr
+
+
+def test_wandb_offline(tmp_path):
+    assert wandb_arms(tmp_path) == ""
+
+
+# The second key has the right form, and nobody answers at port 9.
+@pytest.mark.parametrize("key, reason", [("malformed", "AuthenticationError: .*API key"), ("0" * 40, "CommError: ")])
+def test_wandb_goes_on_offline_where_it_does_not_start_online(tmp_path, key, reason):
+    warned = [line for line in wandb_arms(tmp_path, WANDB_API_KEY=key, WANDB_BASE_URL="http://127.0.0.1:9").splitlines() if "Warning" in line]
+    assert warned and all(re.search(f"tracker='wandb' goes on offline, .*: {reason}", line) for line in warned)
