@@ -386,13 +386,14 @@ def run_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started_here = not ray.is_initialized()
     if started_here:
+        where = address or os.environ.get("RAY_ADDRESS")
         try:
-            if address and re.fullmatch(r"[^/]+:\d+", address):  # where nobody answers, Ray itself tries for more than ten minutes
-                host, _, port = address.rpartition(":")
+            if where and re.fullmatch(r"[^/]+:\d+", where):  # where nobody answers, Ray itself tries for more than ten minutes
+                host, _, port = where.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
         except OSError as error:
-            if not (where := address or os.environ.get("RAY_ADDRESS")):
+            if not where:
                 raise
             reason = " ".join(str(error).split())
             without = "leave ADDRESS out" if address else "unset RAY_ADDRESS"

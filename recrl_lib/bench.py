@@ -246,12 +246,12 @@ def _output(command: list[str]) -> str:
     return done.stdout
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recrl_lib.bench", description="time the parts that cost the most")
     parser.add_argument("sections", nargs="*", help=f"of {', '.join([*SECTIONS, *ELSEWHERE])}; default: all")
     parser.add_argument("--json", type=Path, help="write the table here too")
     parser.add_argument("--own-ppo", metavar="TASK", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if unknown := set(options.sections) - {*SECTIONS, *ELSEWHERE}:
         parser.error(f"no section is called {', '.join(sorted(unknown))}; sections: {', '.join([*SECTIONS, *ELSEWHERE])}")
     os.environ["RECRL_PROGRESS"] = "off"  # bars would cut the table
@@ -269,8 +269,8 @@ def main() -> int:
             for row in section(bench) if name in SECTIONS else section() or ():
                 print(row.line(), flush=True)
                 table.append({"section": name, **asdict(row)} | ({"ratio": row.ratio} if row.peer == row.peer else {"peer": None}))
-        except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # one part that cannot run here must not hide the others
-            print(f"{name}: FAILED: {error}", flush=True)
+        except Exception as error:  # one part that cannot run here must not hide the others
+            print(f"{name}: FAILED: {type(error).__name__}: {error}{getattr(error, 'stderr', None) or ''}", flush=True)
             failed.append(name)
     if options.json:
         where = {"device": str(bench.device), "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": table}

@@ -85,12 +85,13 @@ def change_by_group(study: Study, text: Tensor, top: np.ndarray, held: set[int])
 
 
 def held_overlap(study: Study, top: np.ndarray, held: set[int], n_boot: int, rng: np.random.Generator) -> dict[str, float]:
-    """``overlap_held`` of ``change_by_group`` with its interval over users; empty if no base top ten has an item of ``held``."""
+    """``overlap_held`` of ``change_by_group`` with its interval over users; empty if too few base top tens have an item of ``held``."""
     theirs = np.isin(study.top, sorted(held))
     kept = (study.top[:, :, None] == top[:, None, :]).any(2) & theirs
-    if not theirs.any():
+    try:
+        return _with_ends("overlap_held", stats.bootstrap_ratio(kept.sum(1), theirs.sum(1), n_boot, rng))
+    except ValueError:  # a resample without any
         return {}
-    return _with_ends("overlap_held", stats.bootstrap_ratio(kept.sum(1), theirs.sum(1), n_boot, rng))
 
 
 @torch.no_grad()

@@ -450,7 +450,7 @@ def _arm_lines(ax, curve: pd.DataFrame, column: str) -> None:
 
 
 def ppo_statistics(curve: pd.DataFrame | list[dict], units: Mapping[str, str]) -> Figure:
-    """Every logged statistic that ``ppo_curves`` leaves out, in small; ``units``: by column, "" where it has none."""
+    """Every statistic that ``ppo_curves`` leaves out, in small (``episodes`` apart, a count); ``units``: by column, "" where it has none."""
     curve = _columns(curve, "curves/ppo.csv", "arm", "step")
     drawn = {column for column, *_ in _PPO_PANELS} | {"arm", "step", "episodes", "shield_seconds"}
     panels = [c for c in curve if c not in drawn and curve[c].notna().any()]

@@ -102,8 +102,8 @@ def share(value: float) -> str:
     """Per cent with one digit; "100 %" and "0 %" mean exactly that."""
     if value in (0.0, 1.0):
         return f"{value:.0%}".replace("%", " %")
-    text = f"{100 * value:.1f}"
-    return {"0.0": "< 0.1 %", "100.0": "> 99.9 %"}.get(text, f"{text} %")
+    text = f"{100 * value:.1f}".replace("-", "−")
+    return {"0.0": "< 0.1 %", "−0.0": "< 0.1 %", "100.0": "> 99.9 %"}.get(text, f"{text} %")
 
 
 def with_interval(metrics: Mapping[str, Any], key: str, digits: int = 3) -> str:
@@ -575,6 +575,9 @@ def price_tables(e: Evidence) -> list[tuple[str, pd.DataFrame, str]]:
 def _target_table(m: Mapping[str, Any]) -> pd.DataFrame:
     """The study's target, line by line. "by its mean": the value is there, and its interval over users reaches to where it is not."""
 
+    if verdict(m, "unshielded/reward_change", 0.0) == "up":  # the share of the gain has no interval where a resample has no gain
+        m = {"shielded/gain_kept": _get(m, "shielded/reward_change") / _get(m, "unshielded/reward_change")} | dict(m)
+
     def shown(key: str) -> str:
         if key not in m:
             return "no gain"
@@ -603,7 +606,7 @@ def _ndcg_moved(m: Mapping[str, Any]) -> dict[str, str]:
     moved = {arm: [_get(m, f"{arm}/ndcg@10_change{end}") / base for end in ("", "_lo", "_hi")] for arm in SHARED}
     value, *ends = map(abs, moved["shielded"])
     verdict = "no" if value >= NDCG else "yes" if max(ends) < NDCG else "by its mean"
-    signed = {arm: [("−" if v < 0 else "+") + share(abs(v)) for v in values] for arm, values in moved.items()}
+    signed = {arm: [share(v) if v == 0 or share(v)[0] in "−<" else f"+{share(v)}" for v in values] for arm, values in moved.items()}
     return {arm: f"{v} [{lo}, {hi}]" for arm, (v, lo, hi) in signed.items()} | {"met": verdict}
 
 

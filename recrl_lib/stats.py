@@ -44,8 +44,9 @@ def crossed_mean(
     ``seeds`` and ``users`` (N,) are labels; a user that several seeds share is one user. Both are resampled, and a
     value counts as often as its seed times as often as its user (the pigeonhole bootstrap, Owen 2007,
     doi 10.1214/07-AOAS122). Drawing users anew for each seed would count their spread once for each seed that shares
-    them. Of one seed this is ``bootstrap_mean``. With few seeds the interval is too narrow (three have only 10
-    different resamples): say how many there were.
+    them. Of one seed this is ``bootstrap_mean``. Where seeds differ and are few the interval is too narrow (three have only
+    10 different resamples): say how many there were. Where neither seeds nor users have an effect of their own it is too
+    wide, by up to the root of 3.
     """
     (x,) = _checked(n, level, x=x)
     if len(seeds) != len(x) or len(users) != len(x):

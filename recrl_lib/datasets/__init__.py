@@ -26,7 +26,7 @@ from recrl_lib.files import sha256_file
 from recrl_lib.paths import ROOT
 
 __all__ = [
-    "Dataset", "NAMES", "Split", "check_enough", "folder_of", "held_times", "item_text", "k_core", "load", "load_for", "sanitise_text",
+    "Dataset", "NAMES", "SHORT_USER", "Split", "check_enough", "folder_of", "held_times", "item_text", "k_core", "load", "load_for", "sanitise_text",
     "split", "split_global_time", "split_leave_one_out", "split_users", "time_cuts",
 ]
 

@@ -22,7 +22,7 @@ def repo(tmp_path):
     shutil.copytree(paths.ROOT / ".devcontainer", folder / ".devcontainer")
     stubs = "cd .venv/lib/python3*/site-packages && touch torch.py transformers.py && echo \"$(PEFT)\" > peft.py"
     env = f"env:\n\t@echo torch $(RECRL_TORCH) >> made; touch .venv/.installed; {stubs}\n"
-    slow = "slow:\n\t@until [ -f go ]; do sleep .05; done; exit 3\n"
+    slow = "slow:\n\t@for n in $$(seq 600); do [ -f go ] && break; sleep .05; done; exit 3\n"  # half a minute at most
     leaves = "leaves:\n\t@sleep 60 & echo $$! > left\n"
     (folder / "Makefile").write_text(f"-include .venv/pod.env\n{env}{slow}{leaves}")
     return folder
@@ -136,10 +136,10 @@ def test_after_a_stop_of_the_pod_another_process_of_that_number_is_not_the_job(r
 
 
 def test_what_a_target_leaves_behind_is_not_the_job(repo):
-    try:
-        for _ in range(2):
-            assert "started" in script(repo, "pod-run.sh", TARGET="leaves").stdout
-            assert until(repo / "runs" / "pod.exit") == "0\n"
-            os.kill(left := int((repo / "left").read_text()), 0)
-    finally:
-        os.kill(left, signal.SIGKILL)
+    left = []
+    for _ in range(2):
+        assert "started" in script(repo, "pod-run.sh", TARGET="leaves").stdout
+        assert until(repo / "runs" / "pod.exit") == "0\n"
+        left.append(int((repo / "left").read_text()))
+    for pid in left:  # both are alive, or this fails
+        os.kill(pid, signal.SIGKILL)

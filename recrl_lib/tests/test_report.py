@@ -308,9 +308,12 @@ def test_the_price_of_the_shield_is_shown_beside_its_target():
     assert target["unshielded"].iloc[0] == "100 %"
     kept = next(c for c in report.claims(e.evaluation) if c.question.startswith("How much of the reward gain"))
     assert kept.answer.endswith("[80.0 %, 110.0 %]")
-    lost = {k: v for k, v in e.evaluation.items() if "gain_kept" not in k}
-    ((_, target, _),) = report.price_tables(replace(e, metrics=e.metrics | {"evaluation": lost}))
-    assert target.iloc[0][["unshielded", "shielded", "met"]].tolist() == ["no gain", "no gain", "no"]
+    ends = {f"unshielded/reward_change{end}": v for end, v in zip(("", "_lo", "_hi"), (0.2, 0.1, 0.3))}
+    older = {k: v for k, v in e.evaluation.items() if "gain_kept" not in k} | ends | {"shielded/reward_change": 0.19}
+    for unshielded_lo, kept in ((0.1, ["100 %", "95.0 %", "yes"]), (-0.1, ["no gain", "no gain", "no"])):
+        m = older | {"unshielded/reward_change_lo": unshielded_lo}
+        ((_, target, _),) = report.price_tables(replace(e, metrics=e.metrics | {"evaluation": m}))
+        assert target.iloc[0][["unshielded", "shielded", "met"]].tolist() == kept
 
     cost = dict(build_seconds=11.0, gram_seconds=19.0, basis_mb=33.0, second_copy_mb=515.0, second_copy_adapted_mb=33.75, encode_seconds=19.0)
     metrics = e.metrics | {"shield": e.metrics["shield"] | cost, "ppo": e.metrics["ppo"] | {"shielded/settle_seconds": 99.0}}

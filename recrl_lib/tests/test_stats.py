@@ -135,6 +135,9 @@ def test_the_interval_over_seeds_that_share_users_covers_as_often_as_promised():
         ):
             covered[name] += lo <= 0 <= hi
     assert covered["crossed"] > 0.9 * 200 and covered["pooled"] < 0.6 * 200
+    x = generator.normal(0, 1, 300)  # no effect of either: at most sqrt(3) times too wide
+    (_, lo, hi), (_, plain_lo, plain_hi) = stats.crossed_mean(x, seeds, users, 4000, generator), stats.bootstrap_mean(x, 4000, generator)
+    assert 1 < (hi - lo) / (plain_hi - plain_lo) < 1.9
 
 
 def test_holm_by_hand_and_against_its_naive_twin():
