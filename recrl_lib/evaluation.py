@@ -73,7 +73,7 @@ def change_by_group(study: Study, text: Tensor, top: np.ndarray, held: set[int])
         for name, rows in groups.items():
             delta = (after[:, rows] - before[:, rows]).abs()
             largest[name], total[name] = max(largest[name], float(delta.max())), total[name] + float(delta.double().sum())
-    stayed = (study.top[:, :, None] == top[:, None, :]).any(2)
+    stayed = _stayed(study, top)
     for name, rows in groups.items():
         entries = rows.numpy()[study.top]
         out |= {
@@ -84,10 +84,15 @@ def change_by_group(study: Study, text: Tensor, top: np.ndarray, held: set[int])
     return out
 
 
+def _stayed(study: Study, top: np.ndarray) -> np.ndarray:
+    """bool (U, 10): the places of the base top 10 whose item is anywhere in ``top`` (U, 10)."""
+    return (study.top[:, :, None] == top[:, None, :]).any(2)
+
+
 def held_overlap(study: Study, top: np.ndarray, held: set[int], n_boot: int, rng: np.random.Generator) -> dict[str, float]:
     """``overlap_held`` of ``change_by_group`` with its interval over users; empty if too few base top tens have an item of ``held``."""
     theirs = np.isin(study.top, sorted(held))
-    kept = (study.top[:, :, None] == top[:, None, :]).any(2) & theirs
+    kept = _stayed(study, top) & theirs
     try:
         return _with_ends("overlap_held", stats.bootstrap_ratio(kept.sum(1), theirs.sum(1), n_boot, rng))
     except ValueError:  # a resample without any

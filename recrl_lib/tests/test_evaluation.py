@@ -228,12 +228,16 @@ def test_loss_of_the_demonstration_is_on_the_explanation_alone(world):
     assert (labels[mask.logical_not()] == -100).all()
 
 
-def test_change_by_group_is_the_naive_one(world):
+def moved(world):
+    """(study, tuned item vectors, the top lists that they give, some items to hold out)."""
     study_, explainer = world
     tune_randomly(explainer)
     text = ItemTexts(explainer, study_.items["text"].tolist()).vectors()
-    _, top = evaluation.ranking_table(study_, text)
-    held = {3, 7, 8, 20}
+    return study_, text, evaluation.ranking_table(study_, text)[1], {3, 7, 8, 20}
+
+
+def test_change_by_group_is_the_naive_one(world):
+    study_, text, top, held = moved(world)
     found = evaluation.change_by_group(study_, text, top, held)
     before, after = (torch.cat([s for _, s in ranker.score_chunks(study_.ranker, study_.split.with_valid, t)]) for t in (study_.text, text))
     for name, numbers in (("held", sorted(held)), ("seen", [i for i in range(1, N_ITEMS + 1) if i not in held])):
@@ -247,11 +251,7 @@ def test_change_by_group_is_the_naive_one(world):
 
 
 def test_the_places_of_held_out_items_and_their_interval(world):
-    study_, explainer = world
-    tune_randomly(explainer)
-    text = ItemTexts(explainer, study_.items["text"].tolist()).vectors()
-    _, top = evaluation.ranking_table(study_, text)
-    held = {3, 7, 8, 20}
+    study_, text, top, held = moved(world)
     found = evaluation.held_overlap(study_, top, held, 400, np.random.default_rng(0))
     assert found["overlap_held"] == pytest.approx(evaluation.change_by_group(study_, text, top, held)["overlap_held"])
     assert found["overlap_held_lo"] < found["overlap_held"] < found["overlap_held_hi"]
