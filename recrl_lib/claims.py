@@ -307,8 +307,9 @@ def _title_rule(spelt: tuple[str, ...]) -> tuple[int, tuple[int, ...]]:
 def _accepts(hit: tuple, gaps, names, lower, i: int) -> bool:
     """Whether the words from ``i`` on, which spell a known form, are written as one."""
     rule, capitals, _ = hit
-    if any(names[i + k][0].islower() for k in capitals):
-        return False
+    for k in capitals:  # most known words are met in lower case
+        if names[i + k][0].islower():
+            return False
     return rule != _ALONE or _stands_alone(gaps, names, lower, i)
 
 
@@ -336,9 +337,9 @@ def _joins(gap: str, before: str) -> bool:
 
 
 def _prose(lower: list[str], used: bytearray) -> float:
-    function = [word for i, word in enumerate(lower) if word in SMALL and not used[i]]
-    free = used.count(0)
-    return min(len(function) / (FUNCTION_WORDS * free), len(set(function)) / 3, 1.0) if function else 0.0
+    free = [word for word, use in zip(lower, used, strict=True) if not use] if any(used) else lower
+    function = list(filter(SMALL.__contains__, free))
+    return min(len(function) / (FUNCTION_WORDS * len(free)), len(set(function)) / 3, 1.0) if function else 0.0
 
 
 def _proper_names(gaps, names, lower, used) -> list[tuple[int, int]]:

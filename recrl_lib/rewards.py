@@ -33,13 +33,14 @@ FOREIGN_TITLE, NAME, WRONG_GENRE, WRONG_YEAR = 0.25, 0.2, 0.15, 0.15
 
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _OPENING = re.compile(r"""["“'(]?[A-ZÀ-Þ0-9]""")
-# Chat-template tokens, role and field labels, and instructions: a prompt's text, not an explanation's. Each with
-# what a lower-case text must hold for it to match: looking for that first is many times as fast.
+# Chat-template tokens, role and field labels, and instructions: a prompt's text, not an explanation's. Searched in the
+# text in lower case, each with what must be in it for a match: looking for that first is many times as fast, and so is a
+# pattern that opens with plain letters (hence the odd place of the word boundary before "you").
 _RESIDUES = tuple(
-    (needle, re.compile(pattern, re.IGNORECASE | re.VERBOSE))
+    (needle, re.compile(pattern, re.VERBOSE))
     for needle, pattern in (
         ("<", r"<\|?\w+\|?>"),
-        ("inst]", r"\[/?INST\]"),
+        ("inst]", r"\[/?inst\]"),
         (
             ":",
             r"""\b(?:system|user|assistant|human|question|answer|titles?|genres?|history|year|prompt|films?|movies?|watched
@@ -47,12 +48,12 @@ _RESIDUES = tuple(
         ),
         ("explain", r"\bexplain\s+(?:each|why|the|this|your)\b"),
         ("sentence", r"\bin\s+one\s+(?:or\s+two\s+)?(?:short\s+)?sentences?\b"),
-        ("recommend", r"\byou\s+recommend\b"),
-        ("you", r"\byou\s+are\s+an?\s+(?:\w+\s+)?(?:assistant|recommender)\b"),
+        ("you", r"you(?<=\byou)\s+(?:recommend|are\s+an?\s+(?:\w+\s+)?(?:assistant|recommender))\b"),
     )
 )
 _LIST_MARKER = re.compile(r"\s*(?:#|[-*]\s|\d+[.)]\s)")
 _NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())  # for bytes.translate: drop them
+_SPACES = bytes(code for code in range(128) if chr(code).isspace())
 
 
 def score(record: Record, text: str, catalogue: Catalogue, variant: str = "grounded") -> dict[str, float]:
@@ -209,22 +210,24 @@ def _prose(text: str, catalogue: Catalogue) -> float:
 def _residue(text: str) -> bool:
     lower = text.lower()
     for needle, pattern in _RESIDUES:
-        if needle in lower and pattern.search(text):
+        if needle in lower and pattern.search(lower):
             return True
-    return any(map(_LIST_MARKER.match, text.split("\n")))
+    return bool(_LIST_MARKER.match(text)) or ("\n" in text and any(map(_LIST_MARKER.match, text.split("\n"))))
 
 
 def _sane(text: str) -> bool:
     """Mostly Latin letters, in words of ordinary length."""
     lengths = list(map(len, _said(text)))
-    visible = "".join(text.split())
-    ascii_only = visible.encode("ascii", "ignore")
-    plain = len(ascii_only) == len(visible)
-    letters = len(ascii_only.translate(None, _NO_LETTERS)) if plain else sum(map(str.isalpha, visible))
-    ascii_share = len(ascii_only) / len(visible)
+    if text.isascii():
+        plain = text.encode()
+        visible = ascii_only = len(plain.translate(None, _SPACES))
+        letters = len(plain.translate(None, _NO_LETTERS))
+    else:
+        shown = "".join(text.split())
+        visible, ascii_only, letters = len(shown), len(shown.encode("ascii", "ignore")), sum(map(str.isalpha, shown))
     return (
-        letters >= 0.8 * len(visible)
-        and ascii_share >= 0.9
+        letters >= 0.8 * visible
+        and ascii_only / visible >= 0.9
         and 2.5 <= sum(lengths) / len(lengths) <= 8
         and max(lengths) <= 24
     )
