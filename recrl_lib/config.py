@@ -109,7 +109,7 @@ class Params:
     shield_mode: str = _p("update", "shield", "how the shielded arm is protected", choices=("gradient", "update", "frozen_a", "penalty", "restart"))
     shield_energy: float = _p(0.99, "shield", "share of the item texts' activation energy to protect, per layer input", 0.0, 1.0)
     shield_rank: int = _p(0, "shield", "protect exactly this many directions per layer input; 0 = use shield_energy", 0)
-    shield_basis: str = _p("contrastive", "shield", "which directions are protected", choices=("activation", "sensitivity", "contrastive", "readout", "random"))
+    shield_basis: str = _p("contrastive", "shield", "which directions are protected", choices=("activation", "sensitivity", "boundary", "contrastive", "readout", "random"))
     shield_penalty: float = _p(0.0, "shield", "weight of a replay penalty on item vectors, with or without a projection", 0.0)
     shield_settle: int = _p(0, "shield", "steps of the replay alone after the training, at a rate that falls to zero", 0)
     frontier_points: str = _p("small", "shield", "settings compared in the frontier", choices=("none", "small", "full"))

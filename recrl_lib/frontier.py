@@ -11,8 +11,9 @@ interrupted frontier goes on where it stopped.
 """
 
 import io
+from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import sqrt
 from pathlib import Path
 from time import process_time
@@ -29,12 +30,13 @@ from recrl_lib.paths import REFERENCE
 from recrl_lib.progress import track
 from recrl_lib.references import reference_line
 from recrl_lib.shield import Evidence, Shield
-from recrl_lib.study import Study
+from recrl_lib.study import TOP_K, Study
 
 BATCH, LR = 4, 3e-3        # the warm start's
 MAX_NORM = 1.0             # gradient clipping, before the shield
 TEXT_TOKENS = 40           # longest explanation when the reward is measured
 MODES = (*sh.MODES, "alora")
+REPLAYS = ("all", "boundary")
 
 # The study's target: at least these shares of the unshielded gain, of places of the top 10, and of first places, and the
 # relative change of NDCG@10 below the last.
@@ -52,16 +54,20 @@ class Point:
     penalty: float = 0.0
     steps: int = 20
     seed: int = 0
-    settle: int = 0  # steps of the replay alone, afterwards
+    settle: int = 0   # steps of the replay alone, afterwards
+    replay: str = "all"  # items that the penalty reads: all alike, or those around the ``boundary`` of the top ten more often
+    refresh: int = 0  # steps after which the item Grams are taken again, under the adapters as they are, and added; 0 = never
+    inputs: int = 0   # protect only this many layer inputs, those that the scores react to most; 0 = all
 
     @property
     def curve(self) -> str:
         """The line of the figure this point lies on: its strength varies along it."""
-        settled = ", settled" if self.settle else ""
+        more = (", of the boundary" if self.replay == "boundary" else "") + (", settled" if self.settle else "")
         if self.mode in ("none", "penalty", "align", "alora"):
-            return {"none": "no shield, stopped early", "penalty": "replay penalty"}.get(self.mode, self.mode) + settled
+            return {"none": "no shield, stopped early", "penalty": "replay penalty"}.get(self.mode, self.mode) + more
         replay = f" {self.energy:g}, with replay" if self.penalty else ""
-        return f"{self.mode}, {self.basis}{replay}{settled}"
+        more += (", refreshed" if self.refresh else "") + (f", {self.inputs} inputs" if self.inputs else "")
+        return f"{self.mode}, {self.basis}{replay}{more}"
 
 
 def named(name: str, seeds: int, steps: int) -> list[Point]:
@@ -85,6 +91,9 @@ SETS: dict[str, list[dict]] = {  # fields of ``Point``; ``share``: of the steps,
         {"mode": "none", "share": 0.25}, {"mode": "penalty", "penalty": 1000.0},
         {"energy": 0.9}, {"energy": 0.9999}, {"energy": 0.99, "penalty": 100.0}, {"mode": "penalty", "penalty": 10.0},
         {"mode": "alora"}, {"mode": "align"}, {"basis": "sensitivity", "energy": 0.99}, {"basis": "sensitivity", "energy": 0.999},
+        {"basis": "boundary", "energy": 0.99}, {"basis": "boundary", "energy": 0.999}, {"basis": "boundary", "energy": 0.99, "penalty": 1000.0},
+        {"basis": "contrastive", "energy": 0.99, "penalty": 1000.0, "replay": "boundary"},
+        {"basis": "contrastive", "energy": 0.99, "refresh": 4}, {"basis": "contrastive", "energy": 0.99, "inputs": 10},
         {"mode": "gradient"}, {"mode": "frozen_a"}, {"mode": "restart"}, {"basis": "readout", "rank": 64}, {"basis": "random", "rank": 311},
         {"mode": "none", "share": 0.5}, {"mode": "none", "share": 0.1},
     ],
@@ -179,16 +188,45 @@ def user_states(study: Study) -> Tensor:
     return torch.cat(chunks)
 
 
+def around_tenth(study: Study, only: set[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(items, users (0-based)), one pair for every item of ``only`` in the places 6 to 15 of a user's base ranking.
+
+    A change of such an item's score is what takes a place in the top ten, or gives one.
+    """
+    places = ranker.top_k(study.ranker, study.split.with_valid, study.text, TOP_K + TOP_K // 2)[:, TOP_K // 2:]
+    users = np.repeat(np.arange(len(places)), places.shape[1])
+    items = places.ravel()
+    keep = np.isin(items, sorted(only))
+    return items[keep], users[keep]
+
+
+def probes(study: Study, pairs: tuple[np.ndarray, np.ndarray], rng: np.random.Generator, n: int = 256) -> dict[int, Tensor]:
+    """For ``n`` items of ``pairs`` (items, users), the oftener paired the sooner, the state of one of their users."""
+    items, users = pairs
+    states, order = user_states(study), rng.permutation(len(items))
+    chosen, first = np.unique(items[order], return_index=True)
+    soonest = np.argsort(first)[:n]
+    return {int(i): states[users[order[f]]] for i, f in zip(chosen[soonest], first[soonest])}
+
+
 def gather(
     explainer: Explainer, study: Study, items: ItemTexts, seen: set[int], grams: dict[str, Tensor], taught: Lesson,
     bases: set[str], rng: np.random.Generator, seed: int,
 ) -> Evidence:
     """What ``bases`` need, from ``seen`` items and ``taught`` explanations only; ``grams`` are the seen items'."""
-    readout = sh.readout_of(study.ranker) if study.text is not None and bases & {"sensitivity", "readout"} else None
+    readout = sh.readout_of(study.ranker) if study.text is not None else None
+
+    def weighted(basis: str, pairs) -> dict[str, Tensor] | None:
+        if readout is None or basis not in bases:
+            return None
+        return sh.sensitivity_grams(explainer, items, readout, probes(study, pairs(), rng))
+
+    any_user = lambda: (np.array(sorted(seen)), rng.integers(0, len(study.users), len(seen)))  # noqa: E731
     return Evidence(
         items=grams,
         prompts=lesson_grams(explainer, taught) if "contrastive" in bases else None,
-        sensitivity=sh.sensitivity_grams(explainer, items, readout, user_states(study), rng, seen) if readout is not None and "sensitivity" in bases else None,
+        sensitivity=weighted("sensitivity", any_user),
+        boundary=weighted("boundary", lambda: around_tenth(study, seen)),
         readout=sh.readout_rows(explainer, readout) if readout is not None and "readout" in bases else None,
         seed=seed,
     )
@@ -216,6 +254,26 @@ def restart_adapters(explainer: Explainer, seed: int) -> None:
             parameter.zero_()
 
 
+def most_sensitive(protected: dict[str, sh.Subspace], sensitivity: Mapping[str, Tensor], n: int) -> dict[str, sh.Subspace]:
+    """``protected`` with nothing protected in all but the ``n`` layer inputs that the scores react to most."""
+    kept = sorted(protected, key=lambda name: -float(sensitivity[name].trace()))[:n]
+    return {name: s if name in kept else sh.Subspace(s.basis[:, :0], s.spectrum) for name, s in protected.items()}
+
+
+def replay_of(lab: Lab, point: Point) -> sh.Replay | None:
+    if not point.penalty:
+        return None
+    often = None if point.replay == "all" else 1 + np.bincount(around_tenth(lab.study, lab.seen)[0], minlength=lab.items.n_items + 1)
+    return sh.Replay(lab.explainer, lab.items, lab.study.text, sh.readout_of(lab.study.ranker), point.penalty, point.seed, lab.seen, often=often)
+
+
+def refreshed(lab: Lab, point: Point) -> dict[str, sh.Subspace]:
+    """The point's subspaces with the item texts' Grams under the adapters as they are added to those of the base model."""
+    now, _ = sh.item_grams(lab.explainer, lab.items, lab.seen, tuned=True)
+    both = {name: gram + now[name] for name, gram in lab.evidence.items.items()}
+    return sh.protect(replace(lab.evidence, items=both), point.basis, point.energy, point.rank)
+
+
 def learn(lab: Lab, point: Point, guard: Shield | None, invoke=None) -> float:
     """Tune the adapters for ``point.steps``; the CPU seconds spent."""
     explainer, start = lab.explainer, process_time()
@@ -225,7 +283,9 @@ def learn(lab: Lab, point: Point, guard: Shield | None, invoke=None) -> float:
         guard.attach(optimizer)
     rng = np.random.default_rng(point.seed)
     order: list[int] = []
-    for _ in track(range(point.steps), "frontier steps"):
+    for step in track(range(point.steps), "frontier steps"):
+        if point.refresh and step and step % point.refresh == 0:
+            guard.renew(refreshed(lab, point))
         if len(order) < BATCH:
             order = rng.permutation(len(lab.taught.ids)).tolist()
         rows, order = order[:BATCH], order[BATCH:]
@@ -248,21 +308,26 @@ def run_point(lab: Lab, point: Point) -> dict:
         raise ValueError(f"frontier: mode {point.mode!r}; choose one of {', '.join(MODES)}")
     if point.settle and (not point.penalty or point.mode in ("none", "alora")):
         raise ValueError(f"frontier: settle={point.settle} is for a mode of the shield with a penalty")
+    if point.refresh and point.mode not in sh.PROJECTING:
+        raise ValueError(f"frontier: refresh={point.refresh} is for a mode that projects")
+    if point.inputs and lab.evidence.sensitivity is None:
+        raise ValueError(f"frontier: inputs={point.inputs} needs Evidence.sensitivity, by which they are chosen")
+    if point.replay not in REPLAYS:
+        raise ValueError(f"frontier: replay={point.replay!r}; choose one of {', '.join(REPLAYS)}")
     explainer = lab.explainer
     restart_adapters(explainer, point.seed)
     protected = sh.protect(lab.evidence, point.basis, point.energy, point.rank)
-    replay = None
-    if point.penalty:
-        readout = sh.readout_of(lab.study.ranker)
-        replay = sh.Replay(explainer, lab.items, lab.study.text, readout, point.penalty, point.seed, lab.seen)
+    if point.inputs:
+        protected = most_sensitive(protected, lab.evidence.sensitivity, point.inputs)
     if point.mode == "alora":
         with activated(explainer) as invoke:
             seconds = learn(lab, point, None, invoke)
             row = measure(lab, point, invoke)
     else:
-        guard = None if point.mode == "none" else Shield(explainer, protected, point.mode, replay)
+        guard = None if point.mode == "none" else Shield(explainer, protected, point.mode, replay_of(lab, point))
         seconds = learn(lab, point, guard)
         row = measure(lab, point)
+        protected = guard.protected if guard else protected
     rank = np.mean([s.rank for s in protected.values()]) if point.mode in (*sh.PROJECTING, "restart") else 0.0
     return {  # a mode that projects nothing shows its leak against the subspaces it was not held to
         **asdict(point), "curve": point.curve, "rank_mean": float(rank), "leak": sh.leak(explainer, protected), **row, "train_cpu_seconds": seconds,

@@ -39,13 +39,15 @@ After any mode with a replay, ``Shield.settle`` may take more of what moved out 
 falling rate.
 
 Bases (what Q is; ``protect``): ``activation`` as above; ``sensitivity``, tokens weighted by how strongly the
-ranking's scores react to the layer's answer, and k chosen so that every layer may do equal damage;
+ranking's scores react to the layer's answer, and k chosen so that every layer may do equal damage; ``boundary``, the
+same over items where a change would show, those around the tenth place, each for a user whom it concerns;
 ``contrastive``, generalised eigenvectors of the explanations' Gram against the item texts', so that what stays
 free is where explanations have energy and item texts have little; ``readout``, the ranker's own basis carried
 to the layer inputs; ``random``, a control.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
@@ -60,7 +62,8 @@ from recrl_lib.progress import track
 
 MODES = ("none", "gradient", "update", "frozen_a", "penalty", "restart", "align")
 PROJECTING = ("gradient", "update", "frozen_a")  # keep A in the null space from the first step on
-BASES = ("activation", "sensitivity", "contrastive", "readout", "random")
+BASES = ("activation", "sensitivity", "boundary", "contrastive", "readout", "random")
+WEIGHTED = ("sensitivity", "boundary")  # bases from weighted Grams, with equal damage for every layer input
 SETTLE_LR = 7e-4  # Adam's rate at the first step of ``Shield.settle``, a quarter of the warm start's; no other was tried at length
 
 
@@ -105,12 +108,14 @@ class GramCollector:
 
 
 @torch.no_grad()
-def item_grams(explainer: Explainer, items: ItemTexts, only: set[int] | None = None) -> tuple[dict[str, Tensor], int]:
+def item_grams(
+    explainer: Explainer, items: ItemTexts, only: set[int] | None = None, tuned: bool = False
+) -> tuple[dict[str, Tensor], int]:
     """(Grams of the adapted layers' inputs over the item texts under the base model, number of tokens).
 
-    ``only``: item numbers to use; the rest is held out.
+    ``only``: item numbers to use; the rest is held out. ``tuned``: under the adapters as they are instead.
     """
-    with explainer.reference(), GramCollector(explainer) as collector:
+    with nullcontext() if tuned else explainer.reference(), GramCollector(explainer) as collector:
         for (numbers, ids), states in zip(track(items.batches, "item Grams"), items.states()):
             keep = torch.tensor([only is None or int(n) in only for n in numbers])
             if keep.any():
@@ -131,18 +136,14 @@ def prompt_grams(explainer: Explainer, prompts: list[list[int]], batch: int = 16
     return collector.grams, collector.tokens
 
 
-def sensitivity_grams(
-    explainer: Explainer, items: ItemTexts, readout: Tensor, users: Tensor, rng: np.random.Generator, only: set[int] | None = None,
-    n: int = 256,
-) -> dict[str, Tensor]:
-    """Grams of ``n`` item texts with every token weighted by ``sum |d score / d y|^2`` over the layer's answers y.
+def sensitivity_grams(explainer: Explainer, items: ItemTexts, readout: Tensor, probes: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """Grams of the ``probes``' item texts with every token weighted by ``sum |d score / d y|^2`` over the layer's answers y.
 
-    The score is ``u . R t`` with R = ``readout`` (d_rank, d), how the ranker reads text, and u a random row of
-    ``users`` (U, d_rank), its states. The trace of ``G`` outside a subspace is then, up to a factor common to all
+    The score is ``u . R t`` with R = ``readout`` (d_rank, d), how the ranker reads text, and u = ``probes[item number]``
+    (d_rank,), the state of one user. The trace of ``G`` outside a subspace is then, up to a factor common to all
     layers, the squared score change that an isotropic update of the free directions causes: comparable over layers.
     """
     grams: dict[str, Tensor] = {}
-    chosen = set((rng.permutation(sorted(only) if only else np.arange(1, items.n_items + 1))[:n]).tolist())
     inputs, answers = {}, {}
 
     def hook(key: str, name: str):
@@ -155,12 +156,12 @@ def sensitivity_grams(
     try:
         with explainer.reference():
             for (numbers, ids), states in zip(track(items.batches, "sensitivities"), items.states()):
-                keep = torch.tensor([int(i) in chosen for i in numbers])
+                keep = torch.tensor([int(i) in probes for i in numbers])
                 if not keep.any():
                     continue
                 states = states[keep].to(explainer.device).requires_grad_(True)
                 text = explainer.top(states, torch.ones(states.shape[:2], dtype=torch.long, device=explainer.device)).mean(1)
-                probe = users[torch.from_numpy(rng.integers(0, len(users), len(text)))].to(text)
+                probe = torch.stack([probes[int(i)] for i in numbers[keep]]).to(text)
                 names = list(answers)
                 gradients = torch.autograd.grad((probe * (text @ readout.to(text).T)).sum(), [answers[k] for k in names])
                 weights: dict[str, Tensor] = {}
@@ -220,7 +221,8 @@ class Evidence:
 
     items: Mapping[str, Tensor]                       # Grams of the item texts
     prompts: Mapping[str, Tensor] | None = None       # of explanation prompts with explanations: contrastive
-    sensitivity: Mapping[str, Tensor] | None = None   # ``sensitivity_grams``: sensitivity
+    sensitivity: Mapping[str, Tensor] | None = None   # ``sensitivity_grams`` of any items and users: sensitivity
+    boundary: Mapping[str, Tensor] | None = None      # of items around the tenth place and users they concern: boundary
     readout: Mapping[str, Tensor] | None = None       # (d_rank, d) ``readout_rows``: readout
     seed: int = 0                                     # random
 
@@ -233,20 +235,20 @@ def subspaces(grams: Mapping[str, Tensor], energy: float, rank: int = 0) -> dict
 def protect(evidence: Evidence, basis: str, energy: float, rank: int = 0) -> dict[str, Subspace]:
     """The protected subspace of every layer input: the fewest directions of the basis that hold ``energy``, or exactly ``rank``.
 
-    The energy is that of the item texts, except for ``sensitivity``: there every layer input may leave the same
+    The energy is that of the item texts, except for ``sensitivity`` and ``boundary``: there every layer input may leave the same
     absolute (1 - energy) of the mean weighted trace outside, so that all do equal damage.
     Raises ``ValueError`` for an unknown basis, missing evidence, a Gram that is not finite, or if nothing is left
     to learn (k = d).
     """
     if basis not in BASES:
         raise ValueError(f"shield_basis={basis!r}: choose one of {', '.join(BASES)}")
-    needs = {"contrastive": "prompts", "sensitivity": "sensitivity", "readout": "readout"}.get(basis)
+    needs = {"contrastive": "prompts", "readout": "readout"}.get(basis, basis if basis in WEIGHTED else None)
     if needs and getattr(evidence, needs) is None:
         raise ValueError(f"shield_basis={basis!r} needs Evidence.{needs}")
     for name, gram in evidence.items.items():
         if not torch.isfinite(gram).all():
             raise ValueError(f"Gram of {name} is not finite: the model gives inf or nan on an item text")
-    weighted = evidence.sensitivity if basis == "sensitivity" else evidence.items
+    weighted = getattr(evidence, basis) if basis in WEIGHTED else evidence.items
     allowed = (1 - energy) * sum(float(g.trace()) for g in weighted.values()) / len(weighted)
     found = {}
     for number, (name, gram) in enumerate(evidence.items.items()):
@@ -254,7 +256,7 @@ def protect(evidence: Evidence, basis: str, energy: float, rank: int = 0) -> dic
         frame = _frame(evidence, basis, name, gram, number)
         measured = weighted[name].cpu()
         along = (frame * (measured @ frame)).sum(0).clamp(min=0)
-        needed = 1 - allowed / float(along.sum()) if basis == "sensitivity" else energy
+        needed = 1 - allowed / float(along.sum()) if basis in WEIGHTED else energy
         k = rank or (int((along.cumsum(0) / along.sum() < needed).sum()) + 1 if needed > 0 else 0)
         if k >= len(gram):
             raise ValueError(
@@ -270,8 +272,8 @@ def _frame(evidence: Evidence, basis: str, name: str, gram: Tensor, number: int)
     """An orthonormal frame (d, d) of one layer input, the direction to protect first in column 0."""
     if basis == "activation":
         return torch.linalg.eigh(gram)[1].flip(1)
-    if basis == "sensitivity":
-        return torch.linalg.eigh(evidence.sensitivity[name].cpu())[1].flip(1)
+    if basis in WEIGHTED:
+        return torch.linalg.eigh(getattr(evidence, basis)[name].cpu())[1].flip(1)
     if basis == "contrastive":
         return contrastive_frame(gram, evidence.prompts[name].cpu())
     if basis == "readout":
@@ -342,12 +344,13 @@ class Replay:
         weight * mean_i |R (t_i' - t_i)|^2 / mean_i |R (t_i - mean t)|^2
 
     over a random minibatch of item texts, with R = ``readout`` (d_rank, d) and t = ``text`` (I+1, d), the base
-    vectors. The cached trunk states make it cost the adapted layers only.
+    vectors. The cached trunk states make it cost the adapted layers only. ``often`` (I+1,): how often to read an item,
+    relative to the others; None: all alike.
     """
 
     def __init__(
         self, explainer: Explainer, items: ItemTexts, text: Tensor, readout: Tensor, weight: float, seed: int = 0,
-        only: set[int] | None = None, batch: int = 32,
+        only: set[int] | None = None, batch: int = 32, often: np.ndarray | None = None,
     ):
         if weight <= 0:
             raise ValueError(f"shield_penalty={weight}: a replay penalty needs a positive weight")
@@ -357,16 +360,22 @@ class Replay:
         spread = (text[1:] - text[1:].mean(0)).to(explainer.device) @ self._readout.T
         self._scale = float(spread.square().sum(-1).mean())
         self._parts = []  # (trunk states (b, T, d), base vectors (b, d)) of texts of one length
+        self._often = []  # (b,) how often to read each of the same texts
         for (numbers, _), states in zip(items.batches, items.states()):
             keep = torch.tensor([only is None or int(n) in only for n in numbers])
             if keep.any():
                 self._parts.append((states[keep], text[numbers[keep]]))
-        self._sizes = torch.tensor([len(states) for states, _ in self._parts], dtype=torch.float64)
+                self._often.append(torch.ones(int(keep.sum())) if often is None else torch.from_numpy(often)[numbers[keep]].float())
+        self._sizes = torch.stack([part.double().sum() for part in self._often])
 
     def loss(self) -> Tensor:
         """The penalty of one minibatch: texts of one length, a length as often as it has texts."""
-        states, base = self._parts[int(torch.multinomial(self._sizes, 1, generator=self.generator))]
-        rows = torch.randperm(len(states), generator=self.generator)[: self.batch]
+        part = int(torch.multinomial(self._sizes, 1, generator=self.generator))
+        (states, base), often = self._parts[part], self._often[part]
+        if bool((often == often[0]).all()):
+            rows = torch.randperm(len(states), generator=self.generator)[: self.batch]
+        else:
+            rows = torch.multinomial(often, min(self.batch, int((often > 0).sum())), generator=self.generator)
         states, base = states[rows].to(self._explainer.device), base[rows].to(self._explainer.device)
         text = self._explainer.top(states, torch.ones(states.shape[:2], dtype=torch.long, device=states.device)).mean(1)
         return self.weight * ((text - base) @ self._readout.T).square().sum(-1).mean() / self._scale
@@ -416,7 +425,8 @@ class Shield:
             raise ValueError("shield_mode='penalty' needs a replay: set shield_penalty above 0")
         self.mode, self.replay = mode, replay
         self.seconds = 0.0  # spent in hooks so far
-        self._handles = []
+        self._explainer, self._handles = explainer, []
+        self.protected = protected
         self._targets = list(_targets(explainer, protected))
 
     def attach(self, optimizer) -> "Shield":
@@ -468,6 +478,12 @@ class Shield:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.detach()
+
+    def renew(self, protected: Mapping[str, Subspace]) -> None:
+        """Protect other subspaces from here on, say of item texts as the tuned layers read them; projects A if the mode does."""
+        self.protected, self._targets = protected, list(_targets(self._explainer, protected))
+        if self._handles and self.mode in PROJECTING:
+            self.project_parameters()
 
     @torch.no_grad()
     def project_parameters(self) -> None:

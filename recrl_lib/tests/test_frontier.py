@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from recrl_lib import frontier as fr, paths, shield as sh
+from recrl_lib import frontier as fr, paths, ranker, shield as sh
 from recrl_lib.config import resolve
 from recrl_lib.explainer import ItemTexts
 from recrl_lib.tests.test_evaluation import world  # noqa: F401  (a fixture)
@@ -83,6 +83,65 @@ def test_a_settled_point_starts_from_the_same_training_and_moves_less(lab):
             fr.run_point(lab, replace(wrong, settle=20))
 
 
+def test_items_around_the_tenth_place_by_hand_sorting(lab):
+    study = lab.study
+    items, users = fr.around_tenth(study, lab.seen)
+    expected = set()
+    scores = torch.cat([s for _, s in ranker.score_chunks(study.ranker, study.split.with_valid, study.text)])
+    for user, history in enumerate(study.split.with_valid):
+        ranked = [i for i in scores[user].argsort(descending=True, stable=True).tolist() if i and i not in set(history)]
+        expected |= {(i, user) for i in ranked[5:15] if i in lab.seen}
+    assert set(zip(items.tolist(), users.tolist())) == expected and len(items) == len(expected)
+
+
+def test_probes_are_states_of_paired_users_and_the_oftener_paired_come_sooner(lab):
+    states = fr.user_states(lab.study)
+    pairs = (np.array([7] * 60 + [3, 4, 8]), np.array([*[0, 1, 2] * 20, 3, 4, 5]))
+    allowed = {7: {0, 1, 2}, 3: {3}, 4: {4}, 8: {5}}
+    firsts, users_of_7 = [], set()
+    for seed in range(40):
+        found = fr.probes(lab.study, pairs, np.random.default_rng(seed), n=2)
+        assert len(found) == 2
+        for item, state in found.items():
+            whose = {u for u in allowed[item] if torch.equal(states[u], state)}
+            assert len(whose) == 1
+            users_of_7 |= whose if item == 7 else set()
+        firsts.append(7 in found)
+    assert sum(firsts) >= 38 and users_of_7 == {0, 1, 2}
+
+
+def test_a_refreshed_basis_is_sealed_and_trains_otherwise(lab):
+    point = fr.Point(rank=8, steps=6)
+    fixed, fresh = fr.run_point(lab, point), fr.run_point(lab, replace(point, refresh=2))
+    assert fresh["leak"] <= 1e-6 and fresh["loss"] < fresh["loss_base"] and fresh["loss"] != fixed["loss"]
+
+
+def test_a_replay_of_the_boundary_reads_each_item_as_often_as_users_have_it_there_and_once_more(lab):
+    point = fr.Point(rank=8, steps=2, penalty=10.0, replay="boundary")
+    items, _ = fr.around_tenth(lab.study, lab.seen)
+    found = torch.cat(fr.replay_of(lab, point)._often)
+    assert len(found) == len(lab.seen) and float(found.sum()) == len(items) + len(lab.seen) and found.max() > 2
+    assert (torch.cat(fr.replay_of(lab, replace(point, replay="all"))._often) == 1).all()
+    assert fr.run_point(lab, point)["curve"] == "update, activation 0.99, with replay, of the boundary"
+
+
+def test_few_inputs_are_the_most_sensitive_and_the_rest_is_free(lab):
+    protected = sh.protect(lab.evidence, "activation", 0.9)
+    found = fr.most_sensitive(protected, lab.evidence.sensitivity, 1)
+    traces = {name: float(gram.trace()) for name, gram in lab.evidence.sensitivity.items()}
+    assert [name for name, s in found.items() if s.rank] == [max(traces, key=traces.get)]
+    row = fr.run_point(lab, fr.Point(rank=8, steps=6, inputs=1))
+    assert row["leak"] <= 1e-6 and row["loss"] < row["loss_base"] and row["item_change_seen"] > fr.run_point(lab, fr.Point(rank=8, steps=6))["item_change_seen"]
+
+
+@pytest.mark.parametrize("wrong", [dict(mode="none", refresh=2), dict(replay="some", penalty=1.0)])
+def test_points_that_make_no_sense_are_refused(wrong, lab):
+    with pytest.raises(ValueError, match="frontier: re"):
+        fr.run_point(lab, fr.Point(steps=1, **wrong))
+    with pytest.raises(ValueError, match="inputs=1 needs"):
+        fr.run_point(replace(lab, evidence=replace(lab.evidence, sensitivity=None)), fr.Point(steps=1, inputs=1))
+
+
 def test_activated_lora_learns_and_moves_no_item_at_all(lab):
     row = fr.run_point(lab, fr.Point("alora", steps=10))
     assert row["loss"] < row["loss_base"]
@@ -130,7 +189,7 @@ def test_named_sets_are_distinct_and_complete():
 
 
 def test_summary_by_hand():
-    setting = dict(mode="none", basis="activation", energy=0.99, rank=0, penalty=0.0, settle=0, curve="no shield")
+    setting = asdict(fr.Point("none")) | {"curve": "no shield"}
     columns = dict(setting, loss_base=2.0, reward_base=0.5, key="k")
     measures = dict(set_same=1.0, top1_same=1.0)
     table = pd.DataFrame([

@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -401,14 +402,61 @@ def test_replay_reads_only_the_items_it_is_given(setting):
     assert sorted(len(states) for states, _ in replay._parts) == [1, 1]
 
 
+def test_replay_reads_items_as_often_as_it_is_told(setting):
+    explainer, items, _ = setting
+    base, often = items.vectors(), np.array([0, 3, 0, 1, 0, 2, 4])
+    replay = sh.Replay(explainer, items, base, torch.eye(32)[:4], 1.0, batch=1, often=often)
+    read = []  # which text by its base vector: the loss is called for real, one text at a time
+    inner = replay._explainer.top
+
+    def top(states, mask):
+        read.extend(i + 1 for i, s in enumerate(by_item) for row in states if s.shape == row.shape and torch.equal(s, row))
+        return inner(states, mask)
+
+    by_item = [s for _, s in sorted((int(n), row) for (numbers, _), states in zip(items.batches, items.states()) for n, row in zip(numbers, states))]
+    replay._explainer = SimpleNamespace(top=top, device=explainer.device)
+    for _ in range(600):
+        replay.loss()
+    share = np.bincount(read, minlength=7) / 600
+    assert share[[2, 4]].tolist() == [0, 0] and np.abs(share - often / 10).max() < 0.08  # four standard errors
+
+
+def test_a_renewed_shield_seals_the_new_subspaces(setting):
+    explainer, items, grams = setting
+    first, second = sh.subspaces(grams, 0.5, rank=4), sh.protect(evidence(*setting), "random", 0.5, rank=6)
+    optimizer = OPTIMIZERS["adam"](explainer.adapter_parameters())
+    guard = sh.Shield(explainer, first).attach(optimizer)
+    train(explainer, optimizer, 2)
+    guard.renew(second)
+    assert sh.leak(explainer, second) <= 1e-6 < 1e-3 < sh.leak(explainer, first)
+    train(explainer, optimizer, 2)
+    assert sh.leak(explainer, second) <= 1e-6 and guard.protected is second
+
+
+def test_grams_under_the_adapters_are_those_of_the_tuned_model(setting):
+    explainer, items, grams = setting
+    torch.testing.assert_close(sh.item_grams(explainer, items, tuned=True)[0], grams)  # B = 0
+    tune_randomly(explainer)
+    tuned = sh.item_grams(explainer, items, tuned=True)[0]
+    inputs = []
+    hook = explainer.lm.model.layers[2].self_attn.o_proj.register_forward_pre_hook(lambda m, a: inputs.append(a[0].detach().flatten(0, 1).double()))
+    for text in TEXTS:
+        explainer.lm(input_ids=torch.tensor([explainer.tokenizer(text, add_special_tokens=False)["input_ids"]]))
+    hook.remove()
+    x = torch.cat(inputs)
+    torch.testing.assert_close(tuned["2.output"], x.T @ x, atol=1e-4, rtol=1e-5)
+    assert (tuned["2.output"] - grams["2.output"]).abs().max() > 1e-3
+
+
 # --- the other bases ------------------------------------------------------------------------------
 
 def evidence(explainer, items, grams) -> sh.Evidence:
     readout = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
     users = torch.randn(5, 4, generator=torch.Generator().manual_seed(4))
     prompts, _ = sh.prompt_grams(explainer, [[4, 5, 6, 7], [12, 13, 1, 2], [15, 16, 17, 18]])
-    sensitivity = sh.sensitivity_grams(explainer, items, readout, users, np.random.default_rng(0))
-    return sh.Evidence(grams, prompts, sensitivity, sh.readout_rows(explainer, readout))
+    sensitivity = sh.sensitivity_grams(explainer, items, readout, {n: users[n % 5] for n in range(1, 7)})
+    boundary = sh.sensitivity_grams(explainer, items, readout, {n: users[n] for n in (2, 4)})
+    return sh.Evidence(grams, prompts, sensitivity, boundary, sh.readout_rows(explainer, readout))
 
 
 @pytest.mark.parametrize("basis", sh.BASES)
@@ -452,10 +500,10 @@ def test_contrastive_frees_more_explanation_energy_per_item_energy_than_activati
 
 def test_sensitivity_gram_is_the_naive_weighted_sum(setting):
     explainer, _, _ = setting
-    items = ItemTexts(explainer, TEXTS[:1])  # one item and one user: nothing random is left
+    items = ItemTexts(explainer, TEXTS[:1])
     readout = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
     users = torch.randn(1, 4, generator=torch.Generator().manual_seed(4))
-    found = sh.sensitivity_grams(explainer, items, readout, users, np.random.default_rng(0))["2.output"]
+    found = sh.sensitivity_grams(explainer, items, readout, {1: users[0]})["2.output"]
     o_proj = explainer.lm.model.layers[2].self_attn.o_proj
     (_, ids), x, nudges = items.batches[0], [], []
     reader = o_proj.register_forward_pre_hook(lambda m, a: x.append(a[0][0].detach().double()))
