@@ -88,6 +88,7 @@ SETS: dict[str, list[dict]] = {  # fields of ``Point``; ``share``: of the steps,
         {"energy": 0.999}, {"basis": "contrastive", "energy": 0.9999}, {"basis": "contrastive", "energy": 0.99},
         *({"basis": "contrastive", "energy": energy, "penalty": weight} for weight in (1000.0, 100.0, 10000.0) for energy in (0.99, 0.999)),
         {"basis": "contrastive", "energy": 0.99, "penalty": 1000.0, "settle": 150},
+        {"basis": "contrastive", "energy": 0.99, "penalty": 1000.0, "replay": "boundary", "settle": 150},
         {"mode": "none", "share": 0.25}, {"mode": "penalty", "penalty": 1000.0},
         {"energy": 0.9}, {"energy": 0.9999}, {"energy": 0.99, "penalty": 100.0}, {"mode": "penalty", "penalty": 10.0},
         {"mode": "alora"}, {"mode": "align"}, {"basis": "sensitivity", "energy": 0.99}, {"basis": "sensitivity", "energy": 0.999},
@@ -97,6 +98,21 @@ SETS: dict[str, list[dict]] = {  # fields of ``Point``; ``share``: of the steps,
         {"mode": "gradient"}, {"mode": "frozen_a"}, {"mode": "restart"}, {"basis": "readout", "rank": 64}, {"basis": "random", "rank": 311},
         {"mode": "none", "share": 0.5}, {"mode": "none", "share": 0.1},
     ],
+}
+
+
+_CONTRASTIVE = {"basis": "contrastive", "energy": 0.99}
+_REPLAYED = {**_CONTRASTIVE, "penalty": 1000.0}
+IDEAS: dict[str, tuple[dict, dict]] = {  # what was tried beyond the textbook: (the setting with it, its twin without)
+    "basis contrastive, not activation": (_CONTRASTIVE, {"energy": 0.99}),
+    "basis sensitivity, not activation": ({"basis": "sensitivity", "energy": 0.99}, {"energy": 0.99}),
+    "basis boundary, not sensitivity": ({"basis": "boundary", "energy": 0.99}, {"basis": "sensitivity", "energy": 0.99}),
+    "10 of 20 inputs protected": ({**_CONTRASTIVE, "inputs": 10}, _CONTRASTIVE),
+    "basis refreshed every 4 steps": ({**_CONTRASTIVE, "refresh": 4}, _CONTRASTIVE),
+    "a replay beside the projection": (_REPLAYED, _CONTRASTIVE),
+    "the replay reads the boundary oftener": ({**_REPLAYED, "replay": "boundary"}, _REPLAYED),
+    "settled for 150 steps": ({**_REPLAYED, "settle": 150}, _REPLAYED),
+    "both of these": ({**_REPLAYED, "replay": "boundary", "settle": 150}, _REPLAYED),
 }
 
 
@@ -438,17 +454,44 @@ def _setting(row: dict) -> tuple:
     return tuple(str(row[f.name]) for f in fields(Point))
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a setting: mean, least and most over seeds of every measure, and of the gain kept.
-
-    ``gain_loss`` and ``gain_reward`` are shares of what the unshielded point of the same seed and most steps gained.
-    """
+def with_gains(table: pd.DataFrame) -> pd.DataFrame:
+    """Points as rows with ``gain_loss`` and ``gain_reward``: shares of what the unshielded point of the same seed and most steps gained."""
     table = table.copy()
     free = table[table["mode"] == "none"].sort_values("steps").groupby("seed").last()
     for name, sign in (("loss", -1), ("reward", 1)):
         gain = sign * (table[name] - table[f"{name}_base"])
         whole = sign * (free[name] - free[f"{name}_base"])
         table[f"gain_{name}"] = gain / table["seed"].map(whole)
+    return table
+
+
+def compare(table: pd.DataFrame) -> pd.DataFrame:
+    """What each of ``IDEAS`` changed against its twin, one row an idea, for seeds that have both: the mean difference of
+    each measure, and the least and most over the seeds.
+    """
+    measures = ["gain_loss", "gain_reward", "overlap", "overlap_held", "top1_same"]
+    table = with_gains(table)
+    table = table[table["steps"] == table["steps"].max()]
+    key = [f.name for f in fields(Point) if f.name not in ("seed", "steps")]
+
+    def of(setting: dict) -> pd.DataFrame:
+        point = asdict(Point(**setting))
+        return table[(table[key] == [point[name] for name in key]).all(axis=1)].set_index("seed")[measures]
+
+    rows = []
+    for idea, (point, twin) in IDEAS.items():
+        difference = (of(point) - of(twin)).dropna()
+        if len(difference):
+            row = {"idea": idea, "seeds": len(difference)}
+            for name in measures:
+                row |= {name: difference[name].mean(), f"{name}_lo": difference[name].min(), f"{name}_hi": difference[name].max()}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a setting: mean, least and most over seeds of every measure, and of the gain kept (``with_gains``)."""
+    table = with_gains(table)
     setting = [f.name for f in fields(Point) if f.name != "seed"] + ["curve"]
     numbers = [c for c in table.columns if c not in (*setting, "seed", "key")]
     grouped = table.groupby(setting, sort=False)
@@ -469,8 +512,8 @@ def stopped_early(points: pd.DataFrame) -> np.ndarray:
 
 
 def published() -> pd.DataFrame:
-    """``summarise`` of the frontier in ``runs/reference/frontier`` (its ``params.json`` says how it was run)."""
-    return summarise(pd.read_csv(REFERENCE / "frontier" / "frontier.csv"))
+    """The rows of the frontier in ``runs/reference/frontier`` (its ``params.json`` says how it was run)."""
+    return pd.read_csv(REFERENCE / "frontier" / "frontier.csv")
 
 
 def settled() -> pd.DataFrame:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from recrl_lib import frontier as fr, paths, ranker, shield as sh
+from recrl_lib import frontier as fr, ranker, shield as sh
 from recrl_lib.config import resolve
 from recrl_lib.explainer import ItemTexts
 from recrl_lib.tests.test_evaluation import world  # noqa: F401  (a fixture)
@@ -205,6 +205,27 @@ def test_summary_by_hand():
     assert out.loc["update", ["overlap", "overlap_lo", "overlap_hi"]].tolist() == pytest.approx([0.95, 0.9, 1.0])
 
 
+def test_ideas_are_compared_seed_by_seed():
+    def row(setting: dict, seed: int, loss: float, reward: float, overlap: float) -> dict:
+        return {**asdict(fr.Point(**setting, steps=20, seed=seed)), "loss_base": 2.0, "reward_base": 0.5, "loss": loss, "reward": reward,
+                "overlap": overlap, "overlap_held": overlap - 0.1, "top1_same": 1.0}  # fmt: skip
+
+    point, twin = fr.IDEAS["basis contrastive, not activation"]
+    table = pd.DataFrame([
+        row({"mode": "none"}, 0, 1.0, 0.9, 0.1), row({"mode": "none"}, 1, 1.5, 0.7, 0.1), row({"mode": "none"}, 2, 1.5, 0.7, 0.1),
+        row(twin, 0, 1.5, 0.7, 0.90), row(point, 0, 1.2, 0.6, 0.95), row(twin, 1, 1.75, 0.6, 0.90), row(point, 1, 1.7, 0.7, 0.91),
+        row(point, 2, 1.6, 0.6, 0.99),  # its twin was not run
+        {**row(twin, 0, 1.9, 0.5, 0.99), "steps": 5},
+    ])
+    found = fr.compare(table)
+    assert found["idea"].tolist() == ["basis contrastive, not activation"] and found["seeds"].tolist() == [2]
+    assert found.loc[0, ["gain_loss", "gain_loss_lo", "gain_loss_hi"]].tolist() == pytest.approx([0.2, 0.1, 0.3])
+    assert found.loc[0, ["gain_reward", "gain_reward_lo", "gain_reward_hi"]].tolist() == pytest.approx([0.125, -0.25, 0.5])
+    assert found.loc[0, ["overlap", "overlap_lo", "overlap_hi"]].tolist() == pytest.approx([0.03, 0.01, 0.05])
+    settings = [fr.Point(**s, steps=9) for pair in fr.IDEAS.values() for s in pair]
+    assert set(settings) <= {replace(p, steps=9, seed=0) for p in fr.named("full", 1, 9)}
+
+
 def test_training_stopped_early_by_hand():
     points = pd.DataFrame([("none", 1.0, 0.1), ("none", 0.5, 0.6), ("none", -0.1, 0.9), ("update", 0.75, 0.95), ("penalty", 0.25, 0.9), ("alora", 1.1, 1.0)],
                           columns=["mode", "gain_loss", "overlap"])  # fmt: skip
@@ -212,11 +233,11 @@ def test_training_stopped_early_by_hand():
 
 
 def test_the_published_frontier_is_whole():
-    rows = pd.read_csv(paths.REFERENCE / "frontier" / "frontier.csv")
+    rows = fr.published()
     assert not rows.duplicated([f.name for f in fields(fr.Point)]).any()
     assert (rows.loc[rows["mode"].isin(["update", "frozen_a", "restart"]), "leak"] < 1e-6).all()
     assert (rows.loc[rows["mode"] == "alora", "max_abs_score_delta"] == 0).all()
-    points = fr.published()
+    points = fr.summarise(rows)
     assert points["seeds"].sum() == len(rows) and points["gain_loss"].notna().all()
     free = points[(points["mode"] == "none") & (points["steps"] == points["steps"].max())]
     assert free["gain_loss"].tolist() == pytest.approx([1.0])
