@@ -26,7 +26,7 @@ help:
 		/^[a-z-]+:/ && text {split($$0, name, ":"); printf "make %-15s %s\n", name[1], text} {text = ""}' $(MAKEFILE_LIST)
 	@echo
 	@echo 'make all takes PROFILE=smoke|laptop|pod|paper RUN=name SEED=n FORCE=1 SET="name=value ..." TO=stage'
-	@echo '              DATASET=ml-100k|ml-25m|ml-32m|ml-latest-small|amazon-books|steam-200k|csv DATA_DIR=folder with its files'
+	@echo '              DATASET=ml-100k|ml-25m|ml-32m|ml-latest-small|amazon-books[-2018|-2014]|steam-200k|csv DATA_DIR=folder with its files'
 	@echo 'make batch takes GRID=name or path, BASE=run SEEDS="0 1" JOBS=n LIST=1, ENGINE=ray ADDRESS=auto GPUS=.5 CPUS=n'
 	@echo 'make env takes PYTHON=python3.12 (the interpreter to build on) and PIP_ARGS="..." (options for pip install)'
 	@echo 'make lab takes LAB_ARGS="..." (options for jupyter lab, e.g. --allow-root or --no-browser)'

@@ -38,7 +38,7 @@ STAGES = (
     Stage(9, "report", ("data", "ranker", "explainer", "shield", "shielded_ppo", "evaluation", "audit")),
     Stage(10, "explore", ("data", "ranker", "explainer", "shielded_ppo")),
 )
-DATASETS = ("ml-100k", "ml-25m", "ml-32m", "ml-latest-small", "amazon-books", "steam-200k", "csv")
+DATASETS = ("ml-100k", "ml-25m", "ml-32m", "ml-latest-small", "amazon-books", "amazon-books-2018", "amazon-books-2014", "steam-200k", "csv")
 PIPELINE = tuple(stage for stage in STAGES if stage.name != "explore")  # what `make all` runs
 COMMON = "common"
 

@@ -52,6 +52,8 @@ class Origin:
 
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 _MCAULEY = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/"
+_MCAULEY_2018 = "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/"
+_MCAULEY_2014 = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
 _CSV = ("ratings.csv", "movies.csv")
 ORIGINS: dict[str, Origin] = {  # the sha256 are those that TensorFlow Datasets records for these files
     "ml-25m": Origin((Remote(_GROUPLENS + "ml-25m.zip", "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa"),), _CSV),
@@ -62,6 +64,8 @@ ORIGINS: dict[str, Origin] = {  # the sha256 are those that TensorFlow Datasets 
     "amazon-books": Origin(
         (Remote(_MCAULEY + "meta_categories/meta_Books.jsonl.gz"), Remote(_MCAULEY + "review_categories/Books.jsonl.gz")),
     ),
+    "amazon-books-2018": Origin((Remote(_MCAULEY_2018 + "metaFiles2/meta_Books.json.gz"), Remote(_MCAULEY_2018 + "categoryFiles/Books.json.gz"))),
+    "amazon-books-2014": Origin((Remote(_MCAULEY_2014 + "meta_Books.json.gz"), Remote(_MCAULEY_2014 + "reviews_Books.json.gz"))),
 }
 
 

@@ -30,19 +30,20 @@ __all__ = [
     "split", "split_global_time", "split_leave_one_out", "split_users", "time_cuts",
 ]
 
+AMAZON = ("amazon-books", "amazon-books-2018", "amazon-books-2014")  # one reader knows the three formats; where they are fetched from differs
 READERS: dict[str, Callable[[Path, Skipped], Raw]] = {
     "ml-100k": ml100k.read,
     "ml-25m": movielens.read,
     "ml-32m": movielens.read,
     "ml-latest-small": movielens.read,
-    "amazon-books": amazon.read,
+    **dict.fromkeys(AMAZON, amazon.read),
     "steam-200k": steam.read,
     "csv": own.read,
 }
 NAMES = tuple(READERS)
-NORMAL = {"amazon-books": amazon.NORMAL, "steam-200k": frozenset(("duplicate",)), "csv": frozenset(("duplicate",))}
+NORMAL = {**dict.fromkeys(AMAZON, amazon.NORMAL), "steam-200k": frozenset(("duplicate",)), "csv": frozenset(("duplicate",))}
 MIN_CORE = {"ml-100k": 1}  # figures compare with published ones; elsewhere 5
-MAX_INTERACTIONS = {"amazon-books": 50_000}  # the paper's; elsewhere all
+MAX_INTERACTIONS = dict.fromkeys(AMAZON, 50_000)  # the paper's; elsewhere all
 
 
 def load(

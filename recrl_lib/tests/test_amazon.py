@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recrl_lib import datasets
+from recrl_lib import datasets, download
 from recrl_lib.datasets import amazon, reading
 from recrl_lib.datasets.tables import Skipped
 
@@ -88,6 +88,24 @@ def test_2014(tmp_path):
     assert data.info["noun"] == "book" and data.info["n_reviews"] == 12 and data.info["n_books"] == 6
     assert data.info["skipped"] == {"metadata without a title": 1} and data.info["skipped_bad"] == []
     assert data.info["source"] == "Amazon Books reviews, reviews_Books.json.gz"
+
+
+@pytest.mark.parametrize(
+    ("name", "review", "meta", "book"),
+    [
+        ("amazon-books-2014", review_2014, META_2014[0], "000100039X"),
+        ("amazon-books-2018", review_2018, META_2018[0], "0001713353"),
+        ("amazon-books", review_2023, META_2023[0], "0593235657"),
+    ],
+)
+def test_each_year_is_read_from_the_files_that_are_fetched_for_it(name, review, meta, book, tmp_path):
+    metadata, reviews = (remote.name.removesuffix(".gz") for remote in download.ORIGINS[name].files)
+    books = [f"{book[:-1]}{n}" for n in range(4)]
+    unit = 1000 if name == "amazon-books" else 1  # milliseconds a unit of time
+    lines = [review(f"u{u}", b, time=(1355616000 + 86400 * n) * unit) for u in range(3) for n, b in enumerate(books)]
+    write(tmp_path, lines, [meta.replace(book, b) for b in books], (reviews, metadata), packed=True)
+    data = datasets.load(name, tmp_path, min_core=3)
+    assert len(data.items) == 4 and len(data.interactions) == 12 and data.info["name"] == name
 
 
 @pytest.mark.parametrize("packed", [False, True])

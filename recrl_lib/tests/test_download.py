@@ -204,7 +204,8 @@ def test_a_data_set_of_single_files_needs_all_of_them(server, monkeypatch):
 def test_origins_are_verified_and_their_files_known_to_the_loaders():
     for name, origin in download.ORIGINS.items():
         for remote in origin.files:
-            assert remote.url.startswith("https://") and (remote.sha256 or remote.md5_url or name == "amazon-books")
+            assert remote.url.startswith("https://") and (remote.sha256 or remote.md5_url or name in datasets.AMAZON)
             assert not remote.sha256 or re.fullmatch("[0-9a-f]{64}", remote.sha256)
-    metadata, reviews = (remote.name for remote in download.ORIGINS["amazon-books"].files)
-    assert metadata.removesuffix(".gz") in datasets.amazon.METADATA and reviews.removesuffix(".gz") in datasets.amazon.REVIEWS
+    for name in datasets.AMAZON:
+        metadata, reviews = (remote.name for remote in download.ORIGINS[name].files)
+        assert metadata.removesuffix(".gz") in datasets.amazon.METADATA and reviews.removesuffix(".gz") in datasets.amazon.REVIEWS
