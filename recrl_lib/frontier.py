@@ -107,7 +107,7 @@ IDEAS: dict[str, tuple[dict, dict]] = {  # what was tried beyond the textbook: (
     "basis contrastive, not activation": (_CONTRASTIVE, {"energy": 0.99}),
     "basis sensitivity, not activation": ({"basis": "sensitivity", "energy": 0.99}, {"energy": 0.99}),
     "basis boundary, not sensitivity": ({"basis": "boundary", "energy": 0.99}, {"basis": "sensitivity", "energy": 0.99}),
-    "10 of 20 inputs protected": ({**_CONTRASTIVE, "inputs": 10}, _CONTRASTIVE),
+    "10 inputs protected, not all": ({**_CONTRASTIVE, "inputs": 10}, _CONTRASTIVE),
     "basis refreshed every 4 steps": ({**_CONTRASTIVE, "refresh": 4}, _CONTRASTIVE),
     "a replay beside the projection": (_REPLAYED, _CONTRASTIVE),
     "the replay reads the boundary oftener": ({**_REPLAYED, "replay": "boundary"}, _REPLAYED),

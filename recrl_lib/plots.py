@@ -395,6 +395,23 @@ def frontier(points: pd.DataFrame) -> Figure:
     return fig
 
 
+def ideas(table: pd.DataFrame) -> Figure:
+    """What each idea changed against its twin without it (``frontier.compare``); a bar from the least to the most of the seeds."""
+    measures = {"gain_loss": "Gain kept, by likelihood", "overlap": "Places of the top 10 kept", "overlap_held": "Places of unseen items kept"}
+    table = _columns(table, "frontier.compare", "idea", "seeds", *(f"{m}{end}" for m in measures for end in ("", "_lo", "_hi")))
+    fig, axes = _axes(1, 3, 11, 1.4 + 0.3 * len(table), sharey=True)
+    rows = np.arange(len(table))
+    for n, (ax, (measure, label)) in enumerate(zip(axes, measures.items())):
+        value, lo, hi = (100 * table[f"{measure}{end}"].to_numpy() for end in ("", "_lo", "_hi"))
+        ax.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        ax.errorbar(value, rows, xerr=[value - lo, hi - value], fmt=_MARKERS[n], color=_PALETTE[n], capsize=3, linewidth=1.2)
+        ax.set(title=label, xlabel="difference in percentage points")
+    axes[0].set_yticks(rows, [f"{idea} ({seeds})" for idea, seeds in zip(table["idea"], table["seeds"])])
+    axes[0].invert_yaxis()
+    fig.suptitle("Each idea against its twin without it (in brackets: seeds)")
+    return fig
+
+
 # --- 05 PPO ------------------------------------------------------------------------------------------
 
 _PPO_PANELS = (

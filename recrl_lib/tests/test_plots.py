@@ -128,6 +128,11 @@ def tops() -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.minimum(rng.zipf(a, (40, 10)), 80) for a in (1.3, 1.4))
 
 
+def ideas() -> pd.DataFrame:
+    measures = [f"{m}{end}" for m in ("gain_loss", "overlap", "overlap_held") for end in ("_lo", "", "_hi")]
+    return pd.DataFrame([("replay", 3, *np.linspace(-0.02, 0.02, 9)), ("few inputs", 1, *[0.01] * 9)], columns=["idea", "seeds", *measures])
+
+
 def frontier_points() -> pd.DataFrame:
     rows = [("no shield, stopped early", 20, 0.0, 0.99, 0.1, 1.0), ("no shield, stopped early", 5, 0.0, 0.99, 0.5, 0.4)]
     rows += [("update, contrastive", 20, 0.0, e, 0.9 + e / 10, 1.9 - e) for e in (0.99, 0.999)] + [("alora", 20, 0.0, 0.99, 1.0, 0.6)]
@@ -153,6 +158,7 @@ def every_figure(steps: int = 12) -> dict:
         "spectrum": plots.spectrum(subspaces()),
         "overlap_by_layer": plots.overlap_by_layer(overlap()),
         "frontier": plots.frontier(frontier_points()),
+        "ideas": plots.ideas(ideas()),
         "bars": plots.bars(rows, "relative change", "What a few steps do", reference=0.1),
         "ppo_curves": plots.ppo_curves(ppo_curve(steps)),
         "ppo_statistics": plots.ppo_statistics(ppo_curve(steps), {"score": "reward"}),
