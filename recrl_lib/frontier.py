@@ -231,18 +231,17 @@ def gather(
 ) -> Evidence:
     """What ``bases`` need, from ``seen`` items and ``taught`` explanations only; ``grams`` are the seen items'."""
     readout = sh.readout_of(study.ranker) if study.text is not None else None
-
-    def weighted(basis: str, pairs) -> dict[str, Tensor] | None:
-        if readout is None or basis not in bases:
-            return None
-        return sh.sensitivity_grams(explainer, items, readout, probes(study, pairs(), rng))
-
-    any_user = lambda: (np.array(sorted(seen)), rng.integers(0, len(study.users), len(seen)))  # noqa: E731
+    sensitivity = boundary = None
+    if readout is not None and "sensitivity" in bases:
+        pairs = np.array(sorted(seen)), rng.integers(0, len(study.users), len(seen))
+        sensitivity = sh.sensitivity_grams(explainer, items, readout, probes(study, pairs, rng))
+    if readout is not None and "boundary" in bases:
+        boundary = sh.sensitivity_grams(explainer, items, readout, probes(study, around_tenth(study, seen), rng))
     return Evidence(
         items=grams,
         prompts=lesson_grams(explainer, taught) if "contrastive" in bases else None,
-        sensitivity=weighted("sensitivity", any_user),
-        boundary=weighted("boundary", lambda: around_tenth(study, seen)),
+        sensitivity=sensitivity,
+        boundary=boundary,
         readout=sh.readout_rows(explainer, readout) if readout is not None and "readout" in bases else None,
         seed=seed,
     )
