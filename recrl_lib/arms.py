@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -86,16 +87,16 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
         explainer.load_adapter(first)
         warmstart.merge(explainer, fresh)
     before, shield, desc = ex.weights_sha256(explainer), guard("ppo"), f"{params.algorithm}, {name}"
+    if params.processes > 1 and not dist.is_initialized():
+        _launch(name, stage)
+    tracker = _tracker(name, stage)
     if params.algorithm == "ppo":
-        if params.processes > 1 and not dist.is_initialized():
-            _launch(name, stage)
-        tracker = _tracker(name, stage)
         curve = ppo.PPO(explainer, reward, records, params, seeds["ppo"], shield).train(params.ppo_steps, desc, store, tracker.log)
-        tracker.finish()
         if shield:
             shield.detach()
     else:
-        curve = _by_trl(explainer, reward, records, params, seeds["ppo"], shield, store)
+        curve = _by_trl(explainer, reward, records, params, seeds["ppo"], shield, store, desc, tracker.log)
+    tracker.finish()
     start = perf_counter()
     if shielded and params.shield_settle and not dist.is_initialized():  # in one process; a run that goes on settles anew
         guard("settle").settle(params.shield_settle)
@@ -119,14 +120,15 @@ def _tracker(name: str, stage: runs.StageRun) -> tracking.Tracker:
 
 
 def _by_trl(
-    explainer: Explainer, reward, records: list[dict], params: Params, seed: int, shield: Shield | None, store: Store
+    explainer: Explainer, reward, records: list[dict], params: Params, seed: int, shield: Shield | None, store: Store, desc: str,
+    log: Callable[[dict, int], None],
 ) -> list[dict]:
     """RLOO or GRPO. Such an arm is stored when it is done, not on the way."""
     from recrl_lib import trl_arms  # TRL takes seconds to import
 
     found = store.load(params.algorithm)
     if found is None:
-        rows = trl_arms.train(explainer, reward, records, params, seed, shield)
+        rows = trl_arms.train(explainer, reward, records, params, seed, shield, desc, log)
         found = explainer.adapter_state(), {"rows": rows}
         store.save(params.algorithm, *found)
     explainer.load_adapter(found[0])

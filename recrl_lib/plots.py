@@ -390,7 +390,7 @@ def frontier(points: pd.DataFrame) -> Figure:
         ax.set_xlim(-0.0005, 1.1)
         ax.xaxis.set_major_formatter(PercentFormatter(1))
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7.5)
     fig.suptitle("Learning kept against ranking moved (dotted: the target, 90 % of the gain and 1 % of the places)")
     return fig
 
@@ -405,6 +405,8 @@ def ideas(table: pd.DataFrame) -> Figure:
         value, lo, hi = (100 * table[f"{measure}{end}"].to_numpy() for end in ("", "_lo", "_hi"))
         ax.axvline(0, color="black", linewidth=0.8, linestyle=":")
         ax.errorbar(value, rows, xerr=[value - lo, hi - value], fmt=_MARKERS[n], color=_PALETTE[n], capsize=3, linewidth=1.2)
+        ax.set_xscale("symlog", linthresh=1)  # one idea changes twenty points, another a fifth of one
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.set(title=label, xlabel="difference in percentage points")
     axes[0].set_yticks(rows, [f"{idea} ({seeds})" for idea, seeds in zip(table["idea"], table["seeds"])])
     axes[0].invert_yaxis()

@@ -21,7 +21,7 @@ RLOO: Ahmadian et al. 2024 (arXiv 2402.14740). GRPO: Shao et al. 2024 (arXiv 240
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 import torch
@@ -37,10 +37,11 @@ ALGORITHMS = ("rloo", "grpo")
 
 def train(
     explainer: Explainer, reward: Reward, records: list[dict], params, seed: int, shield: Shield | None = None, desc: str = "",
+    log: Callable[[dict, int], None] | None = None,
 ) -> list[dict]:
     """Tune the adapters by ``params.algorithm`` for ``params.ppo_steps`` iterations; a row of statistics each.
 
-    ``params`` is a ``config.Params``. The shield is on TRL's optimizer while it trains.
+    ``params`` is a ``config.Params``. ``log(row, step)`` is told of every row. The shield is on TRL's optimizer while it trains.
     """
     if params.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={params.algorithm!r}: TRL trains {', '.join(ALGORITHMS)}")
@@ -56,7 +57,7 @@ def train(
     data = datasets.Dataset.from_list([{"prompt": messages(records[i]), **records[i]} for i in order])
     trainer_class, config_class = {"rloo": (trl.RLOOTrainer, trl.RLOOConfig), "grpo": (trl.GRPOTrainer, trl.GRPOConfig)}[params.algorithm]
     updates = params.ppo_epochs * params.minibatches
-    watcher = _Watcher(params, updates, shield, iter(track(range(params.ppo_steps), desc or params.algorithm)))
+    watcher = _Watcher(params, updates, shield, iter(track(range(params.ppo_steps), desc or params.algorithm)), log)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 renames gradient_checkpointing; 5.17 lacks the new name
         settings = config_class(
@@ -108,8 +109,8 @@ def _cut_off(eos_id: int):
 class _Watcher(TrainerCallback):
     """Attaches the shield to the trainer's optimizer, gathers a row an iteration from TRL's log, reports progress."""
 
-    def __init__(self, params, updates: int, shield: Shield | None, ticks: Iterator):
-        self.params, self.updates, self.shield, self.ticks = params, updates, shield, ticks
+    def __init__(self, params, updates: int, shield: Shield | None, ticks: Iterator, log: Callable[[dict, int], None] | None):
+        self.params, self.updates, self.shield, self.ticks, self.log = params, updates, shield, ticks, log
         self.rows: list[dict] = []
         self._logs: list[dict] = []
 
@@ -123,6 +124,8 @@ class _Watcher(TrainerCallback):
             self._logs.append(logs)
         if len(self._logs) == self.updates:
             self.rows.append(self._row())
+            if self.log:
+                self.log(self.rows[-1], len(self.rows))
             self._logs = []
             self._mark()
             next(self.ticks, None)

@@ -60,6 +60,20 @@ def test_an_arm_is_sealed_or_leaks_and_leaves_frozen_weights_alone(stage):
     assert not (stage.folder / "checkpoints").exists()
 
 
+def watch_tracker(monkeypatch) -> list:
+    """What the tracker of the next arms is told, in order."""
+    told = []
+    tracker = types.SimpleNamespace(log=lambda row, step: told.append((row, step)), finish=lambda: told.append("finished"))
+    monkeypatch.setattr(arms.tracking, "open", lambda *a: tracker)
+    return told
+
+
+def test_the_tracker_hears_every_row_of_an_arm(stage, monkeypatch):
+    told = watch_tracker(monkeypatch)
+    arm = arms.train("unshielded", stage, WORLD, protected(stage), red)
+    assert told == [*((row, row["step"]) for row in arm.curve), "finished"] and len(arm.curve) == stage.params.ppo_steps
+
+
 def test_stored_adapters_are_the_policies_that_were_trained(stage, monkeypatch):
     """The warm adapter on the base is the policy that PPO met; the whole adapter is the one that it left."""
     seen = []
@@ -206,9 +220,10 @@ def test_an_arm_of_trl_is_shielded_and_not_trained_twice(stage, algorithm, monke
     seen = ["blue", "short", "long", "green", "bad", "a", "and"]
     scorer = rewards.Reward("grounded", Catalogue(["the red film", *seen], ["good"]))
     world = types.SimpleNamespace(training_records=lambda: [r | {"history_genres": [["good"]] * 2} for r in RECORDS])
-    spaces = protected(stage)
+    spaces, told = protected(stage), watch_tracker(monkeypatch)
     arm = arms.train("shielded", stage, world, spaces, scorer)
     assert arm.leak <= 1e-6 and arm.frozen_intact and len(arm.curve) == stage.params.ppo_steps
+    assert told == [*((row, row["step"]) for row in arm.curve), "finished"]
     assert not same(arm.adapter, arm.warm_adapter) and vitals.summary(pd.DataFrame(arm.curve))["steps"] == stage.params.ppo_steps
     monkeypatch.setattr(trl_arms, "train", lambda *a: pytest.fail("trained again"))
     assert same(arms.train("shielded", stage, world, spaces, scorer).adapter, arm.adapter)
