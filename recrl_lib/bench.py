@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recrl_lib import assets, bench_data, bench_ranker, config, datasets, explainer as ex, ppo, rewards, shield as sh, study, vitals
+from recrl_lib import assets, bench_data, bench_ranker, config, datasets, explainer as ex, paths, ppo, rewards, shield as sh, study, vitals
 from recrl_lib.files import write_atomic
 
 PROMPTS, SAMPLES, TOKENS, ITEMS, STEPS = 8, 4, 40, 320, 2
@@ -240,7 +240,7 @@ def _child(command: list[str]) -> dict:
 
 
 def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(paths.ROOT)})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return done.stdout

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import numpy as np
 
 from recrl_lib.datasets import amazon
 from recrl_lib.datasets.tables import Raw, Skipped, assemble
+from recrl_lib.memory import peak_rss
 from recrl_lib.paths import ROOT
 
 REVIEWS, BOOKS = 5_000_000, 200_000
@@ -74,9 +74,7 @@ def read(folder: Path) -> dict[str, float]:
     data = assemble(raw, skipped, split="leave-one-out", min_core=5, max_interactions=50_000)
     clock.append(time.process_time())
     seconds = dict(zip(("books_seconds", "reviews_seconds", "rest_seconds"), np.diff(clock).tolist()))
-    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return seconds | {"books": len(known), "reviews": reviews, "kept": len(data.interactions), "peak_bytes": peak}
+    return seconds | {"books": len(known), "reviews": reviews, "kept": len(data.interactions), "peak_bytes": peak_rss()}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ seeds 0..N-1, with text and without, and writes ``runs/reference/ranker_seeds.cs
 import argparse
 import functools
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from recrl_lib import assets, baselines, config, datasets, explainer, metrics, paths, ranker, stats
 from recrl_lib.files import write_atomic
+from recrl_lib.memory import peak_rss
 
 USERS, ITEMS, HISTORY, K = 20_000, 200_000, 50, 10
 MIB = 2**20
@@ -107,7 +107,7 @@ def scale() -> None:
     model = ranker.freeze(ranker.SASRec(ITEMS))
     histories = list(rng.integers(1, ITEMS, (USERS, HISTORY)))
     targets = np.full(USERS, ITEMS)  # the one item that no history holds
-    before = peak_mib()
+    before = peak_rss() / MIB
     print(f"\n{USERS:,} users x {ITEMS:,} items; all scores at once would be {USERS * (ITEMS + 1) * 4 / MIB:,.0f} MiB")
     for what, function in (
         ("rank of the test item", lambda: ranker.target_ranks(model, histories, targets, None)),
@@ -116,13 +116,7 @@ def scale() -> None:
         start = time.process_time()
         function()
         speed = USERS / (time.process_time() - start)
-        print(f"{what:<28}{speed:>8,.0f} users a CPU-second, peak memory {before:,.0f} + {peak_mib() - before:,.0f} MiB")
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
-    return peak / MIB if sys.platform == "darwin" else peak / 1024
+        print(f"{what:<28}{speed:>8,.0f} users a CPU-second, peak memory {before:,.0f} + {peak_rss() / MIB - before:,.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The peer of ``make bench``: TRL 1.12.0's ``PPOTrainer`` on the work that ``recrl_lib.bench`` gives it.
 
-Run as a script by the environment that the bench builds; imports nothing of this library. Reads the task
+Run as a script by the environment that the bench builds; imports of this library only how memory is measured. Reads the task
 (JSON, see ``bench.ppo_task``) from the file named on the command line and prints one line of JSON.
 
 As lean as TRL's trainer allows: no gradient checkpointing, no sample tables, one batch of rollouts. It insists on a
@@ -9,7 +9,6 @@ runs that backbone a second time), the reward model a module that answers 0 for 
 """
 
 import json
-import resource
 import sys
 import time
 from types import SimpleNamespace
@@ -20,6 +19,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+from recrl_lib.memory import peak_rss
 
 
 class Head(nn.Module):
@@ -83,7 +84,7 @@ def main(path: str) -> None:
     print(json.dumps({
         "steps": steps, "cpu_seconds": (cpu[-1] - cpu[0]) / steps, "wall_seconds": (wall[-1] - wall[0]) / steps,
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30,
+        "peak_gb": peak_rss() / 2**30,
     }))
 
 

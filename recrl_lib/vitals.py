@@ -1,11 +1,11 @@
 """What a training step logs: unit, meaning and healthy range of each statistic, and warnings when a run leaves it."""
 
-import resource
-import sys
 from typing import NamedTuple
 
 import pandas as pd
 import torch
+
+from recrl_lib.memory import peak_rss
 
 
 class Statistic(NamedTuple):
@@ -85,8 +85,7 @@ def peak_memory_gb(device: torch.device) -> float:
     """Most memory held so far: of this process on a CPU, of its tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_rss() / 2**30
 
 
 def summary(rows: pd.DataFrame) -> dict[str, float]:
