@@ -23,7 +23,8 @@ The house (one noun a module; data flows one way, 01 -> 02 -> ... -> 09)::
     study       one run's tables, ranker and base ranking, as notebooks 03-10 share them
     frontier    many short trainings: learning kept against ranking moved
     demonstration  small real trainings that show what the shield forbids
-    environment is this machine ready?     bench     `make bench`, with bench_ranker, bench_data and bench_trl (TRL's last PPOTrainer)      memory
+    environment is this machine ready?     bench     `make bench`, with bench_ranker, bench_data and bench_trl (TRL's last PPOTrainer)
+    memory      the most that this program has held
     runs        the run folder: parameters, manifest, metrics, artifacts, all atomic
     runner      strict papermill runner with resume
     derive      a run that shares with a finished one what it does not change

@@ -242,7 +242,7 @@ def protect(evidence: Evidence, basis: str, energy: float, rank: int = 0) -> dic
     """
     if basis not in BASES:
         raise ValueError(f"shield_basis={basis!r}: choose one of {', '.join(BASES)}")
-    needs = {"contrastive": "prompts", "readout": "readout"}.get(basis, basis if basis in WEIGHTED else None)
+    needs = {"contrastive": "prompts", "sensitivity": "sensitivity", "boundary": "boundary", "readout": "readout"}.get(basis)
     if needs and getattr(evidence, needs) is None:
         raise ValueError(f"shield_basis={basis!r} needs Evidence.{needs}")
     for name, gram in evidence.items.items():
@@ -426,8 +426,7 @@ class Shield:
         self.mode, self.replay = mode, replay
         self.seconds = 0.0  # spent in hooks so far
         self._explainer, self._handles = explainer, []
-        self.protected = protected
-        self._targets = list(_targets(explainer, protected))
+        self.renew(protected)
 
     def attach(self, optimizer) -> "Shield":
         """Project A now and hook the optimizer. Raises ``ValueError`` if it does not hold the adapters."""

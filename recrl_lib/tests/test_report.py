@@ -317,11 +317,12 @@ def test_the_price_of_the_shield_is_shown_beside_its_target():
 
     cost = dict(build_seconds=11.0, gram_seconds=19.0, basis_mb=33.0, second_copy_mb=515.0, second_copy_adapted_mb=33.75, encode_seconds=19.0)
     metrics = e.metrics | {"shield": e.metrics["shield"] | cost, "ppo": e.metrics["ppo"] | {"shielded/settle_seconds": 99.0}}
-    _, _, unsettled = report.price_tables(replace(e, metrics=metrics, frontier=frontier.summarise(frontier.published())))
+    points = frontier.summarise(frontier.published())
+    _, _, unsettled = report.price_tables(replace(e, metrics=metrics, frontier=points))
     assert not unsettled[1]["cost"].str.contains("settling").any()
     settled = replace(e.params, shield_penalty=1.0, shield_settle=9)
-    _, early, spent = report.price_tables(replace(e, metrics=metrics, frontier=frontier.summarise(frontier.published()), params=settled))
-    assert early[1]["top 10 kept"].iloc[0] == "100 %" and len(early[1]) == len(frontier.summarise(frontier.published()))
+    _, early, spent = report.price_tables(replace(e, metrics=metrics, frontier=points, params=settled))
+    assert early[1]["top 10 kept"].iloc[0] == "100 %" and len(early[1]) == len(points)
     assert ["settling after the training", "99.0 s"] in spent[1].to_numpy().tolist() and spent[1]["measured"].str.contains("2.2 %").any()
 
 
