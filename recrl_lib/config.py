@@ -64,6 +64,7 @@ class Params:
 
     dataset: str = _p("ml-100k", "data", "data set; csv: your own two tables", choices=DATASETS)
     ppo_users: float = _p(0.6, "data", "share of users whose prompts PPO trains on; the rest is held out", 0.1, 0.9)
+    validation_users: float = _p(0.1, "data", "share of users to choose settings on; neither PPO nor the evaluation meets them", 0.01, 0.5)
     heldout_items: float = _p(0.2, "data", "share of items that PPO never explains", 0.0, 0.9)
     data_dir: str = _p("", "data", "folder with the data set's files; empty: fetch them")
     split: str = _p("leave-one-out", "data", "how events are held out for validation and test", choices=("leave-one-out", "global-time"))
@@ -115,7 +116,7 @@ class Params:
     frontier_points: str = _p("small", "shield", "settings compared in the frontier", choices=("none", "small", "full"))
     frontier_steps: int = _p(2, "shield", "supervised steps a frontier point", 1)
     frontier_seeds: int = _p(1, "shield", "seeds of the frontier", 1)
-    frontier_users: int = _p(4, "shield", "held-out users whose explanations measure a point", 2)
+    frontier_users: int = _p(4, "shield", "validation users whose explanations measure a point", 2)
 
     warm_start: bool = _p(True, "shielded_ppo", "supervised steps on composed explanations before PPO, under the arm's own shield")
     warm_steps: int = _p(4, "shielded_ppo", "optimizer steps of the warm start", 1)
@@ -224,7 +225,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         shield_penalty=1000.0, shield_settle=150,
         frontier_points="none", frontier_steps=16, frontier_users=24,  # small: 3 minutes more
         warm_steps=30, ppo_steps=6, prompts_per_step=8, samples_per_prompt=4, micro_batch=16,
-        eval_users=128, bootstrap=10_000, batch="ablations", control_users=12, warm_users=128,
+        eval_users=128, bootstrap=10_000, batch="ablations", control_users=64, warm_users=128,
     ),
     "pod": dict(
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=40, ranker_patience=6, ranker_seeds=5,
@@ -232,7 +233,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         frontier_points="full", frontier_steps=60, frontier_seeds=3, frontier_users=64,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         micro_batch=32, checkpoint_every=10,
-        eval_users=377, bootstrap=10_000, batch="ablations", control_users=64, warm_users=377,
+        eval_users=283, bootstrap=10_000, batch="ablations", control_users=64, warm_users=283,
     ),
     "paper": dict(
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -240,7 +241,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         lora_layers=0, max_new_tokens=40, explain_users=32,
         warm_start=False, ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
         micro_batch=16, checkpoint_every=25,
-        eval_users=377, bootstrap=10_000, batch="ablations", control_users=64, warm_users=377, reward="paper",
+        eval_users=283, bootstrap=10_000, batch="ablations", control_users=64, warm_users=283, reward="paper",
     ),
 }
 

@@ -286,11 +286,19 @@ def judge_table(results: dict[str, float]) -> pd.DataFrame:
 
 
 def control_table(results: dict[str, float]) -> pd.DataFrame:
-    """Reward, quality and CTR lift of the controls, the reference lines and, last, the arms on the same users."""
+    """Reward, quality and CTR lift of the controls, the reference lines and, last, the arms on the same users; beside each
+    control, as text with intervals, by how much the tuned arms are above it in reward, and their clicks over its clicks."""
     rows = {arm.removeprefix(CONTROL): f"{arm}/" for arm in dict.fromkeys(key.split("/")[0] for key in results)
             if arm.startswith(CONTROL) or arm == "reference"}  # fmt: skip
     rows |= {arm: f"{arm}/control_users_" for arm in TEXT_ARMS}
-    return pd.DataFrame({name: {m: results[f"{prefix}{m}"] for m in (*GAINS, "ctr_lift")} for name, prefix in rows.items()}).T
+    frame = pd.DataFrame({name: {m: results[f"{prefix}{m}"] for m in (*GAINS, "ctr_lift")} for name, prefix in rows.items()}).T
+    for arm in TEXT_ARMS[1:]:
+        for title, measure in (("reward above", "reward"), ("clicks over", "clicks")):
+            keys = {name: f"{arm}/{measure}_over_{CONTROL}{name}" for name in rows}
+            frame[f"{title}, {arm}"] = [
+                f"{results[key]:.2f} [{results[f'{key}_lo']:.2f}, {results[f'{key}_hi']:.2f}]" if (key := keys[name]) in results else "" for name in rows
+            ]
+    return frame
 
 
 def gain_table(results: dict[str, float]) -> pd.DataFrame:
@@ -307,26 +315,34 @@ def gain_table(results: dict[str, float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def control_metrics(explanations: pd.DataFrame) -> dict[str, float]:
-    """Of each control and of the reference lines: reward, quality and CTR lift over the base arm, same users; and
-    the same of each arm on these users, as ``<arm>/control_users_…``, to compare with."""
+def control_metrics(explanations: pd.DataFrame, n_boot: int, rng: np.random.Generator) -> dict[str, float]:
+    """Of each control and of the reference lines: reward, quality and CTR lift over the base arm, same users; the
+    same of each arm on these users, as ``<arm>/control_users_…``; and, user by user with intervals, what each tuned arm has
+    over each control: the difference in reward and the ratio of clicks, as ``<arm>/reward_over_<control>`` and ``clicks_over``."""
     out = {}
-    base = explanations[explanations["arm"] == "base"]
-    composed = [a for a in explanations["arm"].unique() if a.startswith(CONTROL) or a == "reference"]
     n = (explanations["arm"] == "reference").sum()
-    for arm in (*composed, *TEXT_ARMS):
-        part = explanations[explanations["arm"] == arm].iloc[:n]
-        prefix = f"{arm}/" if arm in composed else f"{arm}/control_users_"
-        out |= {f"{prefix}{m}": float(part[m].mean()) for m in ("reward", "quality")}
-        out[f"{prefix}ctr_lift"] = float(part["click"].mean() / base["click"].iloc[:n].mean())
+    said = {arm: part.iloc[:n] for arm, part in explanations.groupby("arm", sort=False)}
+    controls = [arm for arm in said if arm.startswith(CONTROL)]
+    for arm in (*controls, "reference", *TEXT_ARMS):
+        prefix = f"{arm}/control_users_" if arm in TEXT_ARMS else f"{arm}/"
+        out |= {f"{prefix}{m}": float(said[arm][m].mean()) for m in ("reward", "quality")}
+        out[f"{prefix}ctr_lift"] = float(said[arm]["click"].mean() / said["base"]["click"].mean())
+    for arm in TEXT_ARMS[1:]:
+        for control in controls:
+            policy, rival = ({m: said[a][m].to_numpy(float) for m in ("reward", "click")} for a in (arm, control))
+            out |= _with_ends(f"{arm}/reward_over_{control}", stats.bootstrap_mean(policy["reward"] - rival["reward"], n_boot, rng))
+            out |= _with_ends(f"{arm}/clicks_over_{control}", simulator.ctr_lift(policy["click"], rival["click"], n_boot, rng))
     return out
 
 
 def losers(results: dict[str, float], arm: str) -> dict[str, bool]:
-    """Of each control: does it score below ``arm`` on the same users, under the reward and in simulated clicks?"""
+    """Of each control: is it shown to be below tuned ``arm`` on the same users, under the reward and in simulated clicks?
+
+    Shown: the whole interval is.
+    """
     names = sorted({key.split("/")[0] for key in results if key.startswith(CONTROL)})
     return {
-        name.removeprefix(CONTROL): all(results[f"{name}/{m}"] < results[f"{arm}/control_users_{m}"] for m in ("reward", "ctr_lift"))
+        name.removeprefix(CONTROL): results[f"{arm}/reward_over_{name}_lo"] > 0 and results[f"{arm}/clicks_over_{name}_lo"] > 1
         for name in names
     }
 

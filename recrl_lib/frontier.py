@@ -5,7 +5,7 @@ The signal is fixed and supervised: the likelihood of explanations composed from
 item texts. It is the signal of the warm start without its trainer, so a point costs minutes and not the quarter of
 an hour of PPO. What is measured is what notebook 06 measures.
 
-A seed draws the adapters' first values and the order of the explanations; held-out users and held-out items
+A seed draws the adapters' first values and the order of the explanations; validation users and held-out items
 are the same for all points. Every finished point is a row of a CSV that is rewritten atomically, so an
 interrupted frontier goes on where it stopped.
 """
@@ -184,8 +184,8 @@ class Lab:
     held: set[int]       # items that no basis, penalty or alignment has seen
     evidence: Evidence
     taught: Lesson       # of PPO users
-    asked: Lesson        # of held-out users
-    records: list[dict]  # of the same held-out users
+    asked: Lesson        # of validation users: what a point learned decides settings
+    records: list[dict]  # of the same users
     loss_base: float     # of the untuned model, on ``asked``
     reward_base: float
     n_boot: int = 10_000
@@ -250,7 +250,7 @@ def gather(
 def prepare(
     explainer: Explainer, study: Study, items: ItemTexts, held: set[int], evidence: Evidence, taught: Lesson, records: list[dict],
 ) -> Lab:
-    """A ``Lab`` that measures on ``records`` of held-out users; reads what the untuned model says to them."""
+    """A ``Lab`` that measures on ``records`` of users who were not taught; reads what the untuned model says to them."""
     lab = Lab(explainer, study, items, held, evidence, taught, lesson(explainer, records), records, 0.0, 0.0)
     with explainer.reference():
         lab.loss_base, (reward, _) = _loss(lab), _reward(lab)
@@ -351,7 +351,7 @@ def run_point(lab: Lab, point: Point) -> dict:
 
 @torch.no_grad()
 def measure(lab: Lab, point: Point, invoke=None) -> dict:
-    """Learning (held-out loss, reward of greedy texts) and ranking moved, of the adapters as they are."""
+    """Learning (loss on the users asked, reward of greedy texts) and ranking moved, of the adapters as they are."""
     study, rng = lab.study, np.random.default_rng(0)
     if invoke:
         invoke(None)  # an item text holds no turn header
@@ -373,7 +373,7 @@ def measure(lab: Lab, point: Point, invoke=None) -> dict:
 
 @torch.no_grad()
 def _loss(lab: Lab, invoke=None) -> float:
-    """Mean over all answer tokens of the held-out users."""
+    """Mean over all answer tokens of the users asked."""
     explainer, total = lab.explainer, 0.0
     for start in range(0, len(lab.asked.ids), 16):
         rows = range(start, min(start + 16, len(lab.asked.ids)))
@@ -385,7 +385,7 @@ def _loss(lab: Lab, invoke=None) -> float:
 
 
 def _reward(lab: Lab, invoke=None) -> tuple[float, float]:
-    """(mean reward of greedy texts for the held-out users, its standard error over users)."""
+    """(mean reward of greedy texts for the users asked, its standard error over users)."""
     if invoke:
         invoke(0)  # a prompt ends with the header
     prompts = [ex.prompt_ids(lab.explainer, ex.messages(r)) for r in lab.records]

@@ -207,7 +207,7 @@ def _more_claims(m: Mapping[str, Any]) -> list[Claim]:
         if any(key.startswith(ev.CONTROL) for key in m):
             won = [name.replace("_", " ") for name, lost in ev.losers(m, arm).items() if not lost]
             question = f"Do all texts composed to fool the measures lose to the policy ({arm})?"
-            found.append(Claim(question, "no" if won else "yes", f"not below it: {', '.join(won) or 'none'}"))
+            found.append(Claim(question, "no" if won else "yes", f"not below it by a whole interval: {', '.join(won) or 'none'}"))
     return found
 
 
@@ -367,7 +367,7 @@ def _doubts_about_explanations(e: Evidence) -> list[Doubt]:
             )
     for arm in SHARED:
         if not m.get(f"{arm}/beats_controls", True):
-            found.append(f"That no text composed by rule scores as well as the tuned policy ({arm}): see the controls.")
+            found.append(f"That no text composed by rule scores as well as the tuned policy ({arm}), by the whole interval: see the controls.")
     for arm in ("base", *SHARED):
         if _get(m, f"{arm}/own_item_retrieval@10") <= CHANCE:
             found.append(
@@ -528,7 +528,8 @@ def evidence_tables(m: Mapping[str, Any]) -> list[tuple[str, pd.DataFrame]]:
                       "and on those that PPO never explained.", shown))  # fmt: skip
     if "reference/reward" in m:
         shown = ev.control_table(m).rename_axis("texts").reset_index()
-        found.append(("Texts composed by rule, and the arms on the same users. Each control must lose to the tuned arms.", shown))
+        found.append(("Texts composed by rule, and the arms on the same users. Each control must lose to the tuned arms: their reward above "
+                      "its reward, and their clicks over its clicks, user by user with 95 % intervals.", shown))
         found.append(("Gains with 95 % intervals: over the base on all items, on items of the training and on new ones, "
                       "and over the warm start.", ev.gain_table(m)))  # fmt: skip
     if "shielded/reward_p_holm" in m:

@@ -22,6 +22,7 @@ class Study:
     users: pd.DataFrame
     split: datasets.Split
     ppo_users: np.ndarray
+    validation_users: np.ndarray
     heldout_users: np.ndarray
     heldout_items: np.ndarray
     ranker: ranker.SASRec
@@ -42,13 +43,17 @@ class Study:
         return [r for r in everything if r["item"] not in unseen]
 
     def heldout_records(self, n: int, rng: np.random.Generator) -> list[dict]:
-        """``n`` held-out users, in random order, each with one random position of the base top 10.
+        """``n`` held-out users, in random order, each with one random position of the base top 10; ``ValueError`` if there are fewer."""
+        return self._drawn("held out", self.heldout_users, n, rng)
 
-        Raises ``ValueError`` if there are fewer held-out users.
-        """
-        if n > len(self.heldout_users):
-            raise ValueError(f"eval_users={n}: only {len(self.heldout_users)} users are held out; lower it, or lower ppo_users")
-        return self.records(rng.permutation(self.heldout_users)[:n], rng.integers(1, TOP_K + 1, n))
+    def validation_records(self, n: int, rng: np.random.Generator) -> list[dict]:
+        """The same of the users to choose settings on."""
+        return self._drawn("kept for validation", self.validation_users, n, rng)
+
+    def _drawn(self, group: str, users: np.ndarray, n: int, rng: np.random.Generator) -> list[dict]:
+        if n > len(users):
+            raise ValueError(f"{n} users asked for, but only {len(users)} are {group}: lower eval_users, explain_users or frontier_users")
+        return self.records(rng.permutation(users)[:n], rng.integers(1, TOP_K + 1, n))
 
 
 def held_out(n_items: int, share: float, seed: int) -> np.ndarray:
@@ -77,6 +82,7 @@ def load(stage) -> Study:
         users=users,
         split=datasets.split(interactions, len(users), stage.params.split),
         ppo_users=np.array(groups["ppo"]),
+        validation_users=np.array(groups["validation"]),
         heldout_users=np.array(groups["heldout"]),
         heldout_items=held_out(len(items), stage.params.heldout_items, stage.params.seed),
         ranker=model,

@@ -82,6 +82,7 @@ def data(e: Evidence) -> Numbers:
     for name in ("interactions", "items", "users"):
         yield f"n_{name}", len(e.table(name)), EXACT
     yield "n_ppo_users", len(e.world.ppo_users), EXACT
+    yield "n_validation_users", len(e.world.validation_users), EXACT
     yield "n_heldout_users", len(e.world.heldout_users), EXACT
 
 

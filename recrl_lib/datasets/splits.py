@@ -105,26 +105,33 @@ def evaluable(interactions: pd.DataFrame, n_users: int) -> np.ndarray:
     return np.all([np.bincount(user[period], minlength=n_users) > 0 for period in periods], axis=0)
 
 
-def split_users(n_users: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Users whose prompts PPO trains on (``share`` of them), and the held-out rest: sorted, disjoint, seeded."""
-    n_ppo = round(share * n_users)
-    if not 0 < n_ppo < n_users:
-        raise ValueError(f"share={share} of {n_users} users leaves one side empty; choose a share nearer to 0.5")
-    shuffled = np.random.default_rng(seed).permutation(n_users)
-    return np.sort(shuffled[:n_ppo]), np.sort(shuffled[n_ppo:])
-
-
-def check_enough(split: Split, n_items: int, n_heldout: int, wanted: int) -> None:
-    """Raise ``ValueError`` naming the remedy if later stages would lack held-out users, or a user items that are new to them.
-
-    Args:
-        wanted: users whose explanations are judged or shown.
-    """
-    if wanted > n_heldout:
+def split_users(n_users: int, ppo_share: float, validation_share: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(users whose prompts PPO trains on, users to choose settings on, the held-out rest): sorted, disjoint, seeded."""
+    n_ppo, n_validation = round(ppo_share * n_users), round(validation_share * n_users)
+    if not n_ppo or not n_validation or n_ppo + n_validation >= n_users:
         raise ValueError(
-            f"eval_users or explain_users is {wanted}, but only {n_heldout} users are held out: lower what is larger, for example "
-            f"make all SET='eval_users={n_heldout} explain_users={min(n_heldout, 8)}', or lower ppo_users"
+            f"ppo_users={ppo_share} and validation_users={validation_share} of {n_users} users leave one of three groups empty: "
+            "the two shares must be above 0 and sum to less than 1"
         )
+    shuffled = np.random.default_rng(seed).permutation(n_users)
+    return tuple(np.sort(part) for part in np.split(shuffled, [n_ppo, n_ppo + n_validation]))
+
+
+def check_enough(split: Split, n_items: int, n_validation: int, n_heldout: int, params) -> None:
+    """Raise ``ValueError`` naming the remedy if later stages would lack users of a group, or a user items that are new to them.
+
+    ``params`` is a ``config.Params``.
+    """
+    for group, there, share, wanted in (
+        ("held out", n_heldout, "ppo_users", ("eval_users", "explain_users")),
+        ("kept for validation", n_validation, "validation_users", ("frontier_users",)),
+    ):
+        if short := [name for name in wanted if getattr(params, name) > there]:
+            lower = " ".join(f"{name}={there}" for name in short)
+            change = "lower" if share == "ppo_users" else "raise"
+            raise ValueError(
+                f"{short[0]} is {getattr(params, short[0])}, but only {there} users are {group}: make all SET='{lower}', or {change} {share}"
+            )
     unseen = n_items - np.array(list(map(len, split.with_valid)))
     if (few := unseen < LIST_LENGTH).any():
         raise ValueError(

@@ -174,7 +174,7 @@ def before_training(params) -> None:
     for name, table in (("interactions", seen), ("items", items), ("users", pd.DataFrame({"user": range(6)}))):
         stage.save_table(name, table)
     stage.save_json("dataset", {"noun": "film"})
-    stage.save_json("user_groups", {"ppo": list(range(6)), "heldout": []})
+    stage.save_json("user_groups", {"ppo": list(range(6)), "validation": [], "heldout": []})
     finish(stage)
     stage = runs.start("ranker", params.as_dict())
     model = ranker.freeze(ranker.SASRec(20, 16, 1, 2, 10, 0.0))

@@ -11,7 +11,7 @@ from recrl_lib.explainer import ItemTexts, explain, messages, prompt_ids
 from recrl_lib.tests.tiny import BagOfWords, WORDS, tiny_explainer, tune_randomly
 
 PARAMS = resolve("smoke", lora_layers=1, max_new_tokens=8, temperature=1.0)
-N_USERS, N_ITEMS = 18, 30
+N_USERS, N_ITEMS = 20, 30
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def world():
     ranker.freeze(model)
     made = study.Study(
         items=items, users=pd.DataFrame({"user": range(N_USERS)}), split=split, ppo_users=np.arange(6),
-        heldout_users=np.arange(6, N_USERS), heldout_items=study.held_out(N_ITEMS, 0.2, 0), ranker=model, text=text, top=ranker.top_k(model, split.with_valid, text, 10),
+        validation_users=np.arange(18, N_USERS), heldout_users=np.arange(6, 18), heldout_items=study.held_out(N_ITEMS, 0.2, 0), ranker=model, text=text, top=ranker.top_k(model, split.with_valid, text, 10),
         catalogue=study.catalogue_of(items), history_length=3,
     )
     return made, explainer
@@ -108,15 +108,18 @@ def test_click_table_refuses_arms_about_other_items(world):
         clicked(made, explanations)
 
 
-def test_heldout_records_are_heldout_and_bounded(world):
+def test_records_are_of_their_group_and_bounded(world):
     made, _ = world
     records = made.heldout_records(12, np.random.default_rng(0))
     assert {r["user"] for r in records} == set(range(6, 18))
     assert all(r["item"] == made.top[r["user"], r["position"] - 1] for r in records)
     shown = [(u, i) for u in range(6) for i in made.top[u] if i not in made.heldout_items]
     assert sorted((r["user"], r["item"]) for r in made.training_records()) == sorted(shown) and len(shown) < 60
-    with pytest.raises(ValueError, match="eval_users=13"):
+    assert {r["user"] for r in made.validation_records(2, np.random.default_rng(0))} == {18, 19}
+    with pytest.raises(ValueError, match="13 users asked for, but only 12 are held out"):
         made.heldout_records(13, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="only 2 are kept for validation"):
+        made.validation_records(3, np.random.default_rng(0))
 
 
 def test_held_out_items_are_drawn_by_seed():
@@ -163,10 +166,10 @@ def test_controls_warm_arms_and_groups(world):
     panel = panel_of(made)
     said = [tables(made, explainer), panel.explain("shielded_warm", explainer, PARAMS, 5), panel.controls(explainer, 1.0, 4)]
     scored = clicked(made, pd.concat(said, ignore_index=True))
-    found = evaluation.control_metrics(scored)
+    found = evaluation.control_metrics(scored, 200, np.random.default_rng(0))
     assert found["control_empty/reward"] == found["control_empty/quality"] == 0
     assert found["reference/quality"] > max(v for k, v in found.items() if k.startswith("control_") and k.endswith("/quality"))
-    assert set(evaluation.losers(found, "base")) == {
+    assert set(evaluation.losers(found, "shielded")) == {
         "empty", "constant", "longest", "keywords", "another_item", "copied_prompt"}
     by_ppo = evaluation.added_by_ppo("shielded", scored, 200, np.random.default_rng(0))
     assert by_ppo["shielded/users_by_ppo"] == 5 and by_ppo["shielded/reward_by_ppo"] == 0  # untuned: the same texts
@@ -182,6 +185,23 @@ def test_controls_warm_arms_and_groups(world):
     assert table.loc["usr", "base"] == results["base/usr"] and np.isnan(table.loc["usr", "base, shuffled"])
     assert set(evaluation.control_table(results).index) >= {"empty", "reference", "base"}
     assert list(evaluation.gain_table(results)["gain"][:1]) == ["over base, items of the training"]
+
+
+def test_a_control_has_lost_only_where_the_whole_interval_says_so():
+    """Four users by hand: what the policy has over each control is 1 and 2 for sure, or 1 on the mean with users on both sides."""
+    said = {"base": [0.2] * 4, "unshielded": [0.5, 0.5, 0.5, 0.5], "shielded": [0.6, 0.4, 0.6, 0.4],
+            "control_low": [0.25] * 4, "control_near": [0.1, 0.5, 0.45, 0.5], "reference": [1.0] * 4}  # fmt: skip
+    rows = [{"arm": arm, "reward": v, "quality": v, "click": v} for arm, values in said.items() for v in values]
+    rows += [{"arm": "base", "reward": 9.0, "quality": 9.0, "click": 9.0}]  # a fifth user, whom no control speaks to
+    found = evaluation.control_metrics(pd.DataFrame(rows), 500, np.random.default_rng(0))
+    assert [found[f"unshielded/reward_over_control_low{end}"] for end in ("", "_lo", "_hi")] == [0.25] * 3
+    assert [found[f"unshielded/clicks_over_control_low{end}"] for end in ("", "_lo", "_hi")] == [2.0] * 3
+    assert found["shielded/control_users_ctr_lift"] == pytest.approx(2.5) and found["control_low/ctr_lift"] == pytest.approx(1.25)
+    assert found["shielded/reward_over_control_near"] == pytest.approx((0.5 - 0.1 + 0.15 - 0.1) / 4)
+    assert evaluation.losers(found, "unshielded") == {"low": True, "near": False}  # .5 against .5 for two of the four users
+    assert evaluation.losers(found, "shielded") == {"low": True, "near": False}
+    table = evaluation.control_table(found)
+    assert table.loc["low", "reward above, unshielded"] == "0.25 [0.25, 0.25]" and table.loc["reference", "clicks over, shielded"] == ""
 
 
 def test_questions_and_detectable_effects(world):

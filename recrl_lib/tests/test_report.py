@@ -489,6 +489,8 @@ def more_evaluation() -> dict:
         for what in ("by_ppo", "new_items", "seen_items"):
             found |= {f"{arm}/{m}_{what}{end}": 0.2 for m in ("reward", "quality", "ctr_lift") for end in ("", "_lo", "_hi")}
             found[f"{arm}/users_{what}"] = 20.0
+        for control in ("control_empty", "control_copied_prompt"):
+            found |= {f"{arm}/{m}_over_{control}{end}": 1.5 for m in ("reward", "clicks") for end in ("", "_lo", "_hi")}
         found |= {f"{arm}/lift_lowest": 1.01, f"{arm}/lift_highest": 1.2, f"{arm}/lift_sign_survives": True}
         found |= {f"{arm}/{m}_{p}": 0.04 for m in ("reward", "quality", "click", "ndcg") for p in ("p", "p_holm")}
     found |= {f"mde/{profile}/{m}": 0.02 for profile in config.PROFILES for m in ("reward", "quality", "ctr_lift")}
@@ -504,8 +506,8 @@ def test_a_full_run_shows_its_measures_and_answers_more_questions():
     assert len(extra) == 8 and all(answer == "yes" for answer in extra.values())
     few = report.claims(m | {"shielded/users_by_ppo": 1.0})
     assert [c.answer for c in few if c.answer.startswith("too few")] == ["too few users to say"]
-    fooled = report.claims(m | {"control_empty/reward": 0.9})
-    assert [c.evidence for c in fooled if c.question.startswith("Do all texts")] == ["not below it: empty"] * 2
+    fooled = report.claims(m | {f"{arm}/reward_over_control_empty_lo": 0.0 for arm in report.SHARED})
+    assert [c.evidence for c in fooled if c.question.startswith("Do all texts")] == ["not below it by a whole interval: empty"] * 2
     assert not any("gain is PPO's" in d.text for d in report.not_shown(evidence({"evaluation": m})))
     page = report.render(evidence({"evaluation": m}), {})
     assert "The measures themselves" in page and "<figure>" not in page

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recrl_lib import datasets
+from recrl_lib import config, datasets
 from recrl_lib.datasets.splits import evaluable
 
 
@@ -85,11 +85,16 @@ def test_global_time_lets_nothing_from_the_future_into_training(rows):
 
 def test_what_later_stages_would_lack_is_said_at_once():
     split = datasets.split(frame([(u, i, i) for u in range(4) for i in range(1, 4 + u)]), 4, "leave-one-out")
-    datasets.check_enough(split, n_items=15, n_heldout=8, wanted=8)
-    with pytest.raises(ValueError, match="is 9, but only 8 users are held out: .*SET='eval_users=8 explain_users=8', or lower ppo_users"):
-        datasets.check_enough(split, 15, 8, 9)
+    wanted = config.resolve("smoke", eval_users=9, explain_users=8, frontier_users=4)
+    datasets.check_enough(split, n_items=15, n_validation=4, n_heldout=9, params=wanted)
+    with pytest.raises(ValueError, match="eval_users is 9, but only 8 users are held out: make all SET='eval_users=8', or lower ppo_users"):
+        datasets.check_enough(split, 15, 4, 8, wanted)
+    with pytest.raises(ValueError, match="SET='eval_users=7 explain_users=7'"):
+        datasets.check_enough(split, 15, 4, 7, wanted)
+    with pytest.raises(ValueError, match="only 3 users are kept for validation: make all SET='frontier_users=3', or raise validation_users"):
+        datasets.check_enough(split, 15, 3, 9, wanted)
     with pytest.raises(ValueError, match=r"1 users have met all but fewer than 10 of 14 items \(first: user 3, 9 left\)"):
-        datasets.check_enough(split, 14, 8, 8)
+        datasets.check_enough(split, 14, 4, 9, wanted)
 
 
 def test_lists_are_as_long_as_the_study_makes_them():
@@ -105,11 +110,11 @@ def test_an_unknown_split_is_refused():
 
 
 def test_split_users():
-    ppo, held_out = datasets.split_users(943, 0.6, seed=3)
-    assert len(ppo) == 566 and sorted([*ppo, *held_out]) == list(range(943))
-    assert (np.diff(ppo) > 0).all() and (np.diff(held_out) > 0).all()
-    again, _ = datasets.split_users(943, 0.6, seed=3)
-    other, _ = datasets.split_users(943, 0.6, seed=4)
-    assert (ppo == again).all() and (ppo != other).any()
-    with pytest.raises(ValueError, match="leaves one side empty"):
-        datasets.split_users(3, 0.1, seed=0)
+    groups = ppo, validation, held_out = datasets.split_users(943, 0.6, 0.1, seed=3)
+    assert [len(g) for g in groups] == [566, 94, 283] and sorted(np.concatenate(groups)) == list(range(943))
+    assert all((np.diff(g) > 0).all() for g in groups)
+    again, other = datasets.split_users(943, 0.6, 0.1, seed=3), datasets.split_users(943, 0.6, 0.1, seed=4)
+    assert all(np.array_equal(a, b) for a, b in zip(groups, again)) and (ppo != other[0]).any()
+    for shares in ((0.1, 0.4), (0.4, 0.1), (0.6, 0.4)):
+        with pytest.raises(ValueError, match="leave one of three groups empty"):
+            datasets.split_users(3, *shares, seed=0)

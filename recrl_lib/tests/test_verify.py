@@ -17,7 +17,7 @@ from recrl_lib.files import write_atomic
 from recrl_lib.tests.tiny import BagOfWords, WORDS, tiny_explainer, tune_randomly
 
 PARAMS = Params(run="r", seed=2, eval_users=12, bootstrap=400, max_new_tokens=8, temperature=1.0)
-USERS, ITEMS = 18, 30
+USERS, ITEMS = 20, 30
 
 
 def start(name):
@@ -42,8 +42,8 @@ def build():
     stage.save_json("dataset", {"noun": "film"})
     for name, table in (("interactions", pd.DataFrame(rows, columns=["user", "item", "time"])), ("items", items), ("users", users)):
         stage.save_table(name, table)
-    stage.save_json("user_groups", {"ppo": list(range(6)), "heldout": list(range(6, USERS))})
-    fill(stage, n_users=USERS, n_items=ITEMS, n_interactions=len(rows), n_ppo_users=6, n_heldout_users=12, source="toy", sha256="0")
+    stage.save_json("user_groups", {"ppo": list(range(6)), "validation": [18, 19], "heldout": list(range(6, 18))})
+    fill(stage, n_users=USERS, n_items=ITEMS, n_interactions=len(rows), n_ppo_users=6, n_validation_users=2, n_heldout_users=12, source="toy", sha256="0")
 
     llm = tiny_explainer(lora_layers=1)
     reader = ItemTexts(llm, items["text"].tolist())
