@@ -432,7 +432,10 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
     return values
 
 
-def default_profile() -> str:
+def default_profile(run: str | None = None) -> str:
+    """The profile that ``run`` is named after (``make all RUN=smoke`` must not turn that run into another); else the machine's."""
+    if run in config.PROFILES:
+        return run
     import torch
 
     return "pod" if torch.cuda.is_available() else "laptop"
@@ -447,7 +450,7 @@ def up_to(stage: str | None) -> tuple[Stage, ...]:
 
 
 def _all(arguments: argparse.Namespace) -> int:
-    profile = arguments.profile or default_profile()
+    profile = arguments.profile or default_profile(arguments.run)
     run = arguments.run or (profile if arguments.seed == 0 else f"{profile}-seed{arguments.seed}")
     overrides = parse_overrides(arguments.set)
     params = config.resolve(profile, run=run, seed=arguments.seed, **overrides)
@@ -517,7 +520,7 @@ def _parser() -> argparse.ArgumentParser:
 
     every = command("all", _all, "run the pipeline")
     every.add_argument(
-        "--profile", choices=tuple(config.PROFILES), help="default: pod where CUDA is found, else laptop"
+        "--profile", choices=tuple(config.PROFILES), help="default: the one that the run is named after, else pod where CUDA is found, else laptop"
     )
     every.add_argument("--run", help="name of the run folder; default: the profile, with the seed if it is not 0")
     every.add_argument("--seed", type=int, default=0)

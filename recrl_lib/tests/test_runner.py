@@ -62,6 +62,12 @@ def test_all_problems_of_all_notebooks_are_listed_before_anything_runs(house):
     assert not house.runs.exists()
 
 
+def test_a_run_named_after_a_profile_has_it(monkeypatch):
+    for cuda, machine in ((False, "laptop"), (True, "pod")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+        assert [runner.default_profile(run) for run in (None, "mine", "smoke", "paper")] == [machine, machine, "smoke", "paper"]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
