@@ -63,8 +63,8 @@ class Params:
     device: str = _p("auto", COMMON, "where models run", choices=("auto", "cpu", "cuda"))
 
     dataset: str = _p("ml-100k", "data", "data set; csv: your own two tables", choices=DATASETS)
-    ppo_users: float = _p(0.6, "data", "share of users whose prompts PPO trains on; the rest is held out", 0.1, 0.9)
-    validation_users: float = _p(0.1, "data", "share of users to choose settings on; neither PPO nor the evaluation meets them", 0.01, 0.5)
+    ppo_users: float = _p(0.5, "data", "share of users whose prompts PPO trains on", 0.1, 0.9)
+    validation_users: float = _p(0.1, "data", "share of users to choose settings on; those in neither group are held out", 0.01, 0.5)
     heldout_items: float = _p(0.2, "data", "share of items that PPO never explains", 0.0, 0.9)
     data_dir: str = _p("", "data", "folder with the data set's files; empty: fetch them")
     split: str = _p("leave-one-out", "data", "how events are held out for validation and test", choices=("leave-one-out", "global-time"))
@@ -233,7 +233,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         frontier_points="full", frontier_steps=60, frontier_seeds=3, frontier_users=64,
         warm_steps=60, warm_batch=8, ppo_steps=150, prompts_per_step=32, samples_per_prompt=8, minibatches=4, learning_rate=3e-4,
         micro_batch=32, checkpoint_every=10,
-        eval_users=283, bootstrap=10_000, batch="ablations", control_users=64, warm_users=283,
+        eval_users=377, bootstrap=10_000, batch="ablations", control_users=64, warm_users=377,
     ),
     "paper": dict(
         llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -241,7 +241,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         lora_layers=0, max_new_tokens=40, explain_users=32,
         warm_start=False, ppo_steps=625, prompts_per_step=32, samples_per_prompt=8, ppo_epochs=4, minibatches=4, learning_rate=3e-5, kl_coef=0.05,
         micro_batch=16, checkpoint_every=25,
-        eval_users=283, bootstrap=10_000, batch="ablations", control_users=64, warm_users=283, reward="paper",
+        eval_users=377, bootstrap=10_000, batch="ablations", control_users=64, warm_users=377, reward="paper",
     ),
 }
 

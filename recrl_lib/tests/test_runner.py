@@ -105,7 +105,7 @@ def test_the_pipeline_is_cut_after_the_named_stage():
 def test_a_stage_runs_once_and_is_then_kept_until_something_changes(house, monkeypatch):
     """The first time in a real kernel; later only what would be executed is recorded."""
     house.write("data", FINISH.format("data", DATA_METRICS), "print(ppo_users)")
-    params = Params(run="r", seed=3, ppo_users=0.5)
+    params = Params(run="r", seed=3, ppo_users=0.4)
 
     def run(params, **options):
         out = io.StringIO()
@@ -116,7 +116,7 @@ def test_a_stage_runs_once_and_is_then_kept_until_something_changes(house, monke
     assert lines[0] == "stage 1/1 data 00:00" and any(line.startswith("stage 1/1 data: done in 00:") for line in lines)
     assert any(line.startswith("run r: 1 stages (0 kept) in ") for line in lines)
     stored = runs.read_notebook(house.runs / "r" / "notebooks" / "01_data.ipynb")
-    assert "".join(stored["cells"][-1]["outputs"][0]["text"]) == "0.5\n"
+    assert "".join(stored["cells"][-1]["outputs"][0]["text"]) == "0.4\n"
     assert runs.read_params("r") == params
     assert os.listdir(house.notebooks) == ["01_data.ipynb"]  # no sockets or checkpoints beside it
 
@@ -131,7 +131,7 @@ def test_a_stage_runs_once_and_is_then_kept_until_something_changes(house, monke
     assert executed == []
     run(replace(params, ppo_users=0.6))
     run(params, force=True)
-    assert executed == [("01_data.ipynb", 0.6), ("01_data.ipynb", 0.5)]
+    assert executed == [("01_data.ipynb", 0.6), ("01_data.ipynb", 0.4)]
 
 
 def test_a_failing_cell_ends_with_one_clear_line_and_keeps_the_notebook(house, capfd):

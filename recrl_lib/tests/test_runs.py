@@ -67,10 +67,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_start_stores_all_parameters_and_keeps_those_of_other_stages(notebooks):
-    finish_data(ppo_users=0.5)
-    assert runs.read_params("smoke") == Params(ppo_users=0.5)
+    finish_data(ppo_users=0.4)
+    assert runs.read_params("smoke") == Params(ppo_users=0.4)
     runs.start("ranker", namespace("ranker", ranker_dim=32))
-    assert runs.read_params("smoke") == Params(ppo_users=0.5, ranker_dim=32)
+    assert runs.read_params("smoke") == Params(ppo_users=0.4, ranker_dim=32)
     assert list(yaml.safe_load((notebooks.runs / "smoke" / "params.yaml").read_text())) == config.names()
 
 
@@ -398,7 +398,7 @@ def test_a_change_reaches_the_stages_downstream(library):
 def test_only_owned_parameters_matter_and_the_name_of_the_run_does_not(library):
     base = runs.stage_key("ranker", Params())
     assert runs.stage_key("ranker", Params(run="other", ppo_steps=9)) == base
-    keys = {runs.stage_key("ranker", p) for p in (Params(seed=1), Params(ranker_dim=32), Params(ppo_users=0.5))}
+    keys = {runs.stage_key("ranker", p) for p in (Params(seed=1), Params(ranker_dim=32), Params(ppo_users=0.4))}
     assert len(keys | {base}) == 4
 
 
@@ -431,7 +431,7 @@ def test_up_to_date_needs_the_key_and_every_file(notebooks):
     assert not runs.up_to_date("data", Params())
     folder = finish_data().folder
     assert runs.up_to_date("data", Params())
-    assert not runs.up_to_date("data", Params(ppo_users=0.5))
+    assert not runs.up_to_date("data", Params(ppo_users=0.4))
     for name in ("artifacts/items.parquet", "metrics/data.json"):
         original = (folder / name).read_bytes()
         (folder / name).write_bytes(original + b" ")

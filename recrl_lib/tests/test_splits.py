@@ -110,10 +110,10 @@ def test_an_unknown_split_is_refused():
 
 
 def test_split_users():
-    groups = ppo, validation, held_out = datasets.split_users(943, 0.6, 0.1, seed=3)
-    assert [len(g) for g in groups] == [566, 94, 283] and sorted(np.concatenate(groups)) == list(range(943))
+    groups = ppo, validation, held_out = datasets.split_users(943, 0.5, 0.1, seed=3)
+    assert [len(g) for g in groups] == [472, 94, 377] and sorted(np.concatenate(groups)) == list(range(943))
     assert all((np.diff(g) > 0).all() for g in groups)
-    again, other = datasets.split_users(943, 0.6, 0.1, seed=3), datasets.split_users(943, 0.6, 0.1, seed=4)
+    again, other = datasets.split_users(943, 0.5, 0.1, seed=3), datasets.split_users(943, 0.5, 0.1, seed=4)
     assert all(np.array_equal(a, b) for a, b in zip(groups, again)) and (ppo != other[0]).any()
     for shares in ((0.1, 0.4), (0.4, 0.1), (0.6, 0.4)):
         with pytest.raises(ValueError, match="leave one of three groups empty"):
