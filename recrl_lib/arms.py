@@ -67,11 +67,14 @@ def train(name: str, stage: runs.StageRun, world: Study, protected: dict[str, Su
 
     shielded = name == "shielded"
     replay = sh.replay_for(explainer, world, params, set(stage.load_json("held_out_items"))) if shielded else None
+    # Beside PPO's gradient a replay's is many times as large, and costs a tenth of the step; an arm that settles does without it there.
+    only_later = params.shield_settle and params.shield_mode != "penalty"
 
     def guard(phase: str) -> Shield | None:
         if replay:
             replay.generator.manual_seed(seeds[phase])  # a run that goes on after the warm start replays the same texts
-        return Shield(explainer, protected, params.shield_mode, replay) if shielded else None
+        beside = None if phase == "ppo" and only_later else replay
+        return Shield(explainer, protected, params.shield_mode, beside) if shielded else None
 
     first, warm = None, {"curve": [], "intact": True}
     if params.warm_start:

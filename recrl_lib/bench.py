@@ -70,7 +70,7 @@ class Bench:
 
     @cached_property
     def data(self) -> datasets.Dataset:
-        return datasets.load("ml-100k", assets.ml100k_folder())
+        return datasets.load_for(self.params)
 
     @cached_property
     def reader(self) -> ex.Explainer:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from recrl_lib import assets, baselines, config, datasets, explainer, metrics, paths, ranker, stats
+from recrl_lib import baselines, config, datasets, explainer, metrics, paths, ranker, stats
 from recrl_lib.files import write_atomic
 from recrl_lib.memory import peak_rss
 
@@ -56,7 +56,7 @@ def quality() -> None:
 def _laptop() -> tuple[config.Params, datasets.Split, int, Tensor]:
     """The laptop profile's parameters, split, number of items, and text vectors."""
     params = config.resolve("laptop")
-    data = datasets.load("ml-100k", assets.ml100k_folder())
+    data = datasets.load_for(params)
     split = datasets.split_leave_one_out(data.interactions, len(data.users))
     text = explainer.ItemTexts(explainer.load_for(params, 0), data.items["text"].tolist()).base_vectors()
     return params, split, len(data.items), text

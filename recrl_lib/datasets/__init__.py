@@ -48,7 +48,7 @@ MAX_INTERACTIONS = dict.fromkeys(AMAZON, 50_000)  # the paper's; elsewhere all
 
 def load(
     name: str, folder: Path, *, split: str = "leave-one-out", min_core: int = 0, max_interactions: int = 0, bad_row_limit: float = 0.01,
-    columns: dict[str, str] | None = None,
+    item_case: str = "plain", columns: dict[str, str] | None = None,
 ) -> Dataset:
     """Data set ``name`` from its files in ``folder``.
 
@@ -57,6 +57,7 @@ def load(
         min_core: smallest number of events of a user and of an item, by iterated filtering; 1: no filter; 0: the data set's default.
         max_interactions: keep about this many of the latest; 0: the data set's default.
         bad_row_limit: largest share of bad rows in a file.
+        item_case: ``upper`` for item texts in capitals; titles stay as they are.
         columns: for ``csv``, the name of each column of ``own.NEEDS``; those of the same name by default.
 
     Raises ``ValueError`` naming file, field and remedy; ``FileNotFoundError`` naming what must be where.
@@ -67,6 +68,8 @@ def load(
     read = partial(own.read, names={need: need for need in own.NEEDS} | (columns or {})) if name == "csv" else READERS[name]
     raw = read(folder, skipped)
     raw.info = {"name": name, "sha256": sha256_file(raw.path)} | raw.info
+    if item_case == "upper":
+        raw.items["text"] = raw.items["text"].str.upper()
     return assemble(
         raw, skipped, split=split, min_core=min_core or MIN_CORE.get(name, 5),
         max_interactions=max_interactions or MAX_INTERACTIONS.get(name, 0),
@@ -78,7 +81,7 @@ def load_for(params: Params) -> Dataset:
     columns = {need: getattr(params, f"{need}_column") for need in own.NEEDS}
     return load(
         params.dataset, folder_of(params.dataset, params.data_dir), split=params.split, min_core=params.min_core,
-        max_interactions=params.max_interactions, bad_row_limit=params.bad_row_limit, columns=columns,
+        max_interactions=params.max_interactions, bad_row_limit=params.bad_row_limit, item_case=params.item_case, columns=columns,
     )
 
 

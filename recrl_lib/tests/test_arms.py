@@ -117,19 +117,24 @@ def test_a_second_call_goes_on_from_what_is_stored(stage, monkeypatch):
     assert resumed.leak == whole.leak and resumed.frozen_intact
 
 
-def test_settling_moves_the_shielded_adapter_alone_and_the_same_way_after_an_interruption(stage, monkeypatch):
+def test_an_arm_that_settles_replays_before_and_after_ppo_and_settles_the_same_way_after_an_interruption(stage, monkeypatch):
     spaces, texts = protected(stage), ["good film", "the red film and a blue film"]
     explainer = load_for(stage.params, 0)
     text = ItemTexts(explainer, texts).base_vectors()
     readout = torch.randn(4, text.shape[1], generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(sh, "replay_for", lambda explainer, *_: sh.Replay(explainer, ItemTexts(explainer, texts), text, readout, 10.0))
+    untouched = stage.params
+    stage.params = replace(untouched, shield_penalty=10.0, shield_settle=3, shield_mode="penalty")
+    penalised = arms.train("shielded", stage, WORLD, spaces, red)  # this mode has nothing else
+    stage.params = untouched
     plain = arms.train("shielded", stage, WORLD, spaces, red)
-    stage.params = replace(stage.params, shield_penalty=10.0, shield_settle=3)
+    stage.params = replace(untouched, shield_penalty=10.0, shield_settle=3)
     settled = arms.train("shielded", stage, WORLD, spaces, red)
     monkeypatch.setattr(warmstart, "fit", lambda *a: pytest.fail("the warm start was repeated"))
     again = arms.train("shielded", stage, WORLD, spaces, red)
-    assert timeless(settled.curve) == timeless(plain.curve) and same(settled.warm_adapter, plain.warm_adapter)
-    assert not same(settled.adapter, plain.adapter) and same(settled.adapter, again.adapter)
+    assert all(row["replay_norm"] > 0 for row in (*plain.curve, *penalised.curve)) and all(row["replay_norm"] == 0 for row in settled.curve)
+    assert same(settled.warm_adapter, plain.warm_adapter) and not same(settled.adapter, plain.adapter)
+    assert same(settled.adapter, again.adapter) and timeless(settled.curve) == timeless(again.curve)
     assert settled.leak <= 1e-6 and settled.frozen_intact and settled.settle_seconds > plain.settle_seconds
 
 

@@ -23,6 +23,13 @@ def write(folder, ratings=RATINGS, items=ITEMS, users=USERS, end="\n"):
     return folder
 
 
+def test_item_texts_in_capitals_and_nothing_else(tmp_path):
+    plain, upper = (datasets.load("ml-100k", write(tmp_path), item_case=case).items for case in ("plain", "upper"))
+    assert upper["text"].tolist()[3] == "THE USUAL SUSPECTS (1995). GENRES: CRIME, THRILLER."
+    assert upper["text"].tolist() == [text.upper() for text in plain["text"]] != plain["text"].tolist()
+    assert upper.drop(columns="text").equals(plain.drop(columns="text"))
+
+
 def many(n):
     """n good ratings by n / 3 users who exist."""
     users = [f"{u}\t1\tF\t\t" for u in range(n)]
