@@ -114,6 +114,9 @@ IDEAS: dict[str, tuple[dict, dict]] = {  # what was tried beyond the textbook: (
     "settled for 150 steps": ({**_REPLAYED, "settle": 150}, _REPLAYED),
     "both of these": ({**_REPLAYED, "replay": "boundary", "settle": 150}, _REPLAYED),
 }
+CAPITALS: dict[str, dict] = {  # settings tried on item texts in capitals (``item_case``) and a ranker that reads them
+    "capitals": _CONTRASTIVE, "capitals, and a replay": _REPLAYED, "capitals, a replay, energy .999": {**_REPLAYED, "energy": 0.999},
+}
 
 
 # --- the signal -----------------------------------------------------------------------------------
@@ -464,22 +467,23 @@ def with_gains(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def compare(table: pd.DataFrame) -> pd.DataFrame:
-    """What each of ``IDEAS`` changed against its twin, one row an idea, for seeds that have both: the mean difference of
-    each measure, and the least and most over the seeds.
+def compare(table: pd.DataFrame, capitals: pd.DataFrame) -> pd.DataFrame:
+    """What each of ``IDEAS`` changed against its twin, and what ``capitals`` (rows like ``table``'s) changed in the same settings:
+    one row an idea, for seeds that have both: the mean difference of each measure, and the least and most over the seeds.
     """
     measures = ["gain_loss", "gain_reward", "overlap", "overlap_held", "top1_same"]
-    table = with_gains(table)
-    table = table[table["steps"] == table["steps"].max()]
     key = [f.name for f in fields(Point) if f.name not in ("seed", "steps")]
+    table, capitals = (rows[rows["steps"] == rows["steps"].max()] for rows in map(with_gains, (table, capitals)))
 
-    def of(setting: dict) -> pd.DataFrame:
+    def of(setting: dict, rows: pd.DataFrame = table) -> pd.DataFrame:
         point = asdict(Point(**setting))
-        return table[(table[key] == [point[name] for name in key]).all(axis=1)].set_index("seed")[measures]
+        return rows[(rows[key] == [point[name] for name in key]).all(axis=1)].set_index("seed")[measures]
 
+    pairs = {idea: (of(point), of(twin)) for idea, (point, twin) in IDEAS.items()}
+    pairs |= {idea: (of(setting, capitals), of(setting)) for idea, setting in CAPITALS.items()}
     rows = []
-    for idea, (point, twin) in IDEAS.items():
-        difference = (of(point) - of(twin)).dropna()
+    for idea, (point, twin) in pairs.items():
+        difference = (point - twin).dropna()
         if len(difference):
             row = {"idea": idea, "seeds": len(difference)}
             for name in measures:
@@ -510,9 +514,9 @@ def stopped_early(points: pd.DataFrame) -> np.ndarray:
     return np.interp(points["gain_loss"], [0.0, *free["gain_loss"]], [1.0, *free["overlap"]])
 
 
-def published() -> pd.DataFrame:
-    """The rows of the frontier in ``runs/reference/frontier`` (its ``params.json`` says how it was run)."""
-    return pd.read_csv(REFERENCE / "frontier" / "frontier.csv")
+def published(name: str = "frontier") -> pd.DataFrame:
+    """The rows of the frontier in ``runs/reference/frontier`` (its ``params.json`` says how it was run), or of ``capitals`` beside it."""
+    return pd.read_csv(REFERENCE / "frontier" / f"{name}.csv")
 
 
 def settled() -> pd.DataFrame:

@@ -217,8 +217,10 @@ def test_ideas_are_compared_seed_by_seed():
         row(point, 2, 1.6, 0.6, 0.99),  # its twin was not run
         {**row(twin, 0, 1.9, 0.5, 0.99), "steps": 5},
     ])
-    found = fr.compare(table)
-    assert found["idea"].tolist() == ["basis contrastive, not activation"] and found["seeds"].tolist() == [2]
+    capitals = pd.DataFrame([row({"mode": "none"}, 0, 1.6, 0.7, 0.0), row(point, 0, 1.8, 0.6, 0.97)])
+    found = fr.compare(table, capitals)
+    assert found["idea"].tolist() == ["basis contrastive, not activation", "capitals"] and found["seeds"].tolist() == [2, 1]
+    assert found.loc[1, ["gain_loss", "gain_reward", "overlap"]].tolist() == pytest.approx([0.5 - 0.8, 0.5 - 0.25, 0.02])
     assert found.loc[0, ["gain_loss", "gain_loss_lo", "gain_loss_hi"]].tolist() == pytest.approx([0.2, 0.1, 0.3])
     assert found.loc[0, ["gain_reward", "gain_reward_lo", "gain_reward_hi"]].tolist() == pytest.approx([0.125, -0.25, 0.5])
     assert found.loc[0, ["overlap", "overlap_lo", "overlap_hi"]].tolist() == pytest.approx([0.03, 0.01, 0.05])
