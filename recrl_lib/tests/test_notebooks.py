@@ -354,7 +354,7 @@ BROKEN: list[tuple[Rule, Callable[[dict], None], str]] = [
     (numbered_title, lambda nb: nb["cells"].pop(0), "# 01"),
     (belongs_to_a_stage, lambda nb: nb.update(name="07_other.ipynb"), "no stage"),
     (parameters_are_those_of_the_stage, edit_source(1, "ppo_users", "users"), "are not"),
-    (parameters_are_those_of_the_stage, edit_source(1, "0.6", "0.7"), "smoke default 0.6"),
+    (parameters_are_those_of_the_stage, edit_source(1, "ppo_users = 0.5", "ppo_users = 0.7"), "smoke default 0.5"),
     (parameters_are_those_of_the_stage, edit_source(1, "seed = 0", "seed = 0.0"), "smoke default 0"),
     (parameters_are_those_of_the_stage, edit(1, metadata={}), "exactly one"),
     (parameters_are_those_of_the_stage, edit_source(1, "seed = 0", "seed = int(0)"), "name = literal"),
