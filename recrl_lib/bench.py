@@ -156,7 +156,7 @@ def items(bench: Bench) -> list[Row]:
 
 
 def shield(bench: Bench) -> list[Row]:
-    """The projection alone, and with the profile's replay, which reads a batch of item texts at every update."""
+    """The projection alone, as PPO has it in an arm that settles, and with the profile's replay, which reads item texts at every update."""
     texts = ex.ItemTexts(bench.reader, bench.data.items["text"].tolist()[:ITEMS])
     protected = sh.subspaces(sh.item_grams(bench.reader, texts)[0], bench.params.shield_energy)
     base, rows = texts.base_vectors(), []

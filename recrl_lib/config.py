@@ -113,7 +113,7 @@ class Params:
     shield_rank: int = _p(0, "shield", "protect exactly this many directions per layer input; 0 = use shield_energy", 0)
     shield_basis: str = _p("contrastive", "shield", "which directions are protected", choices=("activation", "sensitivity", "boundary", "contrastive", "readout", "random"))
     shield_penalty: float = _p(0.0, "shield", "weight of a replay penalty on item vectors, with or without a projection", 0.0)
-    shield_settle: int = _p(0, "shield", "steps of the replay alone after the training, at a rate that falls to zero; PPO then goes without it", 0)
+    shield_settle: int = _p(0, "shield", "steps of the replay alone after the training, at a rate that falls to zero; a PPO that projects then goes without it", 0)
     frontier_points: str = _p("small", "shield", "settings compared in the frontier", choices=("none", "small", "full"))
     frontier_steps: int = _p(2, "shield", "supervised steps a frontier point", 1)
     frontier_seeds: int = _p(1, "shield", "seeds of the frontier", 1)

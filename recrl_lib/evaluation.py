@@ -319,8 +319,8 @@ def control_metrics(explanations: pd.DataFrame, n_boot: int, rng: np.random.Gene
     """Of each control and of the reference lines: reward, quality and CTR lift over the base arm, same users; the
     same of each arm on these users, as ``<arm>/control_users_…``; and, user by user with intervals, what each tuned arm has
     over each control: the difference in reward and the ratio of clicks, as ``<arm>/reward_over_<control>`` and ``clicks_over``."""
-    out = {}
-    n = (explanations["arm"] == "reference").sum()
+    n = int((explanations["arm"] == "reference").sum())
+    out = {"users_controls": float(n)}
     said = {arm: part.iloc[:n] for arm, part in explanations.groupby("arm", sort=False)}
     controls = [arm for arm in said if arm.startswith(CONTROL)]
     for arm in (*controls, "reference", *TEXT_ARMS):
@@ -340,11 +340,9 @@ def losers(results: dict[str, float], arm: str) -> dict[str, bool]:
 
     Shown: the whole interval is.
     """
-    names = sorted({key.split("/")[0] for key in results if key.startswith(CONTROL)})
-    return {
-        name.removeprefix(CONTROL): results[f"{arm}/reward_over_{name}_lo"] > 0 and results[f"{arm}/clicks_over_{name}_lo"] > 1
-        for name in names
-    }
+    mark = f"{arm}/reward_over_{CONTROL}"
+    names = sorted(key.removeprefix(mark) for key in results if key.startswith(mark) and not key.endswith(("_lo", "_hi")))
+    return {name: results[f"{mark}{name}_lo"] > 0 and results[f"{arm}/clicks_over_{CONTROL}{name}_lo"] > 1 for name in names}
 
 
 GAINS = ("reward", "quality")

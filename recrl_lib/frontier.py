@@ -470,6 +470,9 @@ def with_gains(table: pd.DataFrame) -> pd.DataFrame:
 def compare(table: pd.DataFrame, capitals: pd.DataFrame) -> pd.DataFrame:
     """What each of ``IDEAS`` changed against its twin, and what ``capitals`` (rows like ``table``'s) changed in the same settings:
     one row an idea, for seeds that have both: the mean difference of each measure, and the least and most over the seeds.
+
+    A ranker on other texts recommends other films, so the explanations of ``capitals`` are not those of ``table``: their gains are
+    shares of what their own unshielded training gained.
     """
     measures = ["gain_loss", "gain_reward", "overlap", "overlap_held", "top1_same"]
     key = [f.name for f in fields(Point) if f.name not in ("seed", "steps")]

@@ -367,7 +367,7 @@ def frontier(points: pd.DataFrame) -> Figure:
     points = _columns(points, "frontier", "curve", "overlap", "overlap_lo", "overlap_hi", "gain_loss", "gain_reward", "steps", "penalty", "energy", "rank")
     fig, axes = _axes(1, 2, 11, 5.2, sharex=True)
     curves = list(points["curve"].unique())
-    for ax, measure, title in zip(axes, ("gain_loss", "gain_reward"), ("likelihood of held-out explanations", "reward of greedy texts")):
+    for ax, measure, title in zip(axes, ("gain_loss", "gain_reward"), ("likelihood of unseen explanations", "reward of greedy texts")):
         for n, curve in enumerate(curves):
             part = points[points["curve"] == curve].sort_values(["steps", "penalty", "energy", "rank"])
             lost = 1 - part["overlap"]

@@ -204,10 +204,11 @@ def _more_claims(m: Mapping[str, Any]) -> list[Claim]:
             words = f"lift between {number(m[f'{arm}/lift_lowest'])} and {number(m[f'{arm}/lift_highest'])}"
             question = f"Does the sign of the lift survive half and double the click model's weights ({arm})?"
             found.append(Claim(question, "yes" if survives else "no", words))
-        if any(key.startswith(ev.CONTROL) for key in m):
-            won = [name.replace("_", " ") for name, lost in ev.losers(m, arm).items() if not lost]
+        if losers := ev.losers(m, arm):
+            won = [name.replace("_", " ") for name, lost in losers.items() if not lost]
             question = f"Do all texts composed to fool the measures lose to the policy ({arm})?"
-            found.append(Claim(question, "no" if won else "yes", f"not below it by a whole interval: {', '.join(won) or 'none'}"))
+            answer = "not shown" if won else "yes" if m["users_controls"] >= LEAST_USERS else "too few users to say"
+            found.append(Claim(question, answer, f"not below it by a whole interval: {', '.join(won) or 'none'}, users: {m['users_controls']:g}"))
     return found
 
 
@@ -563,7 +564,7 @@ def price_tables(e: Evidence) -> list[tuple[str, pd.DataFrame, str]]:
             ("reading the item texts for the bases, beside the encoding of all items", f"{cost['gram_seconds']:.1f} s"),
             ("building the bases, those of the frontier's settings too", f"{cost['build_seconds']:.1f} s"),
             ("memory of the bases while training", f"{cost['basis_mb']:.1f} MB"),
-            ("the shield's share of a PPO step, replay included", share(ppo["shield_seconds"] / ppo["step_seconds"])),
+            ("the shield's share of a PPO step, with its replay if it has one there", share(ppo["shield_seconds"] / ppo["step_seconds"])),
             *([("settling after the training", f"{ppo['shielded/settle_seconds']:.1f} s")] if e.params.shield_settle else []),
             ("`separate` instead: memory of a second copy of the model", f"{cost['second_copy_mb']:.1f} MB"),
             ("`separate` instead: memory of a second copy of the adapted matrices", f"{cost['second_copy_adapted_mb']:.1f} MB"),

@@ -434,8 +434,9 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
 
 def default_profile(run: str | None = None) -> str:
     """The profile that ``run`` is named after (``make all RUN=smoke`` must not turn that run into another); else the machine's."""
-    if run in config.PROFILES:
-        return run
+    named = (run or "").partition("-seed")[0]  # as ``_all`` names a run of another seed
+    if named in config.PROFILES:
+        return named
     import torch
 
     return "pod" if torch.cuda.is_available() else "laptop"

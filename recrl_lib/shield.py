@@ -465,7 +465,8 @@ class Shield:
 
         While an explainer learns, the replay has a reward to pull against and large steps to do it in. Here nothing else
         moves the adapters, and the item vectors come nearer to where the ranker knew them; what that costs the
-        explanations is measured in ``runs/reference/frontier/settle.csv``. Raises ``ValueError`` without a replay.
+        explanations is measured in ``runs/reference/frontier/settle.csv`` (of an arm whose PPO had the replay too) and
+        ``runs/reference/ppo_search.csv``. Raises ``ValueError`` without a replay.
         """
         if self.replay is None:
             raise ValueError("shield_settle: there is no replay to settle by; set shield_penalty above 0")

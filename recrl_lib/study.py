@@ -73,6 +73,8 @@ def load(stage) -> Study:
     """Everything above from the artifacts of stages ``data`` and ``ranker``; ``stage`` is a ``runs.StageRun``."""
     interactions, items, users = (stage.load_table(name) for name in ("interactions", "items", "users"))
     groups = stage.load_json("user_groups")
+    if "validation" not in groups:
+        raise RuntimeError("user_groups.json has no validation users: an earlier version made it; run notebook 01 again")
     stored = stage.load_tensors("base")
     model = ranker.load(stage.input("ranker.safetensors"))
     if ranker.state_sha256(model) != stage.load_json("ranker_hashes")["weights"]:

@@ -110,8 +110,8 @@ def split_users(n_users: int, ppo_share: float, validation_share: float, seed: i
     n_ppo, n_validation = round(ppo_share * n_users), round(validation_share * n_users)
     if not n_ppo or not n_validation or n_ppo + n_validation >= n_users:
         raise ValueError(
-            f"ppo_users={ppo_share} and validation_users={validation_share} of {n_users} users leave one of three groups empty: "
-            "the two shares must be above 0 and sum to less than 1"
+            f"ppo_users={ppo_share} and validation_users={validation_share} of {n_users} users leave one of three groups empty "
+            f"({n_ppo}, {n_validation}, and {max(n_users - n_ppo - n_validation, 0)} held out): change the shares, or give more users"
         )
     shuffled = np.random.default_rng(seed).permutation(n_users)
     return tuple(np.sort(part) for part in np.split(shuffled, [n_ppo, n_ppo + n_validation]))
@@ -122,16 +122,15 @@ def check_enough(split: Split, n_items: int, n_validation: int, n_heldout: int, 
 
     ``params`` is a ``config.Params``.
     """
-    for group, there, share, wanted in (
-        ("held out", n_heldout, "ppo_users", ("eval_users", "explain_users")),
-        ("kept for validation", n_validation, "validation_users", ("frontier_users",)),
+    frontier = ("frontier_users",) if params.frontier_points != "none" and params.text != "none" else ()
+    for group, there, change, wanted in (
+        ("held out", n_heldout, "lower ppo_users", ("eval_users", "explain_users")),
+        ("kept for validation", n_validation, "raise validation_users", frontier),
     ):
         if short := [name for name in wanted if getattr(params, name) > there]:
             lower = " ".join(f"{name}={there}" for name in short)
-            change = "lower" if share == "ppo_users" else "raise"
-            raise ValueError(
-                f"{short[0]} is {getattr(params, short[0])}, but only {there} users are {group}: make all SET='{lower}', or {change} {share}"
-            )
+            remedy = f"make all SET='{lower}', or {change}" if there > 1 else change  # these three are at least 1 or 2
+            raise ValueError(f"{short[0]} is {getattr(params, short[0])}, but only {there} users are {group}: {remedy}")
     unseen = n_items - np.array(list(map(len, split.with_valid)))
     if (few := unseen < LIST_LENGTH).any():
         raise ValueError(

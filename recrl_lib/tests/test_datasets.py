@@ -224,6 +224,7 @@ def test_the_parameters_reach_the_loader(tmp_path):
     with pytest.raises(ValueError, match=r"no interaction is left after the filters \(min_core=4\)"):
         datasets.load_for(params)
     assert datasets.load_for(Params(data_dir=str(tmp_path), min_core=2)).info["min_core"] == 2
+    assert datasets.load_for(Params(data_dir=str(tmp_path), item_case="upper")).items["text"].str.isupper().all()
 
 
 def test_broken_files_are_named(tmp_path):

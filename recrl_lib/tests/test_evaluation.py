@@ -191,15 +191,17 @@ def test_a_control_has_lost_only_where_the_whole_interval_says_so():
     """Four users by hand: what the policy has over each control is 1 and 2 for sure, or 1 on the mean with users on both sides."""
     said = {"base": [0.2] * 4, "unshielded": [0.5, 0.5, 0.5, 0.5], "shielded": [0.6, 0.4, 0.6, 0.4],
             "control_low": [0.25] * 4, "control_near": [0.1, 0.5, 0.45, 0.5], "reference": [1.0] * 4}  # fmt: skip
-    rows = [{"arm": arm, "reward": v, "quality": v, "click": v} for arm, values in said.items() for v in values]
+    said["control_clicked"] = said["control_low"]
+    rows = [{"arm": arm, "reward": v, "quality": v, "click": 0.9 if arm == "control_clicked" else v} for arm, values in said.items() for v in values]
     rows += [{"arm": "base", "reward": 9.0, "quality": 9.0, "click": 9.0}]  # a fifth user, whom no control speaks to
     found = evaluation.control_metrics(pd.DataFrame(rows), 500, np.random.default_rng(0))
     assert [found[f"unshielded/reward_over_control_low{end}"] for end in ("", "_lo", "_hi")] == [0.25] * 3
     assert [found[f"unshielded/clicks_over_control_low{end}"] for end in ("", "_lo", "_hi")] == [2.0] * 3
     assert found["shielded/control_users_ctr_lift"] == pytest.approx(2.5) and found["control_low/ctr_lift"] == pytest.approx(1.25)
     assert found["shielded/reward_over_control_near"] == pytest.approx((0.5 - 0.1 + 0.15 - 0.1) / 4)
-    assert evaluation.losers(found, "unshielded") == {"low": True, "near": False}  # .5 against .5 for two of the four users
-    assert evaluation.losers(found, "shielded") == {"low": True, "near": False}
+    lost = {"clicked": False, "low": True, "near": False}  # near: .5 against .5 for two of the four users
+    assert evaluation.losers(found, "unshielded") == evaluation.losers(found, "shielded") == lost and found["users_controls"] == 4
+    assert evaluation.losers({"control_low/reward": 0.5}, "shielded") == {}  # a run of before there were intervals
     table = evaluation.control_table(found)
     assert table.loc["low", "reward above, unshielded"] == "0.25 [0.25, 0.25]" and table.loc["reference", "clicks over, shielded"] == ""
 

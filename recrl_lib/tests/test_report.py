@@ -493,6 +493,7 @@ def more_evaluation() -> dict:
             found |= {f"{arm}/{m}_over_{control}{end}": 1.5 for m in ("reward", "clicks") for end in ("", "_lo", "_hi")}
         found |= {f"{arm}/lift_lowest": 1.01, f"{arm}/lift_highest": 1.2, f"{arm}/lift_sign_survives": True}
         found |= {f"{arm}/{m}_{p}": 0.04 for m in ("reward", "quality", "click", "ndcg") for p in ("p", "p_holm")}
+    found["users_controls"] = 20.0
     found |= {f"mde/{profile}/{m}": 0.02 for profile in config.PROFILES for m in ("reward", "quality", "ctr_lift")}
     return evaluation(**found, eval_users=24)
 
@@ -507,7 +508,9 @@ def test_a_full_run_shows_its_measures_and_answers_more_questions():
     few = report.claims(m | {"shielded/users_by_ppo": 1.0})
     assert [c.answer for c in few if c.answer.startswith("too few")] == ["too few users to say"]
     fooled = report.claims(m | {f"{arm}/reward_over_control_empty_lo": 0.0 for arm in report.SHARED})
-    assert [c.evidence for c in fooled if c.question.startswith("Do all texts")] == ["not below it by a whole interval: empty"] * 2
+    asked = [(c.answer, c.evidence) for c in fooled if c.question.startswith("Do all texts")]
+    assert asked == [("not shown", "not below it by a whole interval: empty, users: 20")] * 2
+    assert "too few users to say" in [c.answer for c in report.claims(m | {"users_controls": 6.0}) if c.question.startswith("Do all texts")]
     assert not any("gain is PPO's" in d.text for d in report.not_shown(evidence({"evaluation": m})))
     page = report.render(evidence({"evaluation": m}), {})
     assert "The measures themselves" in page and "<figure>" not in page

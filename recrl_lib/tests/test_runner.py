@@ -65,7 +65,12 @@ def test_all_problems_of_all_notebooks_are_listed_before_anything_runs(house):
 def test_a_run_named_after_a_profile_has_it(monkeypatch):
     for cuda, machine in ((False, "laptop"), (True, "pod")):
         monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-        assert [runner.default_profile(run) for run in (None, "mine", "smoke", "paper")] == [machine, machine, "smoke", "paper"]
+        wanted = {None: machine, "mine": machine, "smoke": "smoke", "paper-seed1": "paper", "smoke-main-seed0": machine}
+        assert {run: runner.default_profile(run) for run in wanted} == wanted
+    resolved = []
+    monkeypatch.setattr(runner, "run_all", lambda params, stages, force: resolved.append(params) or 0)
+    assert runner.main(["all", "--run", "smoke"]) == runner.main(["all", "--run", "mine"]) == 0
+    assert resolved == [config.resolve("smoke", run="smoke"), config.resolve("pod", run="mine")]
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -93,6 +95,10 @@ def test_what_later_stages_would_lack_is_said_at_once():
         datasets.check_enough(split, 15, 4, 7, wanted)
     with pytest.raises(ValueError, match="only 3 users are kept for validation: make all SET='frontier_users=3', or raise validation_users"):
         datasets.check_enough(split, 15, 3, 9, wanted)
+    with pytest.raises(ValueError, match="only 1 users are kept for validation: raise validation_users"):
+        datasets.check_enough(split, 15, 1, 9, wanted)
+    for without in ({"frontier_points": "none"}, {"text": "none"}):
+        datasets.check_enough(split, 15, 1, 9, replace(wanted, **without))
     with pytest.raises(ValueError, match=r"1 users have met all but fewer than 10 of 14 items \(first: user 3, 9 left\)"):
         datasets.check_enough(split, 14, 4, 9, wanted)
 
@@ -116,5 +122,5 @@ def test_split_users():
     again, other = datasets.split_users(943, 0.5, 0.1, seed=3), datasets.split_users(943, 0.5, 0.1, seed=4)
     assert all(np.array_equal(a, b) for a, b in zip(groups, again)) and (ppo != other[0]).any()
     for shares in ((0.1, 0.4), (0.4, 0.1), (0.6, 0.4)):
-        with pytest.raises(ValueError, match="leave one of three groups empty"):
+        with pytest.raises(ValueError, match="leave one of three groups empty .* change the shares, or give more users"):
             datasets.split_users(3, *shares, seed=0)
