@@ -136,7 +136,7 @@ def claims(table: pd.DataFrame, evaluations: Sequence[dict[str, float]]) -> list
     def ends(key: str) -> list[tuple[float, float]]:
         return [(e[f"shielded/{key}_lo"], e[f"shielded/{key}_hi"]) for e in evaluations]
 
-    lifts = [f"{e['shielded/ctr_lift']:.3f} [{lo:.3f}, {hi:.3f}]" for e, (lo, hi) in zip(evaluations, ends("ctr_lift"))]
+    lifts = [stats.bracketed(e, "shielded/ctr_lift", ".3f") for e in evaluations]
     held = "yes" if all(lo <= 1.225 <= hi for lo, hi in ends("ctr_lift")) else "no"
     out = [Claim("simulated clicks rise 1.225-fold", held, f"{', '.join(lifts)} under this study's click model")]
     kept = row.loc[MAIN, "top10_overlap"]
@@ -152,8 +152,9 @@ def claims(table: pd.DataFrame, evaluations: Sequence[dict[str, float]]) -> list
             out.append(Claim(claim, "not tested", f"the arm {arm} has no finished run"))
             continue
         diff, lo, hi = (row.loc[arm, f"{measure}_diff{end}"] for end in ("", "_lo", "_hi"))
+        words = stats.bracketed(row.loc[arm], f"{measure}_diff", "+.2f")
         held = "not shown" if lo <= 0 <= hi else "yes" if np.sign(diff) == sign else "no"
-        out.append(Claim(claim, held, f"KL differs from main's by {diff:+.2f} [{lo:+.2f}, {hi:+.2f}] nats a text"))
+        out.append(Claim(claim, held, f"KL differs from main's by {words} nats a text"))
     return out
 
 
@@ -161,8 +162,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     """The table for reading: ``mean [lo, hi]`` and the paired difference to ``main``."""
 
     def cell(r, name: str, sign: str = "") -> str:
-        value, lo, hi = (r[f"{name}{end}"] for end in ("", "_lo", "_hi"))
-        return "" if np.isnan(value) else f"{value:{sign}.3f} [{lo:{sign}.3f}, {hi:{sign}.3f}]"
+        return "" if np.isnan(r[name]) else stats.bracketed(r, name, f"{sign}.3f")
 
     columns = {"arm": table["arm"], "seeds": table["seeds"], "texts": table["texts"]}
     for m in PAIRED:

@@ -295,9 +295,7 @@ def control_table(results: dict[str, float]) -> pd.DataFrame:
     for arm in TEXT_ARMS[1:]:
         for title, measure in (("reward above", "reward"), ("clicks over", "clicks")):
             keys = {name: f"{arm}/{measure}_over_{CONTROL}{name}" for name in rows}
-            frame[f"{title}, {arm}"] = [
-                f"{results[key]:.2f} [{results[f'{key}_lo']:.2f}, {results[f'{key}_hi']:.2f}]" if (key := keys[name]) in results else "" for name in rows
-            ]
+            frame[f"{title}, {arm}"] = [stats.bracketed(results, keys[name], ".2f") if keys[name] in results else "" for name in rows]
     return frame
 
 
@@ -311,7 +309,7 @@ def gain_table(results: dict[str, float]) -> pd.DataFrame:
             keys = {m: f"{arm}/{m}_{what}" for m in GAINS} | {"ctr_lift": f"{arm}/ctr_lift" + ("" if what == "change" else f"_{what}")}
             if all(key in results for key in keys.values()):
                 rows.append({"arm": arm, "gain": title, "users": int(results.get(f"{arm}/users_{what}", results["eval_users"]))} | {
-                    m: f"{results[k]:.3f} [{results[f'{k}_lo']:.3f}, {results[f'{k}_hi']:.3f}]" for m, k in keys.items()})
+                    m: stats.bracketed(results, key, ".3f") for m, key in keys.items()})
     return pd.DataFrame(rows)
 
 
@@ -384,7 +382,7 @@ def judged_gain_table(results: dict[str, float]) -> pd.DataFrame:
         for arm in TEXT_ARMS[1:]:
             for what, title in (("change", "all items"), ("new_items", "new items")):
                 if (key := f"{arm}/{name}_{what}") in results:
-                    rows[name][f"{arm}, {title}"] = f"{results[key]:+.3f} [{results[f'{key}_lo']:+.3f}, {results[f'{key}_hi']:+.3f}]"
+                    rows[name][f"{arm}, {title}"] = stats.bracketed(results, key, "+.3f")
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
 
@@ -480,10 +478,7 @@ def arm_metrics(
 def ranking_gain_table(results: dict[str, float], arms: Sequence[str]) -> pd.DataFrame:
     """What became of the ranking, as text with intervals over users: a row an arm."""
     shown = {"NDCG@10, change": "ndcg@10_change", **{name: name for name in CHURN}}
-    return pd.DataFrame({
-        title: {arm: f"{results[f'{arm}/{name}']:.4f} [{results[f'{arm}/{name}_lo']:.4f}, {results[f'{arm}/{name}_hi']:.4f}]" for arm in arms}
-        for title, name in shown.items()
-    })
+    return pd.DataFrame({title: {arm: stats.bracketed(results, f"{arm}/{name}", ".4f") for arm in arms} for title, name in shown.items()})
 
 
 def top_frame(tops: dict[str, np.ndarray]) -> pd.DataFrame:

@@ -5,11 +5,19 @@ several seeds; Holm's correction for several questions; the smallest effect that
 drawn in blocks, so that memory stays at a few times ``BLOCK`` numbers whatever their number.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from scipy.special import ndtr, ndtri
 
 BLOCK = 1_000_000  # user indices drawn at a time
 METHODS = ("percentile", "bca")
+
+
+def bracketed(values: Mapping[str, float], key: str, spec: str) -> str:
+    """"0.25 [0.10, 0.40]": ``values[key]`` with its interval ``<key>_lo`` to ``<key>_hi``, each written by the format ``spec``."""
+    mean, lo, hi = (f"{values[f'{key}{end}']:{spec}}" for end in ("", "_lo", "_hi"))
+    return f"{mean} [{lo}, {hi}]"
 
 
 def bootstrap_mean(

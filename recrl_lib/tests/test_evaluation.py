@@ -188,7 +188,8 @@ def test_controls_warm_arms_and_groups(world):
 
 
 def test_a_control_has_lost_only_where_the_whole_interval_says_so():
-    """Four users by hand: what the policy has over each control is 1 and 2 for sure, or 1 on the mean with users on both sides."""
+    """Four users by hand: what the policy has over each control is .25 and twice the clicks for sure, or
+    is above it on the mean, with users on both sides."""
     said = {"base": [0.2] * 4, "unshielded": [0.5, 0.5, 0.5, 0.5], "shielded": [0.6, 0.4, 0.6, 0.4],
             "control_low": [0.25] * 4, "control_near": [0.1, 0.5, 0.45, 0.5], "reference": [1.0] * 4}  # fmt: skip
     said["control_clicked"] = said["control_low"]

@@ -8,6 +8,12 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
+def test_an_interval_is_written_around_its_mean():
+    assert stats.bracketed({"x": -0.004, "x_lo": -1.0, "x_hi": 2.346}, "x", "+.2f") == "-0.00 [-1.00, +2.35]"
+    with pytest.raises(KeyError, match="x_lo"):
+        stats.bracketed({"x": 1.0}, "x", ".2f")
+
+
 def naive_means(x, n, seed=0):
     generator = rng(seed)
     return [np.mean([x[i] for i in generator.integers(0, len(x), len(x))]) for _ in range(n)]
