@@ -99,6 +99,20 @@ def held_overlap(study: Study, top: np.ndarray, held: set[int], n_boot: int, rng
         return {}
 
 
+def ndcg_by_group(
+    study: Study, table: pd.DataFrame, base: pd.DataFrame, held: set[int], n_boot: int, rng: np.random.Generator,
+) -> dict[str, float]:
+    """Change of NDCG@10 against ``base`` (both from ``ranking_table``) with its interval, for users whose test item is in ``held`` and
+    for the others (``seen``): ``ndcg@10_change_<group>``. A group without users is left out."""
+    theirs = np.isin(study.split.test, sorted(held))
+    change = (table["ndcg"] - base["ndcg"]).to_numpy()
+    out = {}
+    for group, users in (("seen", ~theirs), ("held", theirs)):
+        if users.any():
+            out |= _with_ends(f"ndcg@10_change_{group}", stats.bootstrap_mean(change[users], n_boot, rng))
+    return out
+
+
 @torch.no_grad()
 def served_vectors(tuned: Explainer, fresh: Explainer, items: ItemTexts) -> Tensor:
     """Item vectors (I+1, d) by ``fresh`` after it has read ``tuned``'s weights, adapters merged, from a safetensors file.

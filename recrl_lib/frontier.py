@@ -90,7 +90,7 @@ SETS: dict[str, list[dict]] = {  # fields of ``Point``; ``share``: of the steps,
         {"basis": "contrastive", "energy": 0.99, "penalty": 1000.0, "settle": 150},
         {"basis": "contrastive", "energy": 0.99, "penalty": 1000.0, "replay": "boundary", "settle": 150},
         {"mode": "none", "share": 0.25}, {"mode": "penalty", "penalty": 1000.0},
-        {"energy": 0.9}, {"energy": 0.9999}, {"energy": 0.99, "penalty": 100.0}, {"mode": "penalty", "penalty": 10.0},
+        {"energy": 0.9}, {"energy": 0.9999}, {"energy": 0.99, "penalty": 100.0}, {"mode": "penalty", "penalty": 10.0}, {"mode": "penalty", "penalty": 1.0},
         {"mode": "alora"}, {"mode": "align"}, {"basis": "sensitivity", "energy": 0.99}, {"basis": "sensitivity", "energy": 0.999},
         {"basis": "boundary", "energy": 0.99}, {"basis": "boundary", "energy": 0.999}, {"basis": "boundary", "energy": 0.99, "penalty": 1000.0},
         {"basis": "contrastive", "energy": 0.99, "penalty": 1000.0, "replay": "boundary"},
@@ -346,9 +346,15 @@ def run_point(lab: Lab, point: Point) -> dict:
         seconds = learn(lab, point, guard)
         row = measure(lab, point)
         protected = guard.protected if guard else protected
-    rank = np.mean([s.rank for s in protected.values()]) if point.mode in (*sh.PROJECTING, "restart") else 0.0
+    projects, told = point.mode in (*sh.PROJECTING, "restart"), lab.evidence.prompts
+    inside = {
+        "rank_mean": np.mean([s.rank for s in protected.values()]) if projects else 0.0,
+        "items_inside": np.mean([s.energy for s in protected.values()]) if projects else 0.0,
+        "explanations_inside": np.nan if told is None else np.mean([s.holds(told[n]) for n, s in protected.items()]) if projects else 0.0,
+    }
     return {  # a mode that projects nothing shows its leak against the subspaces it was not held to
-        **asdict(point), "curve": point.curve, "rank_mean": float(rank), "leak": sh.leak(explainer, protected), **row, "train_cpu_seconds": seconds,
+        **asdict(point), "curve": point.curve, **{name: float(value) for name, value in inside.items()}, "leak": sh.leak(explainer, protected),
+        **row, "train_cpu_seconds": seconds,
     }
 
 

@@ -333,6 +333,26 @@ def spectrum(protected: Mapping[str, Any]) -> Figure:
     return fig
 
 
+def one_layer() -> Figure:
+    """A drawing, not data: inputs of one layer in two of its dimensions, and a row of A before and after it is projected off Q."""
+    rng = np.random.default_rng(0)
+    items = rng.normal(size=(40, 2)) * (1.0, 0.06)
+    said = rng.normal(size=(40, 2)) * (0.8, 0.5)
+    fig, axes = _axes(1, 2, 9, 3.4, sharex=True, sharey=True)
+    for ax, row, title in zip(axes, ((0.9, 1.1), (0.0, 1.1)), ("A row a of A, as tuning leaves it", "The same row off Q: a − (a·Q)Qᵀ")):
+        ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
+        ax.text(2.35, 0.1, "Q", fontsize=11)
+        ax.scatter(*items.T, s=16, marker="s", color=_PALETTE[0], label="inputs of item texts: along Q, nearly")
+        ax.scatter(*said.T, s=20, marker="^", facecolors="none", edgecolors=_PALETTE[1], label="inputs of explanations: everywhere")
+        ax.annotate("", row, (0, 0), arrowprops={"arrowstyle": "-|>", "linewidth": 2, "color": "black"})
+        ax.text(row[0] + 0.1, row[1], "a", fontsize=11)
+        ax.set(title=title, xlim=(-2.5, 2.7), ylim=(-1.5, 1.6), xlabel="a direction in Q", ylabel="a direction outside Q")
+        ax.set_aspect("equal")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle("What a row hears of an input x is a·x (a drawing, without units)")
+    return fig
+
+
 def overlap_by_layer(table: pd.DataFrame) -> Figure:
     """Share of the prompts' energy inside the protected subspace, beside what as many random directions would hold."""
     table = _columns(table, "overlap", "input", "rank", "width", "overlap")
@@ -383,6 +403,7 @@ def frontier(points: pd.DataFrame) -> Figure:
                 elinewidth=0.8,
                 label=curve,
             )
+        ax.plot(0, 1, "k*", markersize=11, linestyle="none", label="separate: a second copy, by construction")
         ax.axvline(0.01, color="black", linewidth=0.8, linestyle=":")
         ax.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
         ax.set(title=f"Measured by the {title}", xlabel="places of the base top 10 lost", ylabel="share of the unshielded gain kept")

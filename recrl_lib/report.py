@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 METRICS = ("data", "ranker", "explainer", "shield", "ppo", "evaluation", "audit")
 EVALUATION = "metrics/evaluation.json"
 PPO = "metrics/ppo.json"
+PUBLISHED = "runs/reference/frontier/frontier.csv"
 SHARED = ("unshielded", "shielded")
 TUNED = ("separate", *SHARED)
 SEALED = 1e-6  # a leak below this is rounding of float32 adapters
@@ -55,7 +56,8 @@ class Evidence:
     protected: dict[str, shield.Subspace]
     # Tables that a run may lack
     sensitivity: pd.DataFrame | None = None
-    frontier: pd.DataFrame | None = None   # one row a setting: ``frontier.summarise``
+    frontier: pd.DataFrame | None = None   # one row a setting: ``frontier.summarise``; the run's own, or the published one
+    frontier_source: str = "curves/frontier.csv"
     ablations: pd.DataFrame | None = None  # one row an arm: ``ablations.compare``
 
     @property
@@ -74,7 +76,7 @@ def gather(stage: runs.StageRun) -> Evidence:
     run = stage.params.run
     tables = ("interactions", "items", "users", "explanations", "overlap", "top10")
     there = [name for name in ("sensitivity", "ablations") if (stage.folder / "artifacts" / f"{name}.parquet").is_file()]
-    points = stage.folder / "curves" / "frontier.csv"
+    points, source = _frontier(stage)
     return Evidence(
         params=stage.params,
         manifest=runs.read_manifest(run),
@@ -82,8 +84,20 @@ def gather(stage: runs.StageRun) -> Evidence:
         curves={name: pd.read_csv(stage.input(f"{name}.csv", "curves")) for name in ("ranker", "ppo")},
         protected=shield.from_tensors(stage.load_tensors("subspaces")),
         **{name: stage.load_table(name) for name in (*tables, *there)},
-        frontier=frontier.summarise(pd.read_csv(stage.input("frontier.csv", "curves"))) if points.is_file() else None,
+        frontier=points,
+        frontier_source=source,
     )
+
+
+def _frontier(stage: runs.StageRun) -> tuple[pd.DataFrame | None, str]:
+    """The run's own frontier and its file; a run without one shows the published, if its data and model are the same."""
+    own = Evidence.frontier_source
+    if (stage.folder / own).is_file():
+        return frontier.summarise(pd.read_csv(stage.input("frontier.csv", "curves"))), own
+    default = Params()
+    if (stage.params.dataset, stage.params.llm, stage.params.text) != (default.dataset, default.llm, default.text):
+        return None, own
+    return frontier.summarise(frontier.published()), PUBLISHED
 
 
 # --- words for numbers ---------------------------------------------------------------------------------
@@ -342,7 +356,7 @@ def _doubts_about_price(e: Evidence) -> list[Doubt]:
         return []
     learned = e.frontier[(e.frontier["gain_loss"] >= GAIN) & ~e.frontier["mode"].isin(["none", "alora"])]
     if learned.empty:
-        return [Doubt(f"That a shield can keep {share(GAIN)} of the learning: no setting of the frontier did.", "curves/frontier.csv")]
+        return [Doubt(f"That a shield can keep {share(GAIN)} of the learning: no setting of the frontier did.", e.frontier_source)]
     best = learned.loc[learned["overlap"].idxmax()]
     if best["overlap"] >= HELD:
         return []
@@ -350,7 +364,7 @@ def _doubts_about_price(e: Evidence) -> list[Doubt]:
         f"That {share(GAIN)} of the learning can be had with {share(HELD)} of the top 10: of the settings tried that learn as much, "
         f"the nearest ({best['curve']}) keeps {share(best['overlap'])} of the places and {share(best['top1_same'])} of the first ones. "
         f"Learning is measured by likelihood there; of the gain in reward it has {share(best['gain_reward'])}.",
-        "curves/frontier.csv",
+        e.frontier_source,
     )]
 
 
@@ -558,12 +572,13 @@ def price_tables(e: Evidence) -> list[tuple[str, pd.DataFrame, str]]:
                  "top 10 kept by unshielded training that learned as much": share(p.free)}
                 for p in points.itertuples()]  # fmt: skip
         found.append(("Short trainings at equal learning: an unshielded training stopped early moves less, too (the last column "
-                      "lies on straight lines between nothing learned and where it was stopped).", pd.DataFrame(rows), "curves/frontier.csv"))  # fmt: skip
+                      "lies on straight lines between nothing learned and where it was stopped)." + _elsewhere(e), pd.DataFrame(rows), e.frontier_source))  # fmt: skip
     if "build_seconds" in cost:
         rows = [
             ("reading the item texts for the bases, beside the encoding of all items", f"{cost['gram_seconds']:.1f} s"),
             ("building the bases, those of the frontier's settings too", f"{cost['build_seconds']:.1f} s"),
-            ("memory of the bases while training", f"{cost['basis_mb']:.1f} MB"),
+            ("memory of the bases and their complements while training", f"{cost['basis_mb']:.1f} MB"),
+            *([("memory of the replay", f"{cost['replay_mb']:.1f} MB")] if cost.get("replay_mb") else []),
             ("the shield's share of a PPO step, with its replay if it has one there", share(ppo["shield_seconds"] / ppo["step_seconds"])),
             *([("settling after the training", f"{ppo['shielded/settle_seconds']:.1f} s")] if e.params.shield_settle else []),
             ("`separate` instead: memory of a second copy of the model", f"{cost['second_copy_mb']:.1f} MB"),
@@ -572,6 +587,11 @@ def price_tables(e: Evidence) -> list[tuple[str, pd.DataFrame, str]]:
         ]
         found.append(("What it takes, on this machine.", pd.DataFrame(rows, columns=["cost", "measured"]), f"metrics/shield.json, {PPO}"))
     return found
+
+
+def _elsewhere(e: Evidence) -> str:
+    """What a caption must add where the frontier is not the run's own."""
+    return " Not measured in this run: it is the published frontier, of a laptop run." if e.frontier_source == PUBLISHED else ""
 
 
 def _target_table(m: Mapping[str, Any]) -> pd.DataFrame:
@@ -776,9 +796,11 @@ def render(e: Evidence, pictures: Mapping[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    caption, source = CAPTIONS["frontier"]
+    captions = CAPTIONS | {"frontier": (caption + _elsewhere(e), e.frontier_source)}
     shown = [
         {"svg": inline_svg(pictures[name], name, caption), "caption": caption, "source": source, "number": i}
-        for i, (name, (caption, source)) in enumerate(((n, c) for n, c in CAPTIONS.items() if n in pictures), 1)
+        for i, (name, (caption, source)) in enumerate(((n, c) for n, c in captions.items() if n in pictures), 1)
     ]
     return environment.get_template("report.html.j2").render(
         run=e.params.run,

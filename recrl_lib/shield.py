@@ -314,8 +314,14 @@ def readout_rows(explainer: Explainer, readout: Tensor) -> dict[str, Tensor]:
 
 
 def megabytes(protected: Mapping[str, Subspace]) -> float:
-    """Memory of the bases while a shield is attached."""
-    return sum(s.basis.numel() * s.basis.element_size() for s in protected.values()) / 2**20
+    """Memory of the bases while a shield is attached, and of the complements that it projects on where these are smaller."""
+    return sum(part.numel() * part.element_size() for s in protected.values() for part in (s.basis, s.free)) / 2**20
+
+
+def price(protected: Mapping[str, Subspace], prompts: Mapping[str, Tensor]) -> float:
+    """What learning will cost the ranking, before any training: the share of the item texts' energy that stays free over the share of
+    the energy of ``prompts`` (Grams) that does, a mean over the layer inputs. 1 for directions that cannot tell the two apart."""
+    return float(np.mean([(1 - s.energy) / (1 - s.holds(prompts[name])) for name, s in protected.items()]))
 
 
 # --- the shield ---------------------------------------------------------------------------------
@@ -367,6 +373,11 @@ class Replay:
                 self._parts.append((states[keep], text[numbers[keep]]))
                 self._often.append(torch.ones(int(keep.sum())) if often is None else torch.from_numpy(often)[numbers[keep]].float())
         self._sizes = torch.stack([part.double().sum() for part in self._often])
+
+    @property
+    def megabytes(self) -> float:
+        """Memory of the trunk states and base vectors that it keeps."""
+        return sum(t.numel() * t.element_size() for part in self._parts for t in part) / 2**20
 
     def loss(self) -> Tensor:
         """The penalty of one minibatch: texts of one length, a length as often as it has texts."""

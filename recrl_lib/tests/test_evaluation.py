@@ -1,4 +1,6 @@
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -281,6 +283,18 @@ def test_the_places_of_held_out_items_and_their_interval(world):
     same = evaluation.held_overlap(study_, study_.top, held, 50, np.random.default_rng(0))
     assert list(same.values()) == [1.0] * 3
     assert evaluation.held_overlap(study_, top, {N_ITEMS + 5}, 50, np.random.default_rng(0)) == {}
+
+
+def test_ndcg_of_users_whose_film_was_held_out(world):
+    """By hand: five users, the films of two of them held out; what one group gained is not the other's."""
+    study_ = SimpleNamespace(split=SimpleNamespace(test=np.array([3, 1, 7, 2, 9])))
+    base = pd.DataFrame({"ndcg": [0.5, 0.5, 0.0, 1.0, 0.2]})
+    after = pd.DataFrame({"ndcg": [0.6, 0.5, 0.2, 0.7, 0.2]})
+    found = evaluation.ndcg_by_group(study_, after, base, {3, 7}, 400, np.random.default_rng(0))
+    assert found["ndcg@10_change_held"] == pytest.approx(0.15) and found["ndcg@10_change_seen"] == pytest.approx(-0.1)
+    assert found["ndcg@10_change_held_lo"] == pytest.approx(0.1) and found["ndcg@10_change_held_hi"] == pytest.approx(0.2)
+    alone = evaluation.ndcg_by_group(study_, base, base, {4}, 50, np.random.default_rng(0))
+    assert alone == {"ndcg@10_change_seen": 0.0, "ndcg@10_change_seen_lo": 0.0, "ndcg@10_change_seen_hi": 0.0}
 
 
 def judged(**changes) -> pd.DataFrame:

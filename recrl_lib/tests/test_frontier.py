@@ -65,6 +65,16 @@ def test_modes_learn_and_their_leak_is_what_they_promise(mode, lab):
     assert (row["leak"] <= 1e-6) == (mode != "gradient")
 
 
+def test_a_row_says_how_much_of_either_energy_its_directions_hold(lab):
+    point = fr.Point(basis="contrastive", rank=8, steps=1)
+    row, protected = fr.run_point(lab, point), sh.protect(lab.evidence, "contrastive", 0.99, 8)
+    assert row["items_inside"] == pytest.approx(np.mean([s.energy for s in protected.values()]))
+    assert row["explanations_inside"] == pytest.approx(np.mean([s.holds(lab.evidence.prompts[n]) for n, s in protected.items()]))
+    assert 0 < row["explanations_inside"] < row["items_inside"] < 1 and row["rank_mean"] == 8
+    free = fr.run_point(lab, fr.Point("none", steps=1))
+    assert free["items_inside"] == free["explanations_inside"] == free["rank_mean"] == 0
+
+
 def test_a_penalty_moves_less_than_none_and_a_map_leaves_held_out_items_in_place(lab):
     free = fr.run_point(lab, fr.Point("none", steps=10))
     pulled = fr.run_point(lab, fr.Point("penalty", penalty=1000.0, steps=10))

@@ -157,6 +157,7 @@ def every_figure(steps: int = 12) -> dict:
         "ranker_spread": plots.ranker_spread({"with text": [0.1, 0.11], "plain": [0.1]}, {"EASE^R": 0.097, "Markov chain": 0.077}),
         "spectrum": plots.spectrum(subspaces()),
         "overlap_by_layer": plots.overlap_by_layer(overlap()),
+        "one_layer": plots.one_layer(),
         "frontier": plots.frontier(frontier_points()),
         "ideas": plots.ideas(ideas()),
         "bars": plots.bars(rows, "relative change", "What a few steps do", reference=0.1),

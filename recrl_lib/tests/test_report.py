@@ -258,7 +258,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_self_contained_escaped_and_repeatable(stage):
-    there = set(report.CAPTIONS) - {"sensitivity", "controls", "frontier", "ablations"}  # the toy run has no numbers for these
+    there = set(report.CAPTIONS) - {"sensitivity", "controls", "ablations"}  # the toy run has no numbers for these
     path = report.build(stage)
     assert path == stage.folder / "report.html"
     source = path.read_text(encoding="utf-8")
@@ -266,6 +266,7 @@ def test_the_page_is_whole_self_contained_escaped_and_repeatable(stage):
     assert len(page.ids) == len(set(page.ids))
     assert page.tags.count("svg") == page.tags.count("figure") == len(there)
     assert page.tags.count("caption") == page.tags.count("table")
+    assert page.text.count("Not measured in this run") == 2 and report.PUBLISHED in page.text  # it has no frontier of its own
     assert "script" not in page.tags and HOSTILE in page.text
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import""", source)
     assert {name for name in re.findall(r'(?:href="|url\()#([^")]+)', source)} <= set(page.ids)
@@ -324,6 +325,17 @@ def test_the_price_of_the_shield_is_shown_beside_its_target():
     _, early, spent = report.price_tables(replace(e, metrics=metrics, frontier=points, params=settled))
     assert early[1]["top 10 kept"].iloc[0] == "100 %" and len(early[1]) == len(points)
     assert ["settling after the training", "99.0 s"] in spent[1].to_numpy().tolist() and spent[1]["measured"].str.contains("2.2 %").any()
+
+
+def test_a_run_on_other_data_is_not_given_the_published_frontier(stage, monkeypatch):
+    assert report.gather(stage).frontier_source == report.PUBLISHED
+    monkeypatch.setattr(stage, "params", replace(stage.params, dataset="csv"))
+    assert report.gather(stage).frontier is None
+    own = frontier.published()
+    own[own["seed"] == 0].to_csv(stage.folder / "curves" / "frontier.csv", index=False)
+    e = report.gather(stage)
+    assert e.frontier_source == "curves/frontier.csv" and (e.frontier["seeds"] == 1).all()
+    assert report._elsewhere(e) == ""
 
 
 def test_missing_file_is_named_with_its_remedy(stage):

@@ -401,6 +401,7 @@ def test_replay_reads_only_the_items_it_is_given(setting):
     explainer, items, _ = setting
     replay = replay_of(explainer, items, 1.0, only={1, 3})  # "good film" and "bad"
     assert sorted(len(states) for states, _ in replay._parts) == [1, 1]
+    assert replay.megabytes * 2**20 == sum(4 * 32 * (states.shape[1] + 1) for states, _ in replay._parts)  # float32: trunk states, and a vector
 
 
 def test_replay_reads_items_as_often_as_it_is_told(setting):
@@ -492,6 +493,18 @@ def two_grams(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
     return items, prompts, generator
 
 
+def test_price_and_memory_by_hand():
+    """Two inputs of three dimensions: Q leaves .1 of 1 item energy and .5 of the prompts', then .2 and .8; 1 where Q cannot tell them apart."""
+    axes = torch.eye(3, dtype=torch.float64)
+    first = sh.Subspace(axes[:, :1], torch.tensor([9.0, 0.5, 0.5], dtype=torch.float64))
+    second = sh.Subspace(axes[:, :2], torch.tensor([4.0, 4.0, 2.0], dtype=torch.float64))
+    prompts = {"a": torch.diag(torch.tensor([5.0, 3.0, 2.0])), "b": torch.diag(torch.tensor([1.0, 0.0, 4.0]))}
+    assert sh.price({"a": first, "b": second}, prompts) == pytest.approx((0.1 / 0.5 + 0.2 / 0.8) / 2)
+    assert sh.price({"a": first}, {"a": torch.diag(first.spectrum)}) == pytest.approx(1)
+    assert sh.megabytes({"a": first}) * 2**20 == 3 * 8  # a complement that is larger is not kept
+    assert sh.megabytes({"a": first, "b": second}) * 2**20 == 3 * 8 + 9 * 8
+
+
 @pytest.mark.parametrize("free", range(1, 13))
 def test_contrastive_frees_more_explanation_energy_per_item_energy_than_activation(free):
     """In nineteen of twenty draws or more; it is no theorem for more than one direction."""
@@ -501,8 +514,7 @@ def test_contrastive_frees_more_explanation_energy_per_item_energy_than_activati
         known = sh.Evidence({"0.attention": items}, {"0.attention": prompts})
         prices = {}
         for basis in ("contrastive", "activation"):
-            space = sh.protect(known, basis, 0.0, rank=24 - free)["0.attention"]
-            prices[basis] = (1 - space.energy) / (1 - space.holds(prompts))
+            prices[basis] = sh.price(sh.protect(known, basis, 0.0, rank=24 - free), known.prompts)
         cheaper += prices["contrastive"] < prices["activation"]
     assert cheaper >= 19, cheaper
 
