@@ -346,15 +346,15 @@ def run_point(lab: Lab, point: Point) -> dict:
         seconds = learn(lab, point, guard)
         row = measure(lab, point)
         protected = guard.protected if guard else protected
-    projects, told = point.mode in (*sh.PROJECTING, "restart"), lab.evidence.prompts
-    inside = {
-        "rank_mean": np.mean([s.rank for s in protected.values()]) if projects else 0.0,
-        "items_inside": np.mean([s.energy for s in protected.values()]) if projects else 0.0,
-        "explanations_inside": np.nan if told is None else np.mean([s.holds(told[n]) for n, s in protected.items()]) if projects else 0.0,
+    spaces, told = protected if point.mode in (*sh.PROJECTING, "restart") else {}, lab.evidence.prompts
+    held = {
+        "rank_mean": [s.rank for s in spaces.values()],
+        "items_inside": [s.energy for s in spaces.values()],
+        "explanations_inside": [np.nan if told is None else s.holds(told[name]) for name, s in spaces.items()],
     }
     return {  # a mode that projects nothing shows its leak against the subspaces it was not held to
-        **asdict(point), "curve": point.curve, **{name: float(value) for name, value in inside.items()}, "leak": sh.leak(explainer, protected),
-        **row, "train_cpu_seconds": seconds,
+        **asdict(point), "curve": point.curve, **{name: float(np.mean(values)) if values else 0.0 for name, values in held.items()},
+        "leak": sh.leak(explainer, protected), **row, "train_cpu_seconds": seconds,
     }
 
 

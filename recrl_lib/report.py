@@ -796,8 +796,7 @@ def render(e: Evidence, pictures: Mapping[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    caption, source = CAPTIONS["frontier"]
-    captions = CAPTIONS | {"frontier": (caption + _elsewhere(e), e.frontier_source)}
+    captions = CAPTIONS | {"frontier": (CAPTIONS["frontier"][0] + _elsewhere(e), e.frontier_source)}
     shown = [
         {"svg": inline_svg(pictures[name], name, caption), "caption": caption, "source": source, "number": i}
         for i, (name, (caption, source)) in enumerate(((n, c) for n, c in captions.items() if n in pictures), 1)
