@@ -7,14 +7,20 @@ an hour of PPO. What is measured is what notebook 06 measures.
 
 A seed draws the adapters' first values and the order of the explanations; validation users and held-out items
 are the same for all points. Every finished point is a row of a CSV that is rewritten atomically, so an
-interrupted frontier goes on where it stopped.
+interrupted frontier goes on where it stopped. Where torch leaves cores idle (``OMP_NUM_THREADS=1``), points run side by
+side, a process each.
 """
 
 import io
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from math import sqrt
+from multiprocessing import get_context
 from pathlib import Path
 from time import process_time
 
@@ -191,6 +197,7 @@ class Lab:
     records: list[dict]  # of the same users
     loss_base: float     # of the untuned model, on ``asked``
     reward_base: float
+    base: pd.DataFrame   # the untuned model's ranking table
     n_boot: int = 10_000
 
     @property
@@ -254,7 +261,8 @@ def prepare(
     explainer: Explainer, study: Study, items: ItemTexts, held: set[int], evidence: Evidence, taught: Lesson, records: list[dict],
 ) -> Lab:
     """A ``Lab`` that measures on ``records`` of users who were not taught; reads what the untuned model says to them."""
-    lab = Lab(explainer, study, items, held, evidence, taught, lesson(explainer, records), records, 0.0, 0.0)
+    base, _ = evaluation.ranking_table(study, study.text)
+    lab = Lab(explainer, study, items, held, evidence, taught, lesson(explainer, records), records, 0.0, 0.0, base)
     with explainer.reference():
         lab.loss_base, (reward, _) = _loss(lab), _reward(lab)
     lab.reward_base = float(reward)
@@ -367,14 +375,13 @@ def measure(lab: Lab, point: Point, invoke=None) -> dict:
     text = lab.items.vectors()
     if point.mode == "align":
         text = sh.fit_alignment(text, study.text, np.array(sorted(lab.seen)), np.random.default_rng(point.seed))(text)
-    base, _ = evaluation.ranking_table(study, study.text)
     table, top = evaluation.ranking_table(study, text)
-    change, lo, hi, _ = stats.paired_bootstrap_diff(table["ndcg"].to_numpy(), base["ndcg"].to_numpy(), lab.n_boot, rng)
+    change, lo, hi, _ = stats.paired_bootstrap_diff(table["ndcg"].to_numpy(), lab.base["ndcg"].to_numpy(), lab.n_boot, rng)
     reward, error = _reward(lab, invoke)
     return {
         "loss_base": lab.loss_base, "loss": _loss(lab, invoke), "reward_base": lab.reward_base, "reward": reward, "reward_se": error,
         **{name: float(table[name].mean()) for name in ("overlap", "set_same", "exact", "top1_same", "rbo", "kendall_tau")},
-        "ndcg": float(table["ndcg"].mean()), "ndcg_base": float(base["ndcg"].mean()),
+        "ndcg": float(table["ndcg"].mean()), "ndcg_base": float(lab.base["ndcg"].mean()),
         "ndcg_change": change, "ndcg_change_lo": lo, "ndcg_change_hi": hi,
         **evaluation.score_change(study, text), **evaluation.change_by_group(study, text, top, lab.held),
     }
@@ -395,10 +402,8 @@ def _loss(lab: Lab, invoke=None) -> float:
 
 def _reward(lab: Lab, invoke=None) -> tuple[float, float]:
     """(mean reward of greedy texts for the users asked, its standard error over users)."""
-    if invoke:
-        invoke(0)  # a prompt ends with the header
     prompts = [ex.prompt_ids(lab.explainer, ex.messages(r)) for r in lab.records]
-    texts = ex.sample(lab.explainer, prompts, 1, TEXT_TOKENS, 1.0, None).texts
+    texts = greedy_activated(lab.explainer, prompts, invoke) if invoke else ex.sample(lab.explainer, prompts, 1, TEXT_TOKENS, 1.0, None).texts
     reward, _ = rewards.Reward("grounded", lab.study.catalogue)(lab.records, texts)
     return float(reward.mean()), float(reward.std(ddof=1) / sqrt(len(reward)))
 
@@ -439,7 +444,52 @@ def activated(explainer: Explainer):
             m.lora_variant.update(variant)
 
 
+@torch.no_grad()
+def greedy_activated(explainer: Explainer, prompts: list[list[int]], invoke) -> list[str]:
+    """Greedy texts under activated LoRA. ``ex.sample`` multiplies plain LoRA, which would hear the whole prompt: PEFT's layers speak here."""
+    invoke(0)  # a prompt ends with the header; new tokens are read one by one, after it
+    ids, mask = ex.left_pad(prompts, explainer.pad_id, explainer.device)
+    out = explainer.lm.generate(
+        input_ids=ids, attention_mask=mask.long(), max_new_tokens=TEXT_TOKENS, do_sample=False,
+        eos_token_id=explainer.eos_id, pad_token_id=explainer.pad_id,
+    )
+    return [ex.decode(explainer, row) for row in out[:, ids.shape[1]:]]
+
+
 # --- many points ----------------------------------------------------------------------------------
+
+def run_points(lab: Lab, points: list[Point]) -> Iterator[dict]:
+    """The rows of ``points``, in order. On a CPU where torch has one thread, as many points at a time as there are cores.
+
+    Products this small share badly: two cores finish more points as two processes than as two threads of one. Every row
+    is the one that ``run_point`` gives here, bit for bit.
+    """
+    alone = torch.get_num_threads() > 1 or lab.explainer.device.type != "cpu"  # a fork loses torch's other threads
+    workers = 1 if alone else min(len(points), cores())
+    if workers < 2:
+        yield from map(partial(run_point, lab), points)
+        return
+    with ProcessPoolExecutor(workers, get_context("fork"), _begin, (lab,)) as pool:  # forked: a lab is too large to send
+        try:
+            yield from pool.map(_run_point, points)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """Cores that this process may use; 1 where it cannot be forked safely (not Linux)."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+
+
+def _begin(lab: Lab) -> None:
+    global _lab
+    _lab = lab
+    os.environ["RECRL_PROGRESS"] = "off"  # the parent counts the points
+
+
+def _run_point(point: Point) -> dict:
+    return run_point(_lab, point)
+
 
 def sweep(lab: Lab, points: list[Point], path: Path, key: str) -> pd.DataFrame:
     """All rows of ``points``, running those that the CSV at ``path`` does not hold yet; each is added when it is finished.
@@ -449,8 +499,9 @@ def sweep(lab: Lab, points: list[Point], path: Path, key: str) -> pd.DataFrame:
     rows = pd.read_csv(path).to_dict("records") if Path(path).exists() else []
     rows = [row for row in rows if row["key"] == key]
     done = {_setting(row) for row in rows}
-    for point in track([p for p in points if _setting(asdict(p)) not in done], "frontier"):
-        rows.append({**run_point(lab, point), "key": key})
+    todo = [p for p in points if _setting(asdict(p)) not in done]
+    for row in track(run_points(lab, todo), "frontier", total=len(todo)):
+        rows.append({**row, "key": key})
         out = io.StringIO()
         pd.DataFrame(rows).to_csv(out, index=False, lineterminator="\n")
         write_atomic(path, out.getvalue())
@@ -511,6 +562,24 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     for name in ("gain_loss", "gain_reward", "overlap", "top1_same", "set_same"):
         out[f"{name}_lo"], out[f"{name}_hi"] = grouped[name].min(), grouped[name].max()
     return out.assign(seeds=grouped.size()).reset_index()
+
+
+def foretold(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, tuple[float, float, float]]]:
+    """What protected directions hold before any training, against what the training then kept: (rows, rank correlations).
+
+    A row a setting whose shield is a projection of the update and nothing else, means over seeds: ``explanations_inside``
+    and ``items_outside`` (shares of energy that the directions hold and leave free, means over layer inputs), ``gain_loss``, and
+    ``lost`` (places of the top 10). The correlations, each with its interval over settings (``stats.rank_correlation``): of the
+    explanations' share with the learning kept (``learning``), and of the item texts' share with the places lost (``ranking``).
+    """
+    points = summarise(table)
+    alone = (points["mode"] == "update") & (points[["penalty", "settle", "refresh"]] == 0).all(axis=1)
+    columns = ["curve", "basis", "energy", "rank", "inputs", "seeds", "explanations_inside", "items_outside", "gain_loss", "lost"]
+    rows = points[alone].assign(items_outside=1 - points["items_inside"], lost=1 - points["overlap"])[columns].reset_index(drop=True)
+    return rows, {
+        "learning": stats.rank_correlation(rows["explanations_inside"], rows["gain_loss"]),
+        "ranking": stats.rank_correlation(rows["items_outside"], rows["lost"]),
+    }
 
 
 def stopped_early(points: pd.DataFrame) -> np.ndarray:

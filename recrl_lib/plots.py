@@ -435,6 +435,28 @@ def ideas(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def foretold(rows: pd.DataFrame, correlations: Mapping[str, tuple[float, float, float]]) -> Figure:
+    """What protected directions hold, against what training then kept: both returns of ``frontier.foretold``; a marker a basis."""
+    rows = _columns(rows, "frontier.foretold", "curve", "explanations_inside", "items_outside", "gain_loss", "lost")
+    fig, axes = _axes(1, 2, 11, 4.6)
+    panels = (
+        ("learning", "explanations_inside", "gain_loss", "explanations' energy held", "share of the unshielded gain kept"),
+        ("ranking", "items_outside", "lost", "item texts' energy left free", "places of the base top 10 lost"),
+    )
+    for ax, (name, x, y, xlabel, ylabel) in zip(axes, panels):
+        for n, (curve, part) in enumerate(rows.groupby("curve", sort=False)):
+            look = {"marker": _MARKERS[n % len(_MARKERS)], "color": _PALETTE[n % len(_PALETTE)]}
+            ax.plot(part[x], part[y], **look, linestyle="none", label=curve)
+        ax.set(xlabel=xlabel, ylabel=ylabel, title="Rank correlation {:.2f} ({:.2f} to {:.2f})".format(*correlations[name]))
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
+    axes[1].set_xscale("log")
+    axes[1].set_yscale("log")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.suptitle("What the directions hold before training, against what training does (interval: 95 % over settings)")
+    return fig
+
+
 # --- 05 PPO ------------------------------------------------------------------------------------------
 
 _PPO_PANELS = (

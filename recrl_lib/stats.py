@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from scipy.special import ndtr, ndtri
+from scipy.stats import spearmanr
 
 BLOCK = 1_000_000  # user indices drawn at a time
 METHODS = ("percentile", "bca")
@@ -110,6 +111,22 @@ def minimum_detectable(std: float, n: int, level: float = 0.95, power: float = 0
     if not std >= 0 or n < 1 or not (0 < level < 1 and 0 < power < 1):
         raise ValueError(f"minimum_detectable: std={std}, n={n}, level={level}, power={power} make no sense")
     return float((ndtri((1 + level) / 2) + ndtri(power)) * std / np.sqrt(n))
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """Spearman's rank correlation of ``a`` and ``b`` (n,), and its interval: (rho, lo, hi).
+
+    The interval is Bonett and Wright's (2000, doi 10.1007/BF02294183): normal in atanh(rho), with the variance
+    (1 + rho^2 / 2) / (n - 3). It has no width where the orders are equal or opposite.
+    """
+    a, b = _checked(1, level, a=a, b=b)
+    if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        raise ValueError(f"rank_correlation: needs four pairs or more, not all equal on either side; there are {len(a)}")
+    rho = float(np.clip(spearmanr(a, b).statistic, -1, 1))
+    if abs(rho) > 1 - 1e-12:
+        return rho, rho, rho
+    reach = ndtri((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
+    return rho, float(np.tanh(np.arctanh(rho) - reach)), float(np.tanh(np.arctanh(rho) + reach))
 
 
 def ratio_influence(num: np.ndarray, den: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The frontier on a tiny random model: its signal, its measures, activated LoRA, and its going on after a stop."""
 
+import sys
 from dataclasses import asdict, fields, replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from recrl_lib import frontier as fr, ranker, shield as sh
+from recrl_lib import explainer as ex, frontier as fr, ranker, shield as sh
 from recrl_lib.config import resolve
 from recrl_lib.explainer import ItemTexts
 from recrl_lib.tests.test_evaluation import world  # noqa: F401  (a fixture)
@@ -164,12 +165,55 @@ def test_activated_lora_learns_and_moves_no_item_at_all(lab):
     assert (lab.items.vectors() - before).abs().max() > 1e-3
 
 
+def test_greedy_texts_of_activated_lora_are_those_of_whole_forwards(lab):
+    explainer, prompts = lab.explainer, [ex.prompt_ids(lab.explainer, ex.messages(r)) for r in lab.records]
+    fr.restart_adapters(explainer, 0)
+    with torch.no_grad():
+        for name, p in explainer.lm.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=5.0, generator=torch.Generator().manual_seed(1))
+    plain = ex.sample(explainer, prompts, 1, fr.TEXT_TOKENS, 1.0, None).texts
+    with fr.activated(explainer) as invoke, torch.no_grad():
+        found = fr.greedy_activated(explainer, prompts, invoke)
+        for prompt, text in zip(prompts, found):
+            said: list[int] = []
+            while len(said) < fr.TEXT_TOKENS and explainer.eos_id not in said:
+                invoke(len(said))  # every token after the header, and none before it
+                ids = torch.tensor([prompt + said])
+                hidden = explainer.top(explainer.trunk(ids, torch.ones_like(ids)), torch.ones_like(ids))[:, -1]
+                said.append(int(explainer.log_softmax(hidden, 1.0).argmax()))
+            assert text == ex.decode(explainer, torch.tensor(said))
+    assert found != plain  # which heard the whole prompt
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="points run side by side where processes can be forked safely")
+def test_points_side_by_side_give_the_rows_of_one_after_the_other(lab, one_thread, monkeypatch):
+    points = [fr.Point("none", steps=2), fr.Point(rank=4, steps=2), fr.Point("alora", steps=2)]
+
+    def rows(cores: int) -> list[dict]:
+        monkeypatch.setattr(fr, "cores", lambda: cores)
+        return [{k: v for k, v in row.items() if "seconds" not in k} for row in fr.run_points(lab, points)]
+
+    assert rows(2) == rows(1)
+    monkeypatch.setattr(fr, "cores", lambda: 2)
+    with pytest.raises(ValueError, match="frontier: mode 'nothing'"):
+        list(fr.run_points(lab, [fr.Point("nothing"), *points]))
+
+
 def test_a_stopped_frontier_goes_on_and_stale_rows_are_run_again(lab, tmp_path, monkeypatch):
     points = [fr.Point("none", steps=1), fr.Point(rank=4, steps=1)]
     path = tmp_path / "frontier.csv"
     ran = []
-    whole = fr.run_point
-    monkeypatch.setattr(fr, "run_point", lambda lab, point: ran.append(point) or whole(lab, point))
+    whole = fr.run_points
+    monkeypatch.setattr(fr, "run_points", lambda lab, points: ran.extend(points) or whole(lab, points))
     first = fr.sweep(lab, points[:1], path, "k")
     both = fr.sweep(lab, points, path, "k")
     assert ran == points and len(first) == 1 and len(both) == 2
@@ -236,6 +280,28 @@ def test_ideas_are_compared_seed_by_seed():
     assert found.loc[0, ["overlap", "overlap_lo", "overlap_hi"]].tolist() == pytest.approx([0.03, 0.01, 0.05])
     settings = [fr.Point(**s, steps=9) for pair in fr.IDEAS.values() for s in pair]
     assert set(settings) <= {replace(p, steps=9, seed=0) for p in fr.named("full", 1, 9)}
+
+
+def test_what_was_foretold_by_hand():
+    def row(setting: dict, loss: float, overlap: float, items: float, explanations: float, seed: int = 0) -> dict:
+        return {**asdict(fr.Point(**setting, steps=20, seed=seed)), "curve": fr.Point(**setting).curve, "loss_base": 2.0, "reward_base": 0.5,
+                "reward": 0.7, "loss": loss, "overlap": overlap, "items_inside": items, "explanations_inside": explanations,
+                "set_same": 1.0, "top1_same": 1.0}  # fmt: skip
+
+    others = [{"mode": "gradient"}, {"mode": "frozen_a"}, {"penalty": 1.0}, {"penalty": 1.0, "settle": 3}, {"refresh": 4}]
+    table = pd.DataFrame([
+        row({"mode": "none"}, 1.0, 0.1, 0.0, 0.0), row({"mode": "none"}, 1.0, 0.1, 0.0, 0.0, seed=1),
+        row({"energy": 0.9}, 1.1, 0.90, 0.90, 0.80), row({"energy": 0.9}, 1.3, 0.92, 0.90, 0.80, seed=1),
+        row({"energy": 0.99}, 1.4, 0.97, 0.99, 0.95), row({"basis": "contrastive"}, 1.25, 0.95, 0.98, 0.70),
+        row({"basis": "contrastive", "inputs": 10}, 1.05, 0.80, 0.50, 0.40),
+        *(row(setting, 1.5, 0.5, 0.99, 0.1) for setting in others),
+    ])
+    rows, found = fr.foretold(table)
+    assert rows["curve"].tolist() == ["update, activation", "update, activation", "update, contrastive", "update, contrastive, 10 inputs"]
+    assert rows["gain_loss"].tolist() == pytest.approx([0.8, 0.6, 0.75, 0.95]) and rows["lost"].tolist() == pytest.approx([0.09, 0.03, 0.05, 0.2])
+    assert rows["items_outside"].tolist() == pytest.approx([0.1, 0.01, 0.02, 0.5]) and rows["seeds"].tolist() == [2, 1, 1, 1]
+    # ranks of the explanations' shares 3 4 2 1, of the gains 3 1 2 4: squared differences 0 + 9 + 0 + 9, 1 - 6 * 18 / (4 * 15)
+    assert found["learning"][0] == pytest.approx(-0.8) and found["ranking"] == (1, 1, 1)
 
 
 def test_training_stopped_early_by_hand():

@@ -143,6 +143,12 @@ def frontier_points() -> pd.DataFrame:
     return table
 
 
+def foretold() -> tuple[pd.DataFrame, dict]:
+    rows = [("update, activation", 0.9, 0.1, 0.9, 0.05), ("update, activation", 0.95, 0.01, 0.8, 0.02), ("update, contrastive", 0.7, 0.05, 1.0, 0.03)]
+    table = pd.DataFrame(rows, columns=["curve", "explanations_inside", "items_outside", "gain_loss", "lost"])
+    return table, {"learning": (-0.9, -1.0, -0.5), "ranking": (0.8, 0.3, 0.9)}
+
+
 def every_figure(steps: int = 12) -> dict:
     interactions, items = interactions_and_items()
     training = [{"epoch": e, "loss": 7 - 0.1 * e, "valid_ndcg@10": 0.08 - 0.001 * (e - 8) ** 2} for e in range(1, 13)]
@@ -160,6 +166,7 @@ def every_figure(steps: int = 12) -> dict:
         "one_layer": plots.one_layer(),
         "frontier": plots.frontier(frontier_points()),
         "ideas": plots.ideas(ideas()),
+        "foretold": plots.foretold(*foretold()),
         "bars": plots.bars(rows, "relative change", "What a few steps do", reference=0.1),
         "ppo_curves": plots.ppo_curves(ppo_curve(steps)),
         "ppo_statistics": plots.ppo_statistics(ppo_curve(steps), {"score": "reward"}),

@@ -169,6 +169,25 @@ def test_the_minimum_detectable_effect_is_detected_as_often_as_promised():
         stats.minimum_detectable(1.0, 0)
 
 
+def test_rank_correlation_by_hand_and_its_limits():
+    # squared differences of ranks 1 + 1 + 1 + 1 + 0: 1 - 6 * 4 / (5 * 24) = 0.8; atanh(0.8) = 1.0986, sqrt(1.32 / 2) * 1.96 = 1.5923
+    assert stats.rank_correlation([1, 2, 3, 4, 9], [20, 10, 40, 30, 50]) == pytest.approx((0.8, np.tanh(-0.4937), np.tanh(2.6909)), abs=1e-4)
+    assert stats.rank_correlation([1, 2, 3, 4], [1, 10, 11, 12]) == (1, 1, 1) and stats.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == (-1, -1, -1)
+    for a, b in (([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4], [5, 5, 5, 5]), ([1, 2, 3, 4], [1, 2, 3, 4, 5])):
+        with pytest.raises(ValueError, match="four pairs|pair them"):
+            stats.rank_correlation(a, b)
+
+
+def test_the_interval_of_a_rank_correlation_covers_as_often_as_promised():
+    """Of normal pairs with correlation .8, whose Spearman correlation is 6 / pi * asin(.4)."""
+    true, generator, covered = 6 / np.pi * np.arcsin(0.4), rng(5), 0
+    for _ in range(1000):
+        a, noise = generator.normal(size=(2, 14))
+        _, lo, hi = stats.rank_correlation(a, 0.8 * a + 0.6 * noise)
+        covered += lo <= true <= hi
+    assert 0.92 < covered / 1000 < 0.98
+
+
 def test_influence_gives_the_spread_of_a_ratio():
     num, den = rng(1).random(400), rng(2).random(400) + 1
     influence = stats.ratio_influence(num, den)
