@@ -306,7 +306,12 @@ class _Sampler(LogitsProcessor):
         return torch.full_like(logits, -torch.inf).scatter(-1, token[:, None], 0.0)
 
 
-def _generate(explainer, prompts, samples, max_new_tokens, temperature, uniforms, value_head) -> Decoded:
+@torch.no_grad()
+def generated(explainer, prompts, samples, max_new_tokens, temperature, uniforms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Responses by transformers' ``generate`` with our sampler in it, through the model's own layers, whatever adapts them.
+
+    Returns the left-padded prompts' ids and mask (B, P), the response (B, R) and the mask of its tokens up to and with the first EOS.
+    """
     ids, prompt_mask = left_pad([p for p in prompts for _ in range(samples)], explainer.pad_id, explainer.device)
     width = ids.shape[1]
     out = explainer.lm.generate(
@@ -316,8 +321,13 @@ def _generate(explainer, prompts, samples, max_new_tokens, temperature, uniforms
     )
     response = out[:, width:]
     before = (response == explainer.eos_id).cumsum(-1) - (response == explainer.eos_id).long()
-    mask = before == 0  # up to and with the first EOS
-    response = response.masked_fill(~mask, explainer.pad_id)
+    mask = before == 0
+    return ids, prompt_mask, response.masked_fill(~mask, explainer.pad_id), mask
+
+
+def _generate(explainer, prompts, samples, max_new_tokens, temperature, uniforms, value_head) -> Decoded:
+    ids, prompt_mask, response, mask = generated(explainer, prompts, samples, max_new_tokens, temperature, uniforms)
+    width = ids.shape[1]
     full_mask = torch.cat([prompt_mask, mask[:, :-1]], 1)
     states = explainer.trunk(torch.cat([ids, response[:, :-1]], 1), full_mask)
     hidden = explainer.top(states, full_mask)[:, width - 1:]

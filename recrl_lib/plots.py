@@ -436,7 +436,7 @@ def ideas(table: pd.DataFrame) -> Figure:
 
 
 def foretold(rows: pd.DataFrame, correlations: Mapping[str, tuple[float, float, float]]) -> Figure:
-    """What protected directions hold, against what training then kept: both returns of ``frontier.foretold``; a marker a basis."""
+    """What protected directions hold, against what training then kept: what ``frontier.foretold`` returns; a marker a basis."""
     rows = _columns(rows, "frontier.foretold", "curve", "explanations_inside", "items_outside", "gain_loss", "lost")
     fig, axes = _axes(1, 2, 11, 4.6)
     panels = (
@@ -448,12 +448,14 @@ def foretold(rows: pd.DataFrame, correlations: Mapping[str, tuple[float, float, 
             look = {"marker": _MARKERS[n % len(_MARKERS)], "color": _PALETTE[n % len(_PALETTE)]}
             ax.plot(part[x], part[y], **look, linestyle="none", label=curve)
         ax.set(xlabel=xlabel, ylabel=ylabel, title="Rank correlation {:.2f} ({:.2f} to {:.2f})".format(*correlations[name]))
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
-        ax.xaxis.set_major_formatter(PercentFormatter(1))
     axes[1].set_xscale("log")
     axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_minor_formatter(NullFormatter())
+    for axis in (axes[0].xaxis, axes[0].yaxis, axes[1].xaxis, axes[1].yaxis):
+        axis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.suptitle("What the directions hold before training, against what training does (interval: 95 % over settings)")
+    fig.suptitle("What the directions hold before training, against what training does (95 % intervals, as if the settings were independent)")
     return fig
 
 

@@ -566,7 +566,7 @@ def price_tables(e: Evidence) -> list[tuple[str, pd.DataFrame, str]]:
                       "the first row.", _target_table(m), EVALUATION))  # fmt: skip
     if e.frontier is not None:
         points = e.frontier.assign(free=frontier.stopped_early(e.frontier)).sort_values("overlap", ascending=False)
-        rows = [{"setting": p.curve, "energy": f"{p.energy:g}" if p.rank_mean else "", "replay weight": f"{p.penalty:g}",
+        rows = [{"setting": p.curve, "strength": (f"rank {p.rank}" if p.rank else f"energy {p.energy:g}") if p.rank_mean else "", "replay weight": f"{p.penalty:g}",
                  "steps": f"{p.steps}", "learning kept (likelihood)": share(p.gain_loss), "reward gain kept": share(p.gain_reward),
                  "top 10 kept": share(p.overlap),
                  "top 10 kept by unshielded training that learned as much": share(p.free)}

@@ -39,7 +39,7 @@ After any mode with a replay, ``Shield.settle`` may take more of what moved out 
 falling rate.
 
 Bases (what Q is; ``protect``): ``activation`` as above; ``sensitivity``, tokens weighted by how strongly the
-ranking's scores react to the layer's answer, and k chosen so that every layer may do equal damage; ``boundary``, the
+ranking's scores react to the layer's answer, and k chosen so that every layer may do equal damage by this measure; ``boundary``, the
 same over items where a change would show, those around the tenth place, each for a user whom it concerns;
 ``contrastive``, generalised eigenvectors of the explanations' Gram against the item texts', so that what stays
 free is where explanations have energy and item texts have little; ``readout``, the ranker's own basis carried
@@ -63,7 +63,7 @@ from recrl_lib.progress import track
 MODES = ("none", "gradient", "update", "frozen_a", "penalty", "restart", "align")
 PROJECTING = ("gradient", "update", "frozen_a")  # keep A in the null space from the first step on
 BASES = ("activation", "sensitivity", "boundary", "contrastive", "readout", "random")
-WEIGHTED = ("sensitivity", "boundary")  # bases from weighted Grams, with equal damage for every layer input
+WEIGHTED = ("sensitivity", "boundary")  # bases from weighted Grams, with equal damage (``sensitivity_grams``) for every layer input
 SETTLE_LR = 7e-4  # Adam's rate at the first step of ``Shield.settle``, a quarter of the warm start's; no other was tried at length
 
 
@@ -141,7 +141,8 @@ def sensitivity_grams(explainer: Explainer, items: ItemTexts, readout: Tensor, p
 
     The score is ``u . R t`` with R = ``readout`` (d_rank, d), how the ranker reads text, and u = ``probes[item number]``
     (d_rank,), the state of one user. The trace of ``G`` outside a subspace is then, up to a factor common to all
-    layers, the squared score change that an isotropic update of the free directions causes: comparable over layers.
+    layers, the squared score change that an isotropic update of the free directions would cause if what the tokens
+    contribute did not interfere (products of two tokens are left out): a measure that compares layers.
     """
     grams: dict[str, Tensor] = {}
     inputs, answers = {}, {}
@@ -236,7 +237,7 @@ def protect(evidence: Evidence, basis: str, energy: float, rank: int = 0) -> dic
     """The protected subspace of every layer input: the fewest directions of the basis that hold ``energy``, or exactly ``rank``.
 
     The energy is that of the item texts, except for ``sensitivity`` and ``boundary``: there every layer input may leave the same
-    absolute (1 - energy) of the mean weighted trace outside, so that all do equal damage.
+    absolute (1 - energy) of the mean weighted trace outside: equal damage, by this measure.
     Raises ``ValueError`` for an unknown basis, missing evidence, a Gram that is not finite, or if nothing is left
     to learn (k = d).
     """

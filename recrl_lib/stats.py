@@ -117,7 +117,8 @@ def rank_correlation(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> tuple
     """Spearman's rank correlation of ``a`` and ``b`` (n,), and its interval: (rho, lo, hi).
 
     The interval is Bonett and Wright's (2000, doi 10.1007/BF02294183): normal in atanh(rho), with the variance
-    (1 + rho^2 / 2) / (n - 3). It has no width where the orders are equal or opposite.
+    (1 + rho^2 / 2) / (n - 3). With few pairs and rho near 1 it is somewhat narrow (14 pairs, .95: it covers 93 % at level .95).
+    It has no width where the orders are equal or opposite.
     """
     a, b = _checked(1, level, a=a, b=b)
     if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
