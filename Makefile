@@ -18,7 +18,7 @@ BATCH := --grid $(GRID) $(if $(BASE),--base $(BASE)) $(if $(SEEDS),--seeds $(SEE
 	$(if $(ENGINE),--engine $(ENGINE)) $(if $(ADDRESS),--address $(ADDRESS)) $(if $(GPUS),--gpus $(GPUS)) \
 	$(if $(CPUS),--cpus $(CPUS)) $(if $(filter 1,$(LIST)),--list)
 
-.PHONY: help env all test lab bench notebooks batch verify sync-reference pod-setup pod-run clean distclean
+.PHONY: help env all test lab bench notebooks batch verify sync-reference sync-frontier pod-setup pod-run clean distclean
 
 ## this list
 help:
@@ -81,6 +81,10 @@ verify: $(STAMP)
 ## copy a finished run's small files to runs/reference and refresh the README: make sync-reference RUN=laptop
 sync-reference: $(STAMP)
 	@$(PY) -m recrl_lib.reference --run $(RUN)
+
+## publish the full frontier of a run's notebook 04, and refresh the README: make sync-frontier RUN=front
+sync-frontier: $(STAMP)
+	@$(PY) -m recrl_lib.reference --frontier --run $(RUN)
 
 ## on a rented GPU machine: an environment that keeps the image's torch, caches on the volume (VOLUME=/workspace)
 pod-setup:

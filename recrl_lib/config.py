@@ -221,7 +221,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         # validation (seed 3, with text and without).
         ranker_layers=2, ranker_max_len=100, ranker_dropout=0.3, ranker_epochs=14, ranker_patience=8,
         lora_layers=10, max_new_tokens=40, explain_users=12,
-        # A weight of 3000 kept no more of the ranking and had learned less by PPO's last step (runs/reference/frontier: settle.csv, manifest.json).
+        # A weight of 3000 kept no more of the ranking and had learned less by PPO's last step (runs/reference/frontier: settle.csv, notes.json).
         # That PPO leaves the replay to the settling, on users whom no laptop run judges: runs/reference/ppo_search.csv.
         shield_penalty=1000.0, shield_settle=150,
         frontier_points="none", frontier_steps=16, frontier_users=24,  # small: 3 minutes more

@@ -15,7 +15,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from recrl_lib import evaluation, explainer as ex, ranker, rewards, shield as sh, stats
+from recrl_lib import decoding, evaluation, explainer as ex, ranker, rewards, shield as sh, stats
 from recrl_lib.explainer import Explainer, ItemTexts
 from recrl_lib.files import write_atomic
 from recrl_lib.paths import REFERENCE
@@ -107,21 +107,18 @@ SETS: dict[str, list[dict]] = {  # fields of ``Point``; ``share``: of the steps,
 }
 
 
-_CONTRASTIVE = {"basis": "contrastive", "energy": 0.99}
-_REPLAYED = {**_CONTRASTIVE, "penalty": 1000.0}
+CONTRASTIVE = {"basis": "contrastive", "energy": 0.99}
+REPLAYED = {**CONTRASTIVE, "penalty": 1000.0}
 IDEAS: dict[str, tuple[dict, dict]] = {  # what was tried beyond the textbook: (the setting with it, its twin without)
-    "basis contrastive, not activation": (_CONTRASTIVE, {"energy": 0.99}),
+    "basis contrastive, not activation": (CONTRASTIVE, {"energy": 0.99}),
     "basis sensitivity, not activation": ({"basis": "sensitivity", "energy": 0.99}, {"energy": 0.99}),
     "basis boundary, not sensitivity": ({"basis": "boundary", "energy": 0.99}, {"basis": "sensitivity", "energy": 0.99}),
-    "10 inputs protected, not all": ({**_CONTRASTIVE, "inputs": 10}, _CONTRASTIVE),
-    "basis refreshed every 4 steps": ({**_CONTRASTIVE, "refresh": 4}, _CONTRASTIVE),
-    "a replay beside the projection": (_REPLAYED, _CONTRASTIVE),
-    "the replay reads the boundary oftener": ({**_REPLAYED, "replay": "boundary"}, _REPLAYED),
-    "settled for 150 steps": ({**_REPLAYED, "settle": 150}, _REPLAYED),
-    "both of these": ({**_REPLAYED, "replay": "boundary", "settle": 150}, _REPLAYED),
-}
-CAPITALS: dict[str, dict] = {  # settings tried on item texts in capitals (``item_case``) and a ranker that reads them
-    "capitals": _CONTRASTIVE, "capitals, and a replay": _REPLAYED, "capitals, a replay, energy .999": {**_REPLAYED, "energy": 0.999},
+    "10 inputs protected, not all": ({**CONTRASTIVE, "inputs": 10}, CONTRASTIVE),
+    "basis refreshed every 4 steps": ({**CONTRASTIVE, "refresh": 4}, CONTRASTIVE),
+    "a replay beside the projection": (REPLAYED, CONTRASTIVE),
+    "the replay reads the boundary oftener": ({**REPLAYED, "replay": "boundary"}, REPLAYED),
+    "settled for 150 steps": ({**REPLAYED, "settle": 150}, REPLAYED),
+    "both of these": ({**REPLAYED, "replay": "boundary", "settle": 150}, REPLAYED),
 }
 
 
@@ -444,41 +441,37 @@ def activated(explainer: Explainer):
             m.lora_variant.update(variant)
 
 
-@torch.no_grad()
 def greedy_activated(explainer: Explainer, prompts: list[list[int]], invoke) -> list[str]:
     """Greedy texts under activated LoRA. ``ex.sample`` multiplies plain LoRA, which would hear the whole prompt: PEFT's layers speak here."""
     invoke(0)  # a prompt ends with the header; new tokens are read one by one, after it
-    ids, mask = ex.left_pad(prompts, explainer.pad_id, explainer.device)
-    out = explainer.lm.generate(
-        input_ids=ids, attention_mask=mask.long(), max_new_tokens=TEXT_TOKENS, do_sample=False,
-        eos_token_id=explainer.eos_id, pad_token_id=explainer.pad_id,
-    )
-    return [ex.decode(explainer, row) for row in out[:, ids.shape[1]:]]
+    _, _, response, mask = decoding.generated(explainer, prompts, 1, TEXT_TOKENS, 1.0, None)
+    return [ex.decode(explainer, row[keep]) for row, keep in zip(response, mask)]
 
 
 # --- many points ----------------------------------------------------------------------------------
 
 def run_points(lab: Lab, points: list[Point]) -> Iterator[dict]:
-    """The rows of ``points``, in order. On a CPU where torch has one thread, as many points at a time as there are cores.
+    """The rows of ``points``, as they are finished. On a CPU where torch has one thread, as many points at a time as there are cores.
 
     Products this small share badly: two cores finish more points as two processes than as two threads of one. Every row
-    is the one that ``run_point`` gives here, bit for bit.
+    but its CPU seconds is the one that ``run_point`` gives here, bit for bit.
     """
-    alone = torch.get_num_threads() > 1 or lab.explainer.device.type != "cpu"  # a fork loses torch's other threads
+    alone = torch.get_num_threads() > 1 or torch.cuda.is_available()  # a fork loses torch's other threads, and autograd's where there is a GPU
     workers = 1 if alone else min(len(points), cores())
     if workers < 2:
         yield from map(partial(run_point, lab), points)
         return
     with ProcessPoolExecutor(workers, get_context("fork"), _begin, (lab,)) as pool:  # forked: a lab is too large to send
         try:
-            yield from pool.map(_run_point, points)
+            yield from (future.result() for future in as_completed([pool.submit(_run_point, point) for point in points]))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def cores() -> int:
-    """Cores that this process may use; 1 where it cannot be forked safely (not Linux)."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    """Cores that points may fill: those of this process; 1 for a job of a batch, whose like have the others, and where a process
+    cannot be forked safely (not Linux)."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" and "RECRL_BATCH" not in os.environ else 1
 
 
 def _begin(lab: Lab) -> None:
@@ -492,7 +485,7 @@ def _run_point(point: Point) -> dict:
 
 
 def sweep(lab: Lab, points: list[Point], path: Path, key: str) -> pd.DataFrame:
-    """All rows of ``points``, running those that the CSV at ``path`` does not hold yet; each is added when it is finished.
+    """All rows of ``points``, running those that the CSV at ``path`` does not hold yet; each is added when it is finished, in its place.
 
     Rows with another ``key`` (of the code and parameters they came from: ``runs.stage_key``) are run again.
     """
@@ -500,13 +493,14 @@ def sweep(lab: Lab, points: list[Point], path: Path, key: str) -> pd.DataFrame:
     rows = [row for row in rows if row["key"] == key]
     done = {_setting(row) for row in rows}
     todo = [p for p in points if _setting(asdict(p)) not in done]
+    places = {_setting(asdict(p)): n for n, p in enumerate(points)}
     for row in track(run_points(lab, todo), "frontier", total=len(todo)):
         rows.append({**row, "key": key})
+        rows.sort(key=lambda row: places.get(_setting(row), -1))
         out = io.StringIO()
         pd.DataFrame(rows).to_csv(out, index=False, lineterminator="\n")
         write_atomic(path, out.getvalue())
-    wanted = {_setting(asdict(p)) for p in points}
-    return pd.DataFrame([row for row in rows if _setting(row) in wanted])
+    return pd.DataFrame([row for row in rows if _setting(row) in places])
 
 
 def _setting(row: dict) -> tuple:
@@ -524,26 +518,20 @@ def with_gains(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def compare(table: pd.DataFrame, capitals: pd.DataFrame) -> pd.DataFrame:
-    """What each of ``IDEAS`` changed against its twin, and what ``capitals`` (rows like ``table``'s) changed in the same settings:
-    one row an idea, for seeds that have both: the mean difference of each measure, and the least and most over the seeds.
-
-    A ranker on other texts recommends other films, so the explanations of ``capitals`` are not those of ``table``: their gains are
-    shares of what their own unshielded training gained.
-    """
-    measures = ["gain_loss", "gain_reward", "overlap", "overlap_held", "top1_same"]
+def of_setting(table: pd.DataFrame, setting: dict) -> pd.DataFrame:
+    """The rows of ``table`` with these fields of ``Point``, all others at their defaults, and the most steps; by seed."""
+    point, most = asdict(Point(**setting)), table["steps"] == table["steps"].max()
     key = [f.name for f in fields(Point) if f.name not in ("seed", "steps")]
-    table, capitals = (rows[rows["steps"] == rows["steps"].max()] for rows in map(with_gains, (table, capitals)))
+    return table[most & (table[key] == [point[name] for name in key]).all(axis=1)].set_index("seed")
 
-    def of(setting: dict, rows: pd.DataFrame = table) -> pd.DataFrame:
-        point = asdict(Point(**setting))
-        return rows[(rows[key] == [point[name] for name in key]).all(axis=1)].set_index("seed")[measures]
 
-    pairs = {idea: (of(point), of(twin)) for idea, (point, twin) in IDEAS.items()}
-    pairs |= {idea: (of(setting, capitals), of(setting)) for idea, setting in CAPITALS.items()}
-    rows = []
-    for idea, (point, twin) in pairs.items():
-        difference = (point - twin).dropna()
+def compare(table: pd.DataFrame) -> pd.DataFrame:
+    """What each of ``IDEAS`` changed against its twin: one row an idea, for seeds that have both: the mean difference of each
+    measure, and the least and most over the seeds."""
+    measures = ["gain_loss", "gain_reward", "overlap", "overlap_held", "top1_same"]
+    table, rows = with_gains(table), []
+    for idea, (point, twin) in IDEAS.items():
+        difference = (of_setting(table, point)[measures] - of_setting(table, twin)[measures]).dropna()
         if len(difference):
             row = {"idea": idea, "seeds": len(difference)}
             for name in measures:
@@ -570,14 +558,16 @@ def foretold(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, tuple[float, 
     A row a setting whose shield is a projection of the update and nothing else, means over seeds: ``explanations_inside``
     and ``items_outside`` (shares of energy that the directions hold and leave free, means over layer inputs), ``gain_loss``, and
     ``lost`` (places of the top 10). The correlations, each with its interval over settings (``stats.rank_correlation``): of the
-    explanations' share with the learning kept (``learning``), and of the item texts' share with the places lost (``ranking``).
+    explanations' share with the learning kept (``learning``), of the mere number of directions with it (``learning, by count``), and of the
+    item texts' share with the places lost (``ranking``).
     """
     points = summarise(table)
     alone = (points["mode"] == "update") & (points[["penalty", "settle", "refresh"]] == 0).all(axis=1)
-    columns = ["curve", "basis", "energy", "rank", "inputs", "seeds", "explanations_inside", "items_outside", "gain_loss", "lost"]
+    columns = ["curve", "basis", "energy", "rank", "inputs", "seeds", "rank_mean", "explanations_inside", "items_outside", "gain_loss", "lost"]
     rows = points[alone].assign(items_outside=1 - points["items_inside"], lost=1 - points["overlap"])[columns].reset_index(drop=True)
     return rows, {
         "learning": stats.rank_correlation(rows["explanations_inside"], rows["gain_loss"]),
+        "learning, by count": stats.rank_correlation(rows["rank_mean"], rows["gain_loss"]),
         "ranking": stats.rank_correlation(rows["items_outside"], rows["lost"]),
     }
 
@@ -593,12 +583,12 @@ def stopped_early(points: pd.DataFrame) -> np.ndarray:
 
 
 def published(name: str = "frontier") -> pd.DataFrame:
-    """The rows of the frontier in ``runs/reference/frontier`` (its ``params.json`` says how it was run), or of ``capitals`` beside it."""
+    """The rows of the frontier in ``runs/reference/frontier`` (its ``params.yaml`` says how it was run), or of ``capitals`` beside it (``notes.json``)."""
     return pd.read_csv(REFERENCE / "frontier" / f"{name}.csv")
 
 
 def settled() -> pd.DataFrame:
-    """``runs/reference/frontier/settle.csv``: a laptop run's shielded arm after steps of settling (which run: its manifest).
+    """``runs/reference/frontier/settle.csv``: a laptop run's shielded arm after steps of settling (which run: ``notes.json``).
 
     Ranking kept over all users, PPO's users and held-out users, and in places of items seen and held out; the reward of the
     first ``reward_users`` judged users beside that of other arms for the same users, and its paired change with one standard error.

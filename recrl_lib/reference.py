@@ -1,22 +1,41 @@
 """Published runs: ``make sync-reference RUN=laptop`` copies a run's small files, and refreshes the README from them.
 
 ``runs/reference/<run>/`` holds parameters, manifest, metrics and curves; ``figures/reference/<run>/`` the
-report's figures. The README's table stands between two marker lines and is never typed by hand.
+report's figures. ``make sync-frontier RUN=front`` publishes the full frontier of a run, however few of its other stages
+have run: ``runs/reference/frontier/`` holds its rows, parameters and manifest (``notes.json`` there is about the files of other
+origin beside them). The README's two tables stand between marker lines and are never typed by hand.
 """
 
 import argparse
 import shutil
 from pathlib import Path
 
-from recrl_lib import config, paths, runs
-from recrl_lib.files import write_atomic
+import pandas as pd
 
-BEGIN, END = "<!-- reference table: begin -->", "<!-- reference table: end -->"
+from recrl_lib import config, frontier, paths, runs
+from recrl_lib.files import sha256_file, write_atomic
+
 COLUMNS = {  # README heading: metric, decimals
     "reward": ("reward", 3), "CTR lift (95 % interval)": ("ctr_lift", 3), "judged quality": ("quality", 3),
     "NDCG@10": ("ndcg@10", 4), "top-10 overlap": ("top10_overlap", 3), "top-1 same": ("top1_same", 3),
     "max abs. score change": ("max_abs_score_delta", 3),
 }
+SETTINGS = {  # the rows of the README's frontier: fields of ``frontier.Point``
+    "no shield": {"mode": "none"},
+    "random directions, 311 of 576": {"basis": "random", "rank": 311},
+    "the gradient projected (the published method)": {"mode": "gradient"},
+    "the update projected, textbook basis": {"energy": 0.99},
+    "the update projected, contrastive basis": frontier.CONTRASTIVE,
+    "that, with a replay penalty": frontier.REPLAYED,
+    "that, with the replay, energy .999 in place of .99": {**frontier.REPLAYED, "energy": 0.999},
+    "that, with the replay, which favours the boundary of the top ten": {**frontier.REPLAYED, "replay": "boundary"},
+    "that, with the replay, settled afterwards": {**frontier.REPLAYED, "settle": 150},
+    "a replay penalty alone, weight 1": {"mode": "penalty", "penalty": 1.0},
+    "a replay penalty alone, weight 10": {"mode": "penalty", "penalty": 10.0},
+    "a replay penalty alone, weight 100": {"mode": "penalty", "penalty": 100.0},
+    "activated LoRA, never merged": {"mode": "alora"},
+}
+SHARES = {"top-10 places kept": "overlap", "of items no basis had seen": "overlap_held", "first places kept": "top1_same", "learning kept": "gain_loss"}
 
 
 def sync(run: str) -> Path:
@@ -48,8 +67,54 @@ def sync(run: str) -> Path:
     for path in drawn:
         write_atomic(figures / path.name, path.read_bytes())
     readme = paths.ROOT / "README.md"
-    write_atomic(readme, with_table(readme.read_text(encoding="utf-8"), table(run)))
+    write_atomic(readme, with_table(readme.read_text(encoding="utf-8"), "reference", table(run)))
     return target
+
+
+def sync_frontier(run: str) -> Path:
+    """Copy the full frontier that ``run``'s notebook 04 ran, and refresh the README's table of it.
+
+    Raises ``RuntimeError`` if the stage has not finished, had another set of points, a stage ran on a dirty git tree, or the rows are
+    not those that the stage wrote. Nothing is written then.
+    """
+    params, folder, manifest = runs.read_params(run), runs.run_folder(run), runs.read_manifest(run)
+    again = f'make all RUN={run} TO=shield SET="frontier_points=full frontier_seeds=3 frontier_users=64", with the run\'s profile and seed'
+    stage = manifest["stages"].get("shield", {})
+    if stage.get("status") != "finished" or params.frontier_points != "full":
+        raise RuntimeError(f"runs/{run}: notebook 04 has not finished a full frontier: {again}")
+    if any(entry["git_dirty"] or entry["git_commit"] is None for entry in manifest["stages"].values()):
+        raise RuntimeError(f"runs/{run}: it ran on uncommitted changes, so its numbers have no source; commit, then {again} and FORCE=1")
+    path = folder / "curves" / "frontier.csv"
+    if not path.is_file() or sha256_file(path) != stage["outputs"]["curves/frontier.csv"]:
+        raise RuntimeError(f"{runs.display(path)} is missing or has changed since notebook 04 wrote it: {again}")
+    target, readme = paths.REFERENCE / "frontier", paths.ROOT / "README.md"
+    text = with_table(readme.read_text(encoding="utf-8"), "frontier", frontier_table(pd.read_csv(path), manifest))
+    for source in (path, folder / "params.yaml", folder / "manifest.json"):
+        write_atomic(target / source.name, source.read_bytes())
+    write_atomic(readme, text)
+    return target
+
+
+def frontier_table(rows: pd.DataFrame, manifest: dict) -> str:
+    """Main settings of a frontier's ``rows`` in Markdown, with their run's provenance below: means over seeds, and the least and the most.
+
+    ``RuntimeError`` for a setting that has no row.
+    """
+    rows = frontier.with_gains(rows)
+    lines = ["| " + " | ".join(("training", *SHARES)) + " |", "|---" * (len(SHARES) + 1) + "|"]
+    for label, setting in SETTINGS.items():
+        points = frontier.of_setting(rows, setting)
+        if points.empty:
+            raise RuntimeError(f"the frontier has no row for {label!r}: {setting}")
+        ends = {name: (points[name].mean(), points[name].min(), points[name].max()) for name in SHARES.values()}
+        cells = [f"{mean:.1%}" if lo == hi else f"{mean:.1%} ({lo:.1%} to {hi:.1%})" for mean, lo, hi in ends.values()]
+        lines.append("| " + " | ".join((label, *cells)) + " |")
+    seeds, steps = rows["seed"].nunique(), rows["steps"].max()
+    return "\n".join((
+        *lines, "",
+        f"{steps} steps each; means over {seeds} seeds (least to most). Run `{manifest['run']}`: seed {manifest['seed']}, {manifest['device']}, "
+        f"commit `{manifest['git_commit'][:10]}`. Source: [`runs/reference/frontier/frontier.csv`](runs/reference/frontier/frontier.csv).",
+    ))
 
 
 def table(run: str) -> str:
@@ -75,17 +140,25 @@ def table(run: str) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, content: str) -> str:
-    """``readme`` with ``content`` between the markers. ``RuntimeError`` if they are missing."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise RuntimeError(f"README.md: needs the lines {BEGIN} and {END}, once each and in this order")
-    return readme[: readme.index(BEGIN)] + f"{BEGIN}\n{content}\n{END}" + readme[readme.index(END) + len(END):]
+def markers(name: str) -> tuple[str, str]:
+    """The lines of the README before and after the table ``name``."""
+    return f"<!-- {name} table: begin -->", f"<!-- {name} table: end -->"
+
+
+def with_table(readme: str, name: str, content: str) -> str:
+    """``readme`` with ``content`` between the markers of ``name``. ``RuntimeError`` if they are missing."""
+    begin, end = markers(name)
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+        raise RuntimeError(f"README.md: needs the lines {begin} and {end}, once each and in this order")
+    return readme[: readme.index(begin)] + f"{begin}\n{content}\n{end}" + readme[readme.index(end) + len(end):]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True)
+    parser.add_argument("--frontier", action="store_true", help="publish the run's frontier alone")
+    args = parser.parse_args()
     try:
-        print(f"copied to {runs.display(sync(parser.parse_args().run))}; the README's table is up to date")
+        print(f"copied to {runs.display((sync_frontier if args.frontier else sync)(args.run))}; the README's table is up to date")
     except RuntimeError as error:
         raise SystemExit(f"FAILED {error}") from None

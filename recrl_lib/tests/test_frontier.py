@@ -1,5 +1,6 @@
 """The frontier on a tiny random model: its signal, its measures, activated LoRA, and its going on after a stop."""
 
+import os
 import sys
 from dataclasses import asdict, fields, replace
 
@@ -195,17 +196,26 @@ def one_thread():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="points run side by side where processes can be forked safely")
-def test_points_side_by_side_give_the_rows_of_one_after_the_other(lab, one_thread, monkeypatch):
+def test_points_side_by_side_give_the_rows_of_one_after_the_other(lab, one_thread, monkeypatch, tmp_path):
     points = [fr.Point("none", steps=2), fr.Point(rank=4, steps=2), fr.Point("alora", steps=2)]
 
-    def rows(cores: int) -> list[dict]:
+    def rows(cores: int) -> pd.DataFrame:
         monkeypatch.setattr(fr, "cores", lambda: cores)
-        return [{k: v for k, v in row.items() if "seconds" not in k} for row in fr.run_points(lab, points)]
+        return fr.sweep(lab, points, tmp_path / f"{cores}.csv", "k").drop(columns="train_cpu_seconds")
 
-    assert rows(2) == rows(1)
+    pd.testing.assert_frame_equal(rows(2), rows(1), check_exact=True)
+    assert rows(2)["mode"].tolist() == ["none", "update", "alora"]  # read back, in the order asked for
     monkeypatch.setattr(fr, "cores", lambda: 2)
     with pytest.raises(ValueError, match="frontier: mode 'nothing'"):
         list(fr.run_points(lab, [fr.Point("nothing"), *points]))
+
+
+def test_a_job_of_a_batch_leaves_the_cores_to_its_like(monkeypatch):
+    monkeypatch.delenv("RECRL_BATCH", raising=False)
+    if sys.platform == "linux":
+        assert fr.cores() == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("RECRL_BATCH", "ablations")
+    assert fr.cores() == 1
 
 
 def test_a_stopped_frontier_goes_on_and_stale_rows_are_run_again(lab, tmp_path, monkeypatch):
@@ -271,10 +281,8 @@ def test_ideas_are_compared_seed_by_seed():
         row(point, 2, 1.6, 0.6, 0.99),  # its twin was not run
         {**row(twin, 0, 1.9, 0.5, 0.99), "steps": 5},
     ])
-    capitals = pd.DataFrame([row({"mode": "none"}, 0, 1.6, 0.7, 0.0), row(point, 0, 1.8, 0.6, 0.97)])
-    found = fr.compare(table, capitals)
-    assert found["idea"].tolist() == ["basis contrastive, not activation", "capitals"] and found["seeds"].tolist() == [2, 1]
-    assert found.loc[1, ["gain_loss", "gain_reward", "overlap"]].tolist() == pytest.approx([0.5 - 0.8, 0.5 - 0.25, 0.02])
+    found = fr.compare(table)
+    assert found["idea"].tolist() == ["basis contrastive, not activation"] and found["seeds"].tolist() == [2]
     assert found.loc[0, ["gain_loss", "gain_loss_lo", "gain_loss_hi"]].tolist() == pytest.approx([0.2, 0.1, 0.3])
     assert found.loc[0, ["gain_reward", "gain_reward_lo", "gain_reward_hi"]].tolist() == pytest.approx([0.125, -0.25, 0.5])
     assert found.loc[0, ["overlap", "overlap_lo", "overlap_hi"]].tolist() == pytest.approx([0.03, 0.01, 0.05])
@@ -283,18 +291,18 @@ def test_ideas_are_compared_seed_by_seed():
 
 
 def test_what_was_foretold_by_hand():
-    def row(setting: dict, loss: float, overlap: float, items: float, explanations: float, seed: int = 0) -> dict:
+    def row(setting: dict, loss: float, overlap: float, items: float, explanations: float, rank: int, seed: int = 0) -> dict:
         return {**asdict(fr.Point(**setting, steps=20, seed=seed)), "curve": fr.Point(**setting).curve, "loss_base": 2.0, "reward_base": 0.5,
                 "reward": 0.7, "loss": loss, "overlap": overlap, "items_inside": items, "explanations_inside": explanations,
-                "set_same": 1.0, "top1_same": 1.0}  # fmt: skip
+                "rank_mean": rank, "set_same": 1.0, "top1_same": 1.0}  # fmt: skip
 
     others = [{"mode": "gradient"}, {"mode": "frozen_a"}, {"penalty": 1.0}, {"penalty": 1.0, "settle": 3}, {"refresh": 4}]
     table = pd.DataFrame([
-        row({"mode": "none"}, 1.0, 0.1, 0.0, 0.0), row({"mode": "none"}, 1.0, 0.1, 0.0, 0.0, seed=1),
-        row({"energy": 0.9}, 1.1, 0.90, 0.90, 0.80), row({"energy": 0.9}, 1.3, 0.92, 0.90, 0.80, seed=1),
-        row({"energy": 0.99}, 1.4, 0.97, 0.99, 0.95), row({"basis": "contrastive"}, 1.25, 0.95, 0.98, 0.70),
-        row({"basis": "contrastive", "inputs": 10}, 1.05, 0.80, 0.50, 0.40),
-        *(row(setting, 1.5, 0.5, 0.99, 0.1) for setting in others),
+        row({"mode": "none"}, 1.0, 0.1, 0.0, 0.0, 0), row({"mode": "none"}, 1.0, 0.1, 0.0, 0.0, 0, seed=1),
+        row({"energy": 0.9}, 1.1, 0.90, 0.90, 0.80, 20), row({"energy": 0.9}, 1.3, 0.92, 0.90, 0.80, 20, seed=1),
+        row({"energy": 0.99}, 1.4, 0.97, 0.99, 0.95, 30), row({"basis": "contrastive"}, 1.25, 0.95, 0.98, 0.70, 40),
+        row({"basis": "contrastive", "inputs": 10}, 1.05, 0.80, 0.50, 0.40, 10),
+        *(row(setting, 1.5, 0.5, 0.99, 0.1, 50) for setting in others),
     ])
     rows, found = fr.foretold(table)
     assert rows["curve"].tolist() == ["update, activation", "update, activation", "update, contrastive", "update, contrastive, 10 inputs"]
@@ -302,6 +310,8 @@ def test_what_was_foretold_by_hand():
     assert rows["items_outside"].tolist() == pytest.approx([0.1, 0.01, 0.02, 0.5]) and rows["seeds"].tolist() == [2, 1, 1, 1]
     # ranks of the explanations' shares 3 4 2 1, of the gains 3 1 2 4: squared differences 0 + 9 + 0 + 9, 1 - 6 * 18 / (4 * 15)
     assert found["learning"][0] == pytest.approx(-0.8) and found["ranking"] == (1, 1, 1)
+    # of the mean ranks 2 3 4 1: squared differences 1 + 4 + 4 + 9, 1 - 6 * 18 / (4 * 15)
+    assert found["learning, by count"][0] == pytest.approx(-0.8)
 
 
 def test_training_stopped_early_by_hand():
@@ -312,7 +322,8 @@ def test_training_stopped_early_by_hand():
 
 def test_the_published_frontier_is_whole():
     rows = fr.published()
-    assert not rows.duplicated([f.name for f in fields(fr.Point)]).any()
+    settings = [f.name for f in fields(fr.Point)]
+    assert [tuple(row) for row in rows[settings].itertuples(index=False)] == [tuple(asdict(p).values()) for p in fr.named("full", 3, 16)]
     assert (rows.loc[rows["mode"].isin(["update", "frozen_a", "restart"]), "leak"] < 1e-6).all()
     assert (rows.loc[rows["mode"] == "alora", "max_abs_score_delta"] == 0).all()
     points = fr.summarise(rows)

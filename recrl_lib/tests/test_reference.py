@@ -2,13 +2,16 @@
 
 import json
 import re
+from dataclasses import asdict
 
+import pandas as pd
 import pytest
 
-from recrl_lib import paths, reference, runs
+from recrl_lib import frontier, paths, reference, runs
 from recrl_lib.config import Params
-from recrl_lib.files import write_atomic
+from recrl_lib.files import sha256_file, write_atomic
 
+BEGIN, END = reference.markers("reference")
 README = (paths.ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -29,7 +32,7 @@ def finished(tmp_path, monkeypatch):
     manifest = {"run": "r", "seed": 0, "device": "cpu", "threads": 2, "git_commit": "c" * 40, "git_dirty": False, "stages": {"evaluation": stage}}
     write_atomic(folder / "manifest.json", json.dumps(manifest))
     write_atomic(tmp_path / "figures" / "r" / "a.svg", "<svg/>")
-    write_atomic(tmp_path / "README.md", f"before\n{reference.BEGIN}\nold\n{reference.END}\nafter\n")
+    write_atomic(tmp_path / "README.md", f"before\n{BEGIN}\nold\n{END}\nafter\n")
     return folder
 
 
@@ -73,20 +76,87 @@ def test_an_unfinished_run_and_one_without_figures_are_refused(finished, monkeyp
 
 def named(readme: str) -> str:
     """The run that the README's table says it is of."""
-    (run,) = re.findall(r"^Run `([^`]+)`: seed ", readme[readme.index(reference.BEGIN) : readme.index(reference.END)], re.MULTILINE)
+    (run,) = re.findall(r"^Run `([^`]+)`: seed ", readme[readme.index(BEGIN) : readme.index(END)], re.MULTILINE)
     return run
 
 
 def test_the_readme_shows_the_run_that_it_names():
-    assert reference.with_table(README, reference.table(named(README))) == README
+    assert reference.with_table(README, "reference", reference.table(named(README))) == README
 
 
 def test_another_run_may_be_published(finished):
     reference.sync("r")
     readme = (paths.ROOT / "README.md").read_text()
-    assert named(readme) == "r" and reference.with_table(readme, reference.table("r")) == readme
+    assert named(readme) == "r" and reference.with_table(readme, "reference", reference.table("r")) == readme
 
 
 def test_markers_must_be_there():
     with pytest.raises(RuntimeError, match="once each"):
-        reference.with_table("no markers", "x")
+        reference.with_table("no markers", "reference", "x")
+
+
+@pytest.fixture
+def swept(finished):
+    """The same run with a full frontier of two seeds in which a setting's seeds kept .9 and .8 of everything and learned half and all."""
+    points = [frontier.Point(**setting, steps=16, seed=seed) for setting in reference.SETTINGS.values() for seed in (0, 1)]
+    kept = {"overlap": 0.9, "overlap_held": 0.9, "top1_same": 0.9, "loss": 1.0, "reward": 0.7}
+    rows = [{**asdict(p), **{k: v - 0.1 * p.seed for k, v in kept.items()}, "loss_base": 2.0, "reward_base": 0.5} for p in points]
+    rows = [row | {"loss": 1.0 if row["mode"] == "none" or row["seed"] else 1.5} for row in rows]
+    path = finished / "curves" / "frontier.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    manifest = json.loads((finished / "manifest.json").read_text())
+    manifest["stages"]["shield"] = {"status": "finished", "git_commit": "d" * 40, "git_dirty": False, "outputs": {"curves/frontier.csv": sha256_file(path)}}
+    write_atomic(finished / "manifest.json", json.dumps(manifest))
+    runs.write_params(Params(run="r", frontier_points="full"))
+    begin, end = reference.markers("frontier")
+    write_atomic(paths.ROOT / "README.md", f"before\n{begin}\nold\n{end}\nafter\n")
+    return finished
+
+
+def test_a_frontier_is_published_without_the_rest_of_its_run(swept):
+    target = reference.sync_frontier("r")
+    assert sorted(p.name for p in target.iterdir()) == ["frontier.csv", "manifest.json", "params.yaml"]
+    readme = (paths.ROOT / "README.md").read_text()
+    assert "| no shield | 85.0% (80.0% to 90.0%) | 85.0% (80.0% to 90.0%) | 85.0% (80.0% to 90.0%) | 100.0% |" in readme
+    assert "| activated LoRA, never merged | 85.0% (80.0% to 90.0%) |" in readme and "| 75.0% (50.0% to 100.0%) |" in readme
+    assert "16 steps each; means over 2 seeds" in readme and f"commit `{'c' * 10}`" in readme and readme.endswith("\nafter\n")
+
+
+def test_the_readmes_settings_are_of_the_full_set():
+    full = frontier.named("full", 1, 16)
+    assert all(frontier.Point(**setting, steps=16) in full for setting in reference.SETTINGS.values())
+
+
+def test_the_readme_shows_the_published_frontier():
+    table = reference.frontier_table(frontier.published(), runs.read_manifest("reference/frontier"))
+    assert reference.with_table(README, "frontier", table) == README
+
+
+def test_a_frontier_that_lacks_a_setting_leaves_everything_as_it_was(swept):
+    path = swept / "curves" / "frontier.csv"
+    rows = pd.read_csv(path)
+    rows[rows["mode"] != "alora"].to_csv(path, index=False)
+    manifest = json.loads((swept / "manifest.json").read_text())
+    manifest["stages"]["shield"]["outputs"]["curves/frontier.csv"] = sha256_file(path)
+    write_atomic(swept / "manifest.json", json.dumps(manifest))
+    with pytest.raises(RuntimeError, match="no row for 'activated LoRA, never merged'"):
+        reference.sync_frontier("r")
+    assert not paths.REFERENCE.exists() and "old" in (paths.ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"status": "failed"}, "has not finished a full frontier: make all RUN=r TO=shield"), ({"git_dirty": True}, "uncommitted changes"),
+    ({"outputs": {"curves/frontier.csv": "another"}}, "has changed since notebook 04 wrote it"),
+])  # fmt: skip
+def test_a_frontier_without_a_source_is_refused(swept, wrong, message):
+    manifest = json.loads((swept / "manifest.json").read_text())
+    manifest["stages"]["shield"] |= wrong
+    write_atomic(swept / "manifest.json", json.dumps(manifest))
+    with pytest.raises(RuntimeError, match=message):
+        reference.sync_frontier("r")
+    runs.write_params(Params(run="r"))
+    with pytest.raises(RuntimeError, match="full frontier"):
+        reference.sync_frontier("r")
+    with pytest.raises(RuntimeError, match="full frontier"):
+        reference.sync_frontier("unknown")
+    assert not paths.REFERENCE.exists() and "old" in (paths.ROOT / "README.md").read_text()
