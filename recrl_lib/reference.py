@@ -53,8 +53,7 @@ def sync(run: str) -> Path:
     drawn = sorted((paths.FIGURES / run).glob("*.svg"))
     if not drawn:
         raise RuntimeError(f"figures/{run} holds no figure: make all RUN={run} FORCE=1, with the run's profile and seed")
-    if any(stage["git_dirty"] or stage["git_commit"] is None for stage in manifest["stages"].values()):
-        raise RuntimeError(f"runs/{run}: it ran on uncommitted changes, so its numbers have no source; commit, then make all RUN={run} FORCE=1, with the run's profile and seed")
+    _check_source(manifest, f"make all RUN={run} FORCE=1, with the run's profile and seed")
     if runs.git_state()[1] is not False:  # what is published must be what the commit's code reads and writes
         raise RuntimeError(f"the git tree has uncommitted changes, or is none (see git status): commit or remove them, then make sync-reference RUN={run}")
     source, target = runs.run_folder(run), paths.REFERENCE / run
@@ -82,8 +81,7 @@ def sync_frontier(run: str) -> Path:
     stage = manifest["stages"].get("shield", {})
     if stage.get("status") != "finished" or params.frontier_points != "full":
         raise RuntimeError(f"runs/{run}: notebook 04 has not finished a full frontier: {again}")
-    if any(entry["git_dirty"] or entry["git_commit"] is None for entry in manifest["stages"].values()):
-        raise RuntimeError(f"runs/{run}: it ran on uncommitted changes, so its numbers have no source; commit, then {again} and FORCE=1")
+    _check_source(manifest, f"{again} and FORCE=1")
     path = folder / "curves" / "frontier.csv"
     if not path.is_file() or sha256_file(path) != stage["outputs"]["curves/frontier.csv"]:
         raise RuntimeError(f"{runs.display(path)} is missing or has changed since notebook 04 wrote it: {again}")
@@ -93,6 +91,12 @@ def sync_frontier(run: str) -> Path:
         write_atomic(target / source.name, source.read_bytes())
     write_atomic(readme, text)
     return target
+
+
+def _check_source(manifest: dict, again: str) -> None:
+    """``RuntimeError`` if a stage of the run has no commit that is its code."""
+    if any(stage["git_dirty"] or stage["git_commit"] is None for stage in manifest["stages"].values()):
+        raise RuntimeError(f"runs/{manifest['run']}: it ran on uncommitted changes, so its numbers have no source; commit, then {again}")
 
 
 def frontier_table(rows: pd.DataFrame, manifest: dict) -> str:
