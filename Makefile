@@ -47,7 +47,7 @@ env: $(STAMP)
 
 ## run the whole study; a second call runs only what has changed
 all: $(STAMP)
-	@$(PY) -m recrl_lib.runner all $(OPTIONS)
+	@$(PY) -m recrl_lib.pipeline.execute all $(OPTIONS)
 
 ## unit tests, every notebook against its stored outputs (from an empty runs/smoke), and the rules for notebooks
 test: $(STAMP)
@@ -56,7 +56,7 @@ test: $(STAMP)
 	rm -rf runs/smoke
 	RECRL_PROGRESS=off $(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks/
 	$(PY) -m pytest recrl_lib/tests/test_notebooks.py
-	$(PY) -m recrl_lib.verify --run smoke
+	$(PY) -m recrl_lib.pipeline.verify --run smoke
 
 ## open the notebooks in JupyterLab
 lab: $(STAMP)
@@ -64,27 +64,27 @@ lab: $(STAMP)
 
 ## time the parts that cost the most
 bench: $(STAMP)
-	$(PY) -m recrl_lib.bench
+	$(PY) -m recrl_lib.pipeline.bench
 
 ## execute notebooks/ with their own parameters and store the outputs (needed after an edit)
 notebooks: $(STAMP)
-	@$(PY) -m recrl_lib.runner publish
+	@$(PY) -m recrl_lib.pipeline.execute publish
 
 ## many runs derived from a finished one: make batch GRID=ablations BASE=laptop JOBS=2
 batch: $(STAMP)
-	@$(PY) -m recrl_lib.batch $(BATCH)
+	@$(PY) -m recrl_lib.pipeline.batch $(BATCH)
 
 ## compute a finished run's numbers again from its artifacts, and compare: make verify RUN=laptop
 verify: $(STAMP)
-	@$(PY) -m recrl_lib.verify --run $(RUN)
+	@$(PY) -m recrl_lib.pipeline.verify --run $(RUN)
 
 ## copy a finished run's small files to runs/reference and refresh the README: make sync-reference RUN=laptop
 sync-reference: $(STAMP)
-	@$(PY) -m recrl_lib.reference --run $(RUN)
+	@$(PY) -m recrl_lib.pipeline.publish --run $(RUN)
 
 ## publish the full frontier of a run's notebook 04, and refresh the README: make sync-frontier RUN=front
 sync-frontier: $(STAMP)
-	@$(PY) -m recrl_lib.reference --frontier --run $(RUN)
+	@$(PY) -m recrl_lib.pipeline.publish --frontier --run $(RUN)
 
 ## on a rented GPU machine: an environment that keeps the image's torch, caches on the volume (VOLUME=/workspace)
 pod-setup:

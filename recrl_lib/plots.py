@@ -21,10 +21,16 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+    ScalarFormatter,
+)
 
 from recrl_lib import paths
-from recrl_lib.files import write_atomic
+from recrl_lib.runs import write_atomic
 
 
 class Look(NamedTuple):
@@ -88,16 +94,22 @@ def _looks(names: Sequence[str]) -> list[Look]:
     return [LOOKS[n] if n in LOOKS else _OTHERS[next(free) % len(_OTHERS)] for n in names]
 
 
-def _metric(metrics: Mapping[str, Any], key: str, stage: str = "evaluation", notebook: str = "06_evaluation") -> float:
+def _metric(
+    metrics: Mapping[str, Any], key: str, stage: str = "evaluation", notebook: str = "06_evaluation"
+) -> float:
     if key not in metrics:
-        raise ValueError(f"metrics/{stage}.json lacks {key!r}: run notebooks/{notebook}.ipynb again")
+        raise ValueError(
+            f"metrics/{stage}.json lacks {key!r}: run notebooks/{notebook}.ipynb again"
+        )
     return metrics[key]
 
 
 def _columns(table: pd.DataFrame, name: str, *needed: str) -> pd.DataFrame:
     table = pd.DataFrame(table)
     if missing := [c for c in needed if c not in table]:
-        raise ValueError(f"{name}: no column {', '.join(missing)}; run the notebook that writes this table again")
+        raise ValueError(
+            f"{name}: no column {', '.join(missing)}; run the notebook that writes this table again"
+        )
     if table.empty:
         raise ValueError(f"{name}: no rows to draw; run the notebook that writes this table again")
     return table
@@ -107,7 +119,9 @@ def _arms_in(metrics: Mapping[str, Any], name: str, *, base: bool) -> list[str]:
     """Arms that have metric ``name``, in the study's order."""
     found = [arm for arm in LOOKS if f"{arm}/{name}" in metrics and (base or arm != "base")]
     if not found:
-        raise ValueError(f"metrics/evaluation.json has {name!r} for no arm: run notebooks/06_evaluation.ipynb again")
+        raise ValueError(
+            f"metrics/evaluation.json has {name!r} for no arm: run notebooks/06_evaluation.ipynb again"
+        )
     return found
 
 
@@ -138,7 +152,13 @@ def _dots(ax: Axes, rows: Sequence[Mapping[str, Any]], value: str, xlabel: str) 
     ax.grid(axis="y", visible=False)
 
 
-def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]], ylabel: str, reference: float | None, digits: int = 3) -> None:
+def _bars(
+    ax: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    ylabel: str,
+    reference: float | None,
+    digits: int = 3,
+) -> None:
     for x, (row, look) in enumerate(zip(rows, _looks([r["name"] for r in rows]))):
         ax.bar(
             x,
@@ -167,7 +187,9 @@ def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]], ylabel: str, reference: f
     ax.grid(axis="x", visible=False)
 
 
-def bars(rows: Sequence[Mapping[str, Any]], ylabel: str, title: str, reference: float | None = None) -> Figure:
+def bars(
+    rows: Sequence[Mapping[str, Any]], ylabel: str, title: str, reference: float | None = None
+) -> Figure:
     """One bar a row: name, value and, where given, the ends lo and hi of an interval.
 
     ``reference``: a dashed line, for example at chance.
@@ -195,8 +217,15 @@ def data_overview(interactions: pd.DataFrame, items: pd.DataFrame) -> Figure:
     popularity.set(title="Popularity", xlabel="item, by rank of popularity", ylabel="ratings")
 
     lengths = interactions["user"].value_counts().to_numpy()
-    length.hist(lengths, bins=np.geomspace(lengths.min(), lengths.max() + 1, 25), color=_PALETTE[0], edgecolor="black")
-    length.axvline(np.median(lengths), color="black", linestyle="--", label=f"median {np.median(lengths):g}")
+    length.hist(
+        lengths,
+        bins=np.geomspace(lengths.min(), lengths.max() + 1, 25),
+        color=_PALETTE[0],
+        edgecolor="black",
+    )
+    length.axvline(
+        np.median(lengths), color="black", linestyle="--", label=f"median {np.median(lengths):g}"
+    )
     length.set(title="History length", xlabel="ratings of a user", ylabel="users", xscale="log")
     length.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     length.xaxis.set_major_formatter(ScalarFormatter())
@@ -205,7 +234,15 @@ def data_overview(interactions: pd.DataFrame, items: pd.DataFrame) -> Figure:
 
     shares = genre_shares(interactions, items)
     y = np.arange(len(shares))
-    genre.barh(y - 0.2, shares["items"], 0.4, color=_PALETTE[7], edgecolor="black", linewidth=0.5, label="of items")
+    genre.barh(
+        y - 0.2,
+        shares["items"],
+        0.4,
+        color=_PALETTE[7],
+        edgecolor="black",
+        linewidth=0.5,
+        label="of items",
+    )
     genre.barh(
         y + 0.2,
         shares["ratings"],
@@ -245,7 +282,12 @@ def ranker_training(curve: pd.DataFrame | list[dict]) -> Figure:
     loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
     valid.plot(curve["epoch"], curve["valid_ndcg@10"], "s--", color=_PALETTE[1], markersize=4)
     valid.plot(
-        best["epoch"], best["valid_ndcg@10"], "*", color="black", markersize=13, label=f"best: epoch {best['epoch']:g}"
+        best["epoch"],
+        best["valid_ndcg@10"],
+        "*",
+        color="black",
+        markersize=13,
+        label=f"best: epoch {best['epoch']:g}",
     )
     valid.set(title="Validation", xlabel="epoch", ylabel="NDCG@10")
     valid.legend(loc="lower right")
@@ -271,7 +313,9 @@ def ranker_spread(values: Mapping[str, Sequence[float]], reference: Mapping[str,
         raise ValueError("ranker_spread: every ranker needs the value of at least one seed")
     fig, ax = _axes(1, 1, 7.5, 1.4 + 0.5 * len(values))
     for y, (seeds, look) in enumerate(zip(values.values(), _looks(list(values)))):
-        ax.plot(seeds, np.full(len(seeds), y), look.marker, color=look.colour, markersize=8, alpha=0.7)
+        ax.plot(
+            seeds, np.full(len(seeds), y), look.marker, color=look.colour, markersize=8, alpha=0.7
+        )
         ax.plot([np.mean(seeds)] * 2, [y - 0.3, y + 0.3], "-", color="black", linewidth=2)
     for (name, value), dash in zip(reference.items(), (":", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))):
         ax.axvline(value, color="black", linestyle=dash, linewidth=1.2, label=name)
@@ -289,7 +333,9 @@ def ranker_spread(values: Mapping[str, Sequence[float]], reference: Mapping[str,
 def outside_energy(spectrum: Sequence[float]) -> np.ndarray:
     """Share (d + 1,) of the trace outside the top k eigenvectors, for k = 0..d, from eigenvalues, largest first."""
     values = np.asarray(spectrum, np.float64)
-    tail = values[::-1].cumsum()[::-1]  # summed from the small end: 1 - cumsum would drown in rounding
+    tail = values[::-1].cumsum()[
+        ::-1
+    ]  # summed from the small end: 1 - cumsum would drown in rounding
     return np.append(tail, 0.0) / tail[0]
 
 
@@ -314,9 +360,18 @@ def spectrum(protected: Mapping[str, Any]) -> Figure:
             if (space := protected.get(f"{number}.{kind}")) is None:
                 continue
             left = outside_energy(space.spectrum)[: space.width]
-            k = np.unique(np.r_[0:8, np.linspace(0, space.width - 1, 60).astype(int)].clip(max=space.width - 1))
+            k = np.unique(
+                np.r_[0:8, np.linspace(0, space.width - 1, 60).astype(int)].clip(
+                    max=space.width - 1
+                )
+            )
             ax.plot(
-                k, left[k], lines[i % 4], color=colours[i], linewidth=1.3, label=number if number in named else None
+                k,
+                left[k],
+                lines[i % 4],
+                color=colours[i],
+                linewidth=1.3,
+                label=number if number in named else None,
             )
             ax.plot(
                 space.rank,
@@ -329,7 +384,9 @@ def spectrum(protected: Mapping[str, Any]) -> Figure:
         ax.set_ylim(1e-7, 1.5)
         ax.legend(title="layer", ncols=2, loc="upper right")
     axes[0, 0].set_ylabel("share of energy outside")
-    fig.suptitle("What item texts leave outside the protected directions (dot: where the shield stops)")
+    fig.suptitle(
+        "What item texts leave outside the protected directions (dot: where the shield stops)"
+    )
     return fig
 
 
@@ -339,14 +396,39 @@ def one_layer() -> Figure:
     items = rng.normal(size=(40, 2)) * (1.0, 0.06)
     said = rng.normal(size=(40, 2)) * (0.8, 0.5)
     fig, axes = _axes(1, 2, 9, 3.4, sharex=True, sharey=True)
-    for ax, row, title in zip(axes, ((0.9, 1.1), (0.0, 1.1)), ("A row a of A, as tuning leaves it", "The same row off Q: a − (a·Q)Qᵀ")):
+    for ax, row, title in zip(
+        axes,
+        ((0.9, 1.1), (0.0, 1.1)),
+        ("A row a of A, as tuning leaves it", "The same row off Q: a − (a·Q)Qᵀ"),
+    ):
         ax.axhline(0, color="black", linewidth=0.8, linestyle="--")
         ax.text(2.35, 0.1, "Q", fontsize=11)
-        ax.scatter(*items.T, s=16, marker="s", color=_PALETTE[0], label="inputs of item texts: along Q, nearly")
-        ax.scatter(*said.T, s=20, marker="^", facecolors="none", edgecolors=_PALETTE[1], label="inputs of explanations: everywhere")
-        ax.annotate("", row, (0, 0), arrowprops={"arrowstyle": "-|>", "linewidth": 2, "color": "black"})
+        ax.scatter(
+            *items.T,
+            s=16,
+            marker="s",
+            color=_PALETTE[0],
+            label="inputs of item texts: along Q, nearly",
+        )
+        ax.scatter(
+            *said.T,
+            s=20,
+            marker="^",
+            facecolors="none",
+            edgecolors=_PALETTE[1],
+            label="inputs of explanations: everywhere",
+        )
+        ax.annotate(
+            "", row, (0, 0), arrowprops={"arrowstyle": "-|>", "linewidth": 2, "color": "black"}
+        )
         ax.text(row[0] + 0.1, row[1], "a", fontsize=11)
-        ax.set(title=title, xlim=(-2.5, 2.7), ylim=(-1.5, 1.6), xlabel="a direction in Q", ylabel="a direction outside Q")
+        ax.set(
+            title=title,
+            xlim=(-2.5, 2.7),
+            ylim=(-1.5, 1.6),
+            xlabel="a direction in Q",
+            ylabel="a direction outside Q",
+        )
         ax.set_aspect("equal")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     fig.suptitle("What a row hears of an input x is a·x (a drawing, without units)")
@@ -356,14 +438,22 @@ def one_layer() -> Figure:
 def overlap_by_layer(table: pd.DataFrame) -> Figure:
     """Share of the prompts' energy inside the protected subspace, beside what as many random directions would hold."""
     table = _columns(table, "overlap", "input", "rank", "width", "overlap")
-    table = table.assign(layer=[_layer(n)[0] for n in table["input"]], kind=[_layer(n)[1] for n in table["input"]])
+    table = table.assign(
+        layer=[_layer(n)[0] for n in table["input"]], kind=[_layer(n)[1] for n in table["input"]]
+    )
     kinds = sorted(table["kind"].unique())
     fig, axes = _axes(1, len(kinds), 4.8 * len(kinds), 3.2, sharey=True, squeeze=False)
     for ax, kind in zip(axes[0], kinds):
         part = table[table["kind"] == kind].sort_values("layer")
-        ax.plot(part["layer"], part["overlap"], "o-", color=_PALETTE[3], label="prompts' energy held")
         ax.plot(
-            part["layer"], part["rank"] / part["width"], "s:", color=_PALETTE[7], label="random subspace of that size"
+            part["layer"], part["overlap"], "o-", color=_PALETTE[3], label="prompts' energy held"
+        )
+        ax.plot(
+            part["layer"],
+            part["rank"] / part["width"],
+            "s:",
+            color=_PALETTE[7],
+            label="random subspace of that size",
         )
         ax.set(title=f"{kind} input", xlabel="layer", ylim=(0, 1.03))
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -384,18 +474,42 @@ def frontier(points: pd.DataFrame) -> Figure:
     Up and to the left is better. Bars run from the least to the most of the seeds. Places lost are on a scale that is
     linear below 1 %, so that an exact method has its place at 0.
     """
-    points = _columns(points, "frontier", "curve", "overlap", "overlap_lo", "overlap_hi", "gain_loss", "gain_reward", "steps", "penalty", "energy", "rank")
+    points = _columns(
+        points,
+        "frontier",
+        "curve",
+        "overlap",
+        "overlap_lo",
+        "overlap_hi",
+        "gain_loss",
+        "gain_reward",
+        "steps",
+        "penalty",
+        "energy",
+        "rank",
+    )
     fig, axes = _axes(1, 2, 11, 5.2, sharex=True)
     curves = list(points["curve"].unique())
-    for ax, measure, title in zip(axes, ("gain_loss", "gain_reward"), ("likelihood of unseen explanations", "reward of greedy texts")):
+    for ax, measure, title in zip(
+        axes,
+        ("gain_loss", "gain_reward"),
+        ("likelihood of unseen explanations", "reward of greedy texts"),
+    ):
         for n, curve in enumerate(curves):
-            part = points[points["curve"] == curve].sort_values(["steps", "penalty", "energy", "rank"])
+            part = points[points["curve"] == curve].sort_values(
+                ["steps", "penalty", "energy", "rank"]
+            )
             lost = 1 - part["overlap"]
             ax.errorbar(
                 lost,
                 part[measure],
-                xerr=np.maximum([part["overlap_hi"] - part["overlap"], part["overlap"] - part["overlap_lo"]], 0),
-                yerr=np.maximum([part[measure] - part[f"{measure}_lo"], part[f"{measure}_hi"] - part[measure]], 0),
+                xerr=np.maximum(
+                    [part["overlap_hi"] - part["overlap"], part["overlap"] - part["overlap_lo"]], 0
+                ),
+                yerr=np.maximum(
+                    [part[measure] - part[f"{measure}_lo"], part[f"{measure}_hi"] - part[measure]],
+                    0,
+                ),
                 fmt=_MARKERS[n % len(_MARKERS)] + _LINES[n % len(_LINES)],
                 color=_PALETTE[n % len(_PALETTE)],
                 capsize=2,
@@ -403,33 +517,70 @@ def frontier(points: pd.DataFrame) -> Figure:
                 elinewidth=0.8,
                 label=curve,
             )
-        ax.plot(0, 1, "k*", markersize=11, linestyle="none", label="separate: a second copy, by construction")
+        ax.plot(
+            0,
+            1,
+            "k*",
+            markersize=11,
+            linestyle="none",
+            label="separate: a second copy, by construction",
+        )
         ax.axvline(0.01, color="black", linewidth=0.8, linestyle=":")
         ax.axhline(0.9, color="black", linewidth=0.8, linestyle=":")
-        ax.set(title=f"Measured by the {title}", xlabel="places of the base top 10 lost", ylabel="share of the unshielded gain kept")
+        ax.set(
+            title=f"Measured by the {title}",
+            xlabel="places of the base top 10 lost",
+            ylabel="share of the unshielded gain kept",
+        )
         ax.set_xscale("symlog", linthresh=0.01)
         ax.set_xlim(-0.0005, 1.1)
         ax.xaxis.set_major_formatter(PercentFormatter(1))
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7.5)
-    fig.suptitle("Learning kept against ranking moved (dotted: the target, 90 % of the gain and 1 % of the places)")
+    fig.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7.5
+    )
+    fig.suptitle(
+        "Learning kept against ranking moved (dotted: the target, 90 % of the gain and 1 % of the places)"
+    )
     return fig
 
 
 def ideas(table: pd.DataFrame) -> Figure:
     """What each idea changed against its twin without it (``frontier.compare``); a bar from the least to the most of the seeds."""
-    measures = {"gain_loss": "Gain kept, by likelihood", "overlap": "Places of the top 10 kept", "overlap_held": "Places of unseen items kept"}
-    table = _columns(table, "frontier.compare", "idea", "seeds", *(f"{m}{end}" for m in measures for end in ("", "_lo", "_hi")))
+    measures = {
+        "gain_loss": "Gain kept, by likelihood",
+        "overlap": "Places of the top 10 kept",
+        "overlap_held": "Places of unseen items kept",
+    }
+    table = _columns(
+        table,
+        "frontier.compare",
+        "idea",
+        "seeds",
+        *(f"{m}{end}" for m in measures for end in ("", "_lo", "_hi")),
+    )
     fig, axes = _axes(1, 3, 11, 1.4 + 0.3 * len(table), sharey=True)
     rows = np.arange(len(table))
     for n, (ax, (measure, label)) in enumerate(zip(axes, measures.items())):
         value, lo, hi = (100 * table[f"{measure}{end}"].to_numpy() for end in ("", "_lo", "_hi"))
         ax.axvline(0, color="black", linewidth=0.8, linestyle=":")
-        ax.errorbar(value, rows, xerr=[value - lo, hi - value], fmt=_MARKERS[n], color=_PALETTE[n], capsize=3, linewidth=1.2)
-        ax.set_xscale("symlog", linthresh=1)  # one idea changes twenty points, another a fifth of one
+        ax.errorbar(
+            value,
+            rows,
+            xerr=[value - lo, hi - value],
+            fmt=_MARKERS[n],
+            color=_PALETTE[n],
+            capsize=3,
+            linewidth=1.2,
+        )
+        ax.set_xscale(
+            "symlog", linthresh=1
+        )  # one idea changes twenty points, another a fifth of one
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set(title=label, xlabel="difference in percentage points")
-    axes[0].set_yticks(rows, [f"{idea} ({seeds})" for idea, seeds in zip(table["idea"], table["seeds"])])
+    axes[0].set_yticks(
+        rows, [f"{idea} ({seeds})" for idea, seeds in zip(table["idea"], table["seeds"])]
+    )
     axes[0].invert_yaxis()
     fig.suptitle("Each idea against its twin without it (in brackets: seeds)")
     return fig
@@ -437,17 +588,41 @@ def ideas(table: pd.DataFrame) -> Figure:
 
 def foretold(rows: pd.DataFrame, correlations: Mapping[str, tuple[float, float, float]]) -> Figure:
     """What protected directions hold, against what training then kept: what ``frontier.foretold`` returns; a marker a basis."""
-    rows = _columns(rows, "frontier.foretold", "curve", "explanations_inside", "items_outside", "gain_loss", "lost")
+    rows = _columns(
+        rows,
+        "frontier.foretold",
+        "curve",
+        "explanations_inside",
+        "items_outside",
+        "gain_loss",
+        "lost",
+    )
     fig, axes = _axes(1, 2, 11, 4.6)
     panels = (
-        ("learning", "explanations_inside", "gain_loss", "explanations' energy held", "share of the unshielded gain kept"),
-        ("ranking", "items_outside", "lost", "item texts' energy left free", "places of the base top 10 lost"),
+        (
+            "learning",
+            "explanations_inside",
+            "gain_loss",
+            "explanations' energy held",
+            "share of the unshielded gain kept",
+        ),
+        (
+            "ranking",
+            "items_outside",
+            "lost",
+            "item texts' energy left free",
+            "places of the base top 10 lost",
+        ),
     )
     for ax, (name, x, y, xlabel, ylabel) in zip(axes, panels):
         for n, (curve, part) in enumerate(rows.groupby("curve", sort=False)):
             look = {"marker": _MARKERS[n % len(_MARKERS)], "color": _PALETTE[n % len(_PALETTE)]}
             ax.plot(part[x], part[y], **look, linestyle="none", label=curve)
-        ax.set(xlabel=xlabel, ylabel=ylabel, title="Rank correlation {:.2f} ({:.2f} to {:.2f})".format(*correlations[name]))
+        ax.set(
+            xlabel=xlabel,
+            ylabel=ylabel,
+            title="Rank correlation {:.2f} ({:.2f} to {:.2f})".format(*correlations[name]),
+        )
     axes[1].set_xscale("log")
     axes[1].set_yscale("log")
     axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -455,7 +630,9 @@ def foretold(rows: pd.DataFrame, correlations: Mapping[str, tuple[float, float, 
     for axis in (axes[0].xaxis, axes[0].yaxis, axes[1].xaxis, axes[1].yaxis):
         axis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.suptitle("What the directions hold before training, against what training does (95 % intervals, as if the settings were independent)")
+    fig.suptitle(
+        "What the directions hold before training, against what training does (95 % intervals, as if the settings were independent)"
+    )
     return fig
 
 
@@ -471,7 +648,13 @@ _PPO_PANELS = (
     ("explained_variance", "Explained by the values", "share of the variance"),
     ("step_seconds", "Time of a step", "seconds"),
 )
-_PPO_NEEDED = ("reward", "kl", "length", "eos_rate", "step_seconds")  # the other panels are PPO's own: TRL's trainers lack them
+_PPO_NEEDED = (
+    "reward",
+    "kl",
+    "length",
+    "eos_rate",
+    "step_seconds",
+)  # the other panels are PPO's own: TRL's trainers lack them
 
 
 def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
@@ -486,13 +669,17 @@ def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
         if column in ("clip_fraction", "eos_rate"):
             ax.yaxis.set_major_formatter(PercentFormatter(1))
         elif column == "explained_variance":
-            ax.set_ylim(bottom=max(ax.get_ylim()[0], -2))  # a value head that knows nothing yet may be far below
-    for ax in axes.flat[len(panels):]:
+            ax.set_ylim(
+                bottom=max(ax.get_ylim()[0], -2)
+            )  # a value head that knows nothing yet may be far below
+    for ax in axes.flat[len(panels) :]:
         ax.remove()
     last = axes.flat[len(panels) - 1]
     guarded = curve[curve["shield_seconds"] > 0]
     if len(guarded):
-        last.plot(guarded["step"], guarded["shield_seconds"], ":", color="black", label="shield alone")
+        last.plot(
+            guarded["step"], guarded["shield_seconds"], ":", color="black", label="shield alone"
+        )
     last.set_ylim(bottom=0)
     axes[0, 0].legend(loc="best")
     last.legend(loc="best")
@@ -508,7 +695,15 @@ def _arm_lines(ax, curve: pd.DataFrame, column: str) -> None:
     for arm, look in zip(arms, _looks(arms)):
         part = curve[curve["arm"] == arm]
         ax.plot(
-            part["step"], part[column], look.line, marker=look.marker, markevery=every, color=look.colour, markersize=5, linewidth=1.3, label=arm
+            part["step"],
+            part[column],
+            look.line,
+            marker=look.marker,
+            markevery=every,
+            color=look.colour,
+            markersize=5,
+            linewidth=1.3,
+            label=arm,
         )
     _whole_ticks(ax.xaxis)
 
@@ -519,7 +714,9 @@ def ppo_statistics(curve: pd.DataFrame | list[dict], units: Mapping[str, str]) -
     drawn = {column for column, *_ in _PPO_PANELS} | {"arm", "step", "episodes", "shield_seconds"}
     panels = [c for c in curve if c not in drawn and curve[c].notna().any()]
     if not panels:
-        raise ValueError("curves/ppo.csv: no further statistic to draw; run notebooks/05_shielded_ppo.ipynb again")
+        raise ValueError(
+            "curves/ppo.csv: no further statistic to draw; run notebooks/05_shielded_ppo.ipynb again"
+        )
     rows = -(-len(panels) // 4)
     fig, axes = _axes(rows, 4, 10.8, 1.7 * rows, sharex=True, squeeze=False)
     for ax, column in zip(axes.flat, panels):
@@ -528,9 +725,9 @@ def ppo_statistics(curve: pd.DataFrame | list[dict], units: Mapping[str, str]) -
         ax.set_ylabel(units.get(column, ""), fontsize=8)
         ax.tick_params(labelsize=8)
         ax.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
-    for ax in axes.flat[len(panels):]:
+    for ax in axes.flat[len(panels) :]:
         ax.remove()
-    for ax in axes.flat[max(len(panels) - 4, 0):len(panels)]:
+    for ax in axes.flat[max(len(panels) - 4, 0) : len(panels)]:
         ax.tick_params(labelbottom=True)
         ax.set_xlabel("PPO step", fontsize=8)
     axes[0, 0].legend(loc="best", fontsize=8)
@@ -616,7 +813,11 @@ def ctr_lift(metrics: Mapping[str, Any], ceiling: float | None = None) -> Figure
     return fig
 
 
-_CHURN = {"top10_overlap": "items kept", "top10_set_same": "same ten", "top10_exact": "same ten,\nsame order"}
+_CHURN = {
+    "top10_overlap": "items kept",
+    "top10_set_same": "same ten",
+    "top10_exact": "same ten,\nsame order",
+}
 
 
 def ranking_moved(metrics: Mapping[str, Any]) -> Figure:
@@ -627,15 +828,32 @@ def ranking_moved(metrics: Mapping[str, Any]) -> Figure:
     for i, (arm, look) in enumerate(zip(arms, _looks(arms))):
         x = np.arange(len(_CHURN)) + (i - (len(arms) - 1) / 2) * width
         values = [_metric(metrics, f"{arm}/{name}") for name in _CHURN]
-        churn.bar(x, values, width, color=look.colour, hatch=look.hatch, edgecolor="black", linewidth=0.8, label=arm)
+        churn.bar(
+            x,
+            values,
+            width,
+            color=look.colour,
+            hatch=look.hatch,
+            edgecolor="black",
+            linewidth=0.8,
+            label=arm,
+        )
         for at, value in zip(x, values):
             churn.annotate(
-                _percent(value), (at, value), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8
+                _percent(value),
+                (at, value),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
             )
     churn.set_xticks(range(len(_CHURN)), list(_CHURN.values()))
     churn.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     churn.set(
-        title="The top 10 after tuning", ylabel="share (items, then users)", ylim=(0, 1.25), yticks=np.linspace(0, 1, 6)
+        title="The top 10 after tuning",
+        ylabel="share (items, then users)",
+        ylim=(0, 1.25),
+        yticks=np.linspace(0, 1, 6),
     )
     churn.grid(axis="x", visible=False)
     churn.legend(loc="upper center", ncols=len(arms))
@@ -667,7 +885,16 @@ def tradeoff(metrics: Mapping[str, Any]) -> Figure:
     for arm, look in zip(arms, _looks(arms)):
         x, y = _metric(metrics, f"{arm}/top10_overlap"), metrics[f"{arm}/reward"]
         errors = _errors(y, metrics.get(f"{arm}/reward_lo"), metrics.get(f"{arm}/reward_hi"))
-        ax.errorbar(x, y, yerr=errors, fmt=look.marker, color=look.colour, capsize=4, markersize=9, label=arm)
+        ax.errorbar(
+            x,
+            y,
+            yerr=errors,
+            fmt=look.marker,
+            color=look.colour,
+            capsize=4,
+            markersize=9,
+            label=arm,
+        )
     ax.set(
         title="Reward against a ranking that stays",
         xlabel="share of the base top 10 kept",
@@ -684,17 +911,23 @@ def sensitivity(table: pd.DataFrame, arm: str = "shielded") -> Figure:
 
     ``table``: ``evaluation.sensitivity_table``. Below 1 a cell is outlined: there the sign of the lift changes.
     """
-    table = _columns(table, "sensitivity", "arm", "first", "second", "first_factor", "second_factor", "lift")
+    table = _columns(
+        table, "sensitivity", "arm", "first", "second", "first_factor", "second_factor", "lift"
+    )
     table = table[table["arm"] == arm]
     pairs = list(dict.fromkeys(zip(table["first"], table["second"])))
-    reach = 1.6 * max(float((table["lift"] - 1).abs().max()), 1e-3)  # light enough for black numbers
+    reach = 1.6 * max(
+        float((table["lift"] - 1).abs().max()), 1e-3
+    )  # light enough for black numbers
     fig, axes = _axes(1, len(pairs), 3.6 * len(pairs), 3.4, squeeze=False)
     for ax, (first, second) in zip(axes[0], pairs):
         part = table[(table["first"] == first) & (table["second"] == second)]
         grid = part.pivot(index="first_factor", columns="second_factor", values="lift")
         ax.imshow(grid, cmap="RdBu", vmin=1 - reach, vmax=1 + reach, origin="lower", aspect="auto")
         for (i, j), lift in np.ndenumerate(grid.to_numpy()):
-            edge = dict(boxstyle="round", facecolor="white", edgecolor="black") if lift < 1 else None
+            edge = (
+                dict(boxstyle="round", facecolor="white", edgecolor="black") if lift < 1 else None
+            )
             ax.text(j, i, f"{lift:.2f}", ha="center", va="center", fontsize=8, bbox=edge)
         ax.set_xticks(range(len(grid.columns)), [f"{f:.2g}" for f in grid.columns])
         ax.set_yticks(range(len(grid.index)), [f"{f:.2g}" for f in grid.index])
@@ -706,20 +939,38 @@ def sensitivity(table: pd.DataFrame, arm: str = "shielded") -> Figure:
 
 def controls(metrics: Mapping[str, Any], arm: str = "shielded") -> Figure:
     """Reward, judged quality and CTR lift of the texts composed by rule, with a line at the same users' ``arm``."""
-    names = [key.split("/")[0] for key in metrics if key.startswith("control_") and key.endswith("/reward")]
+    names = [
+        key.split("/")[0]
+        for key in metrics
+        if key.startswith("control_") and key.endswith("/reward")
+    ]
     if not names:
-        raise ValueError("metrics/evaluation.json has no controls: run notebooks/06_evaluation.ipynb again")
+        raise ValueError(
+            "metrics/evaluation.json has no controls: run notebooks/06_evaluation.ipynb again"
+        )
     names.append("reference")
     fig, axes = _axes(1, 3, 10, 1.2 + 0.32 * len(names), sharey=True)
-    for ax, (name, label) in zip(axes, (("reward", "mean reward"), ("quality", "judged quality"), ("ctr_lift", "CTR / CTR of base"))):
+    for ax, (name, label) in zip(
+        axes,
+        (
+            ("reward", "mean reward"),
+            ("quality", "judged quality"),
+            ("ctr_lift", "CTR / CTR of base"),
+        ),
+    ):
         values = [_metric(metrics, f"{n}/{name}") for n in names]
         ax.barh(range(len(names)), values, color=_PALETTE[7], edgecolor="black", linewidth=0.8)
         ax.axvline(
-            _metric(metrics, f"{arm}/control_users_{name}"), color=LOOKS[arm].colour, linestyle=LOOKS[arm].line, label=arm
+            _metric(metrics, f"{arm}/control_users_{name}"),
+            color=LOOKS[arm].colour,
+            linestyle=LOOKS[arm].line,
+            label=arm,
         )
         ax.set_xlabel(label)
         ax.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(names)), [n.removeprefix("control_").replace("_", " ") for n in names])
+    axes[0].set_yticks(
+        range(len(names)), [n.removeprefix("control_").replace("_", " ") for n in names]
+    )
     axes[0].invert_yaxis()
     axes[0].legend(loc="lower right")
     fig.suptitle("Texts composed by rule: each control must stay below the line")
@@ -734,17 +985,51 @@ def ablations(table: pd.DataFrame) -> Figure:
 
     ``table``: one row an arm, from ``ablations.compare``.
     """
-    table = _columns(table, "ablations", "arm", "reward", "reward_lo", "reward_hi", "kl", "kl_lo", "kl_hi", "top10_overlap")
+    table = _columns(
+        table,
+        "ablations",
+        "arm",
+        "reward",
+        "reward_lo",
+        "reward_hi",
+        "kl",
+        "kl_lo",
+        "kl_hi",
+        "top10_overlap",
+    )
     fig, (drift, lost) = _axes(1, 2, 10, 4, sharey=True)
-    shown = {"main": "shielded", "no_projection": "unshielded"}  # the arms' looks in every other figure
+    shown = {
+        "main": "shielded",
+        "no_projection": "unshielded",
+    }  # the arms' looks in every other figure
     looks = _looks([shown.get(arm, arm) for arm in table["arm"]])
     for row, look in zip(table.to_dict("records"), looks):
         errors = _errors(row["reward"], row["reward_lo"], row["reward_hi"])
         across = _errors(row["kl"], row["kl_lo"], row["kl_hi"])
         for ax, x, xerr in ((drift, row["kl"], across), (lost, 1 - row["top10_overlap"], None)):
-            ax.errorbar(x, row["reward"], yerr=errors, xerr=xerr, fmt=look.marker, color=look.colour, capsize=3, markersize=8, alpha=0.8)
-            ax.annotate(row["arm"], (x, row["reward"]), xytext=(6, 5), textcoords="offset points", fontsize=8)
-    drift.set(title="Reward against drift", xlabel=f"KL from the base model, nats a text\n({INTERVAL})", ylabel="mean reward, in [0, 1]")
+            ax.errorbar(
+                x,
+                row["reward"],
+                yerr=errors,
+                xerr=xerr,
+                fmt=look.marker,
+                color=look.colour,
+                capsize=3,
+                markersize=8,
+                alpha=0.8,
+            )
+            ax.annotate(
+                row["arm"],
+                (x, row["reward"]),
+                xytext=(6, 5),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    drift.set(
+        title="Reward against drift",
+        xlabel=f"KL from the base model, nats a text\n({INTERVAL})",
+        ylabel="mean reward, in [0, 1]",
+    )
     lost.set(title="Reward against the ranking moved", xlabel="share of the base top 10 lost")
     lost.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for ax in (drift, lost):
@@ -755,17 +1040,30 @@ def ablations(table: pd.DataFrame) -> Figure:
 # --- 08 audit ----------------------------------------------------------------------------------------
 
 
-def recommendation_concentration(base_top: np.ndarray, after_top: np.ndarray, n_items: int) -> Figure:
+def recommendation_concentration(
+    base_top: np.ndarray, after_top: np.ndarray, n_items: int
+) -> Figure:
     """Lorenz curves of how often each of ``n_items`` items is in the lists (U, k), before and after tuning.
 
     Twice the area between a curve and the diagonal is the Gini coefficient.
     """
     fig, ax = _axes(1, 1, 5.2, 3.8)
     share = np.arange(n_items + 1) / n_items
-    for top, look, name in ((base_top, LOOKS["base"], "base"), (after_top, LOOKS["shielded"], "shielded")):
+    for top, look, name in (
+        (base_top, LOOKS["base"], "base"),
+        (after_top, LOOKS["shielded"], "shielded"),
+    ):
         counts = np.sort(np.bincount(np.asarray(top).ravel(), minlength=n_items + 1)[1:])
         curve = np.append(0, counts.cumsum()) / counts.sum()
-        ax.plot(share, curve, look.line, color=look.colour, marker=look.marker, markevery=(0.05, 0.1), label=name)
+        ax.plot(
+            share,
+            curve,
+            look.line,
+            color=look.colour,
+            marker=look.marker,
+            markevery=(0.05, 0.1),
+            label=name,
+        )
     ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="all items alike")
     ax.set(
         title="How few items take the recommendations",

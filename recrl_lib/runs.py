@@ -1,16 +1,4 @@
-"""The run folder: parameters, manifest, metrics, curves and artifacts of one run, all written atomically.
-
-A notebook uses one object::
-
-    stage = runs.start("ranker", globals())          # checks parameters and earlier stages, seeds, starts the clock
-    table = stage.load_table("interactions")         # an input, checked against what its stage recorded
-    stage.save_tensors("ranker", model.state_dict()) # an output
-    stage.metrics({"ndcg@10": 0.07})
-    stage.finish()                                   # writes metrics/<name>.json and the manifest entry
-
-Layout of ``runs/<run>/``: ``params.yaml``, ``manifest.json``, ``metrics/*.json``, ``curves/*.csv``,
-``artifacts/*`` (parquet, safetensors, JSON), ``notebooks/*.ipynb`` and ``logs/``.
-"""
+"""Files: written whole or not at all, and hashed."""
 
 from __future__ import annotations
 
@@ -19,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import random
 import subprocess
@@ -32,13 +21,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from recrl_lib import config, paths
-from recrl_lib.config import Params
-from recrl_lib.files import sha256_file, write_atomic
-
 if TYPE_CHECKING:  # imported where used: the runner decides what to skip without waiting for torch
     import pandas as pd
     import torch
+from recrl_lib import paths
+from recrl_lib.params import PIPELINE, STAGES, Params, Stage, check_names, owned_by, stage_named
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself must survive a power cut
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 ARMS = ("base", "separate", "unshielded", "shielded")
 _ARM_METRICS = (
@@ -50,14 +65,19 @@ AUDITED = "toxicity_mean toxicity_p95 gini_base gini_after parity_gap privacy_le
 # The keys that other tools may rely on, by name of the metrics file; a stage may write more.
 REQUIRED_METRICS: dict[str, tuple[str, ...]] = {
     "data": tuple("n_users n_items n_interactions source sha256".split()),
-    "ranker": tuple("ndcg@10 hr@10 mrr@10 valid_ndcg@10 epochs train_seconds text_free_ndcg@10".split()),
+    "ranker": tuple(
+        "ndcg@10 hr@10 mrr@10 valid_ndcg@10 epochs train_seconds text_free_ndcg@10".split()
+    ),
     "explainer": tuple("trainable_params total_params trainable_fraction".split()),
-    "shield": tuple("energy rank_mean rank_max capacity_left_mean leak_before leak_after overlap_mean".split()),
+    "shield": tuple(
+        "energy rank_mean rank_max capacity_left_mean leak_before leak_after overlap_mean".split()
+    ),
     "ppo": tuple(
         "steps episodes reward_first reward_last kl_last kl_max clip_fraction_last ratio_first_minibatch_max_dev "
         "shield_seconds step_seconds generated_tokens_per_second peak_memory_gb".split()
     ),
-    "evaluation": tuple(f"{arm}/{name}" for arm in ARMS for name in _ARM_METRICS) + ("separate/scores_sha256_equal",),
+    "evaluation": tuple(f"{arm}/{name}" for arm in ARMS for name in _ARM_METRICS)
+    + ("separate/scores_sha256_equal",),
     "audit": tuple(AUDITED) + tuple(f"{name}_ok" for name in AUDITED),
 }
 _VERSIONED = (
@@ -92,7 +112,9 @@ def _read_json(path: Path) -> dict:
             f"{display(path)}: not valid JSON ({error}); delete it and run the stage that writes it again"
         ) from None
     if not isinstance(content, dict):
-        raise RuntimeError(f"{display(path)}: not a JSON object; delete it and run the stage that writes it again")
+        raise RuntimeError(
+            f"{display(path)}: not a JSON object; delete it and run the stage that writes it again"
+        )
     return content
 
 
@@ -100,7 +122,9 @@ def read_metrics(run: str, name: str) -> dict[str, float | str | bool]:
     """``runs/<run>/metrics/<name>.json``, e.g. ``read_metrics("smoke", "ppo")``. ``RuntimeError`` if missing."""
     path = run_folder(run) / "metrics" / f"{name}.json"
     if not path.is_file():
-        raise RuntimeError(f"{display(path)} is missing: run the stage that writes it, or check the run's name")
+        raise RuntimeError(
+            f"{display(path)} is missing: run the stage that writes it, or check the run's name"
+        )
     return _read_json(path)
 
 
@@ -119,15 +143,19 @@ def read_params(run: str) -> Params | None:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
             raise ValueError("not a mapping of names to values")
-        config.check_names(stored, "stored parameters")
+        check_names(stored, "stored parameters")
         return Params(**{**stored, "run": run})
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{display(path)}: {' '.join(str(error).split())}; correct or delete the file") from None
+        raise ValueError(
+            f"{display(path)}: {' '.join(str(error).split())}; correct or delete the file"
+        ) from None
 
 
 def write_params(params: Params) -> None:
     """Write all parameters to the run's ``params.yaml``."""
-    write_atomic(run_folder(params.run) / "params.yaml", yaml.safe_dump(params.as_dict(), sort_keys=False))
+    write_atomic(
+        run_folder(params.run) / "params.yaml", yaml.safe_dump(params.as_dict(), sort_keys=False)
+    )
 
 
 # ------------------------------------------------------------------------------- what a stage depends on
@@ -157,7 +185,9 @@ def source(cell: dict) -> str:
 def code_cells(notebook: dict) -> list[str]:
     """Sources of the code cells in order, without the parameters and without what papermill injects."""
     skip = {"parameters", "injected-parameters"}
-    return [source(c) for c in notebook["cells"] if c["cell_type"] == "code" and not skip & set(tags(c))]
+    return [
+        source(c) for c in notebook["cells"] if c["cell_type"] == "code" and not skip & set(tags(c))
+    ]
 
 
 def library_closure(*cells: str) -> dict[str, str]:
@@ -179,7 +209,9 @@ def library_closure(*cells: str) -> dict[str, str]:
         file = _module_file(module)
         if module in found or file is None:
             continue
-        found[module], imported = _scan(file.read_text(encoding="utf-8"), module, file.name == "__init__.py")
+        found[module], imported = _scan(
+            file.read_text(encoding="utf-8"), module, file.name == "__init__.py"
+        )
         todo |= set(imported)
         if "." in module:  # importing a.b runs a/__init__.py too
             todo.add(module.rpartition(".")[0])
@@ -191,7 +223,9 @@ def _module_file(module: str) -> Path | None:
     if parts[0] != _PACKAGE:
         return None
     base = paths.LIBRARY.joinpath(*parts[1:])
-    return next((f for f in (base / "__init__.py", base.with_name(base.name + ".py")) if f.is_file()), None)
+    return next(
+        (f for f in (base / "__init__.py", base.with_name(base.name + ".py")) if f.is_file()), None
+    )
 
 
 @cache
@@ -210,9 +244,13 @@ def _scan(text: str, module: str, is_package: bool) -> tuple[str, tuple[str, ...
                 base = ".".join(up + ([node.module] if node.module else []))
             names += [base] + [f"{base}.{alias.name}" for alias in node.names]
     for node in ast.walk(tree):  # prose does not decide a result
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+        if isinstance(
+            node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        ) and ast.get_docstring(node):
             node.body[0] = ast.Pass()
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(n for n in names if n.split(".")[0] == _PACKAGE)
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(
+        n for n in names if n.split(".")[0] == _PACKAGE
+    )
 
 
 def stage_key(stage: str, params: Params, anew: bool = False) -> str:
@@ -231,9 +269,11 @@ def stage_key(stage: str, params: Params, anew: bool = False) -> str:
 
 def _stage_key(stage: str, params: Params, origin: dict[str, Any], known: dict[str, str]) -> str:
     if stage not in known:
-        spec = config.stage_named(stage)
+        spec = stage_named(stage)
         # What a derived run took over from its base was made with the base's values (see derive).
-        values = replace(params, **origin["changed"]) if stage in origin.get("stages", ()) else params
+        values = (
+            replace(params, **origin["changed"]) if stage in origin.get("stages", ()) else params
+        )
         cells = code_cells(read_notebook(paths.NOTEBOOKS / spec.notebook))
         try:
             modules = library_closure(*cells)
@@ -245,8 +285,12 @@ def _stage_key(stage: str, params: Params, origin: dict[str, Any], known: dict[s
             "cells": cells,
             "modules": modules,
             "files": _files_read(stage, params),
-            "versions": {name: package_version(name) for name in _VERSIONED} if stage == "environment" else {},
-            "parameters": {name: getattr(values, name) for name in config.owned_by(stage) if name != "run"},
+            "versions": {name: package_version(name) for name in _VERSIONED}
+            if stage == "environment"
+            else {},
+            "parameters": {
+                name: getattr(values, name) for name in owned_by(stage) if name != "run"
+            },
             "needs": {need: _stage_key(need, params, origin, known) for need in spec.needs},
         }
         known[stage] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -263,9 +307,17 @@ def _files_read(stage: str, params: Params) -> dict[str, Any]:
 
 
 def _data_files() -> dict[str, str]:
-    files = (p for p in sorted(paths.LIBRARY.rglob("*")) if p.is_file() and p.suffix not in (".py", ".pyc"))
+    files = (
+        p
+        for p in sorted(paths.LIBRARY.rglob("*"))
+        if p.is_file() and p.suffix not in (".py", ".pyc")
+    )
     relative = {p.relative_to(paths.LIBRARY).as_posix(): p for p in files}
-    return {name: sha256_file(p) for name, p in relative.items() if not name.startswith(("tests/", "batches/", "."))}
+    return {
+        name: sha256_file(p)
+        for name, p in relative.items()
+        if not name.startswith(("tests/", "batches/", "."))
+    }
 
 
 def batch_files(params: Params) -> dict[str, str]:
@@ -277,7 +329,9 @@ def batch_files(params: Params) -> dict[str, str]:
 def _given_files(data_dir: str) -> dict[str, list[int]]:
     """Size and time of the last change of each file in the user's ``data_dir``: hashing gigabytes at each call would take too long."""
     folder = paths.ROOT / Path(data_dir).expanduser()
-    files = sorted(p for p in folder.iterdir() if p.is_file()) if data_dir and folder.is_dir() else []
+    files = (
+        sorted(p for p in folder.iterdir() if p.is_file()) if data_dir and folder.is_dir() else []
+    )
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
 
 
@@ -292,7 +346,10 @@ def up_to_date(stage: str, params: Params) -> bool:
     recorded = entry["inputs"] | entry["outputs"]
     if f"metrics/{metrics_name(stage)}.json" not in recorded:
         return False
-    return all((folder / name).is_file() and sha256_file(folder / name) == sha for name, sha in recorded.items())
+    return all(
+        (folder / name).is_file() and sha256_file(folder / name) == sha
+        for name, sha in recorded.items()
+    )
 
 
 # ----------------------------------------------------------------------------------------- a running stage
@@ -305,18 +362,24 @@ def start(stage: str, namespace: dict[str, Any]) -> StageRun:
     and torch, and starts the clock. Nothing is written if a check fails: ``ValueError`` for parameters,
     ``RuntimeError`` for an earlier stage or a device that is not there.
     """
-    spec = config.stage_named(stage)
-    owned = config.owned_by(stage)
+    spec = stage_named(stage)
+    owned = owned_by(stage)
     if missing := [name for name in owned if name not in namespace]:
-        raise ValueError(f"notebooks/{spec.notebook}: the parameters cell lacks {', '.join(missing)}")
+        raise ValueError(
+            f"notebooks/{spec.notebook}: the parameters cell lacks {', '.join(missing)}"
+        )
     given = {name: namespace[name] for name in owned}
-    run = Params(**{name: given[name] for name in ("run", "seed", "device")}).run  # validated before it becomes a path
+    run = Params(
+        **{name: given[name] for name in ("run", "seed", "device")}
+    ).run  # validated before it becomes a path
     stored = read_params(run)
-    reader = spec not in config.PIPELINE  # only looks at a run: takes its seed, changes nothing
+    reader = spec not in PIPELINE  # only looks at a run: takes its seed, changes nothing
     if reader and stored:
         given["seed"] = stored.seed
     elif stored and stored.seed != given["seed"] and read_manifest(run)["stages"]:
-        raise ValueError(f"run {run!r} has seed {stored.seed}, not {given['seed']}: give the new seed a run of its own")
+        raise ValueError(
+            f"run {run!r} has seed {stored.seed}, not {given['seed']}: give the new seed a run of its own"
+        )
     params = replace(stored or Params(run=run), **given)
     _check_needs(spec, params)
     device = resolve_device(params.device)
@@ -327,10 +390,10 @@ def start(stage: str, namespace: dict[str, Any]) -> StageRun:
     return StageRun(spec, params, device, key)
 
 
-def _check_needs(spec: config.Stage, params: Params) -> None:
+def _check_needs(spec: Stage, params: Params) -> None:
     finished = read_manifest(params.run)["stages"]
     for need in spec.needs:
-        first = f"run notebooks/{config.stage_named(need).notebook} with run={params.run!r} first"
+        first = f"run notebooks/{stage_named(need).notebook} with run={params.run!r} first"
         if finished.get(need, {}).get("status") != "finished":
             raise RuntimeError(
                 f"stage {spec.name!r} needs {need!r}, which run {params.run!r} has not finished: {first}"
@@ -350,7 +413,9 @@ def resolve_device(name: str) -> torch.device:
         raise RuntimeError(
             "parameter device='cuda': torch finds no CUDA device; use 'auto' or 'cpu', or check the driver"
         )
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    return torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    )
 
 
 def _seed_everything(seed: int, device: torch.device) -> None:
@@ -359,7 +424,9 @@ def _seed_everything(seed: int, device: torch.device) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    if device.type == "cpu":  # bit-for-bit repeatable here; on CUDA the flag costs speed and still only warns
+    if (
+        device.type == "cpu"
+    ):  # bit-for-bit repeatable here; on CUDA the flag costs speed and still only warns
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -367,7 +434,7 @@ def _seed_everything(seed: int, device: torch.device) -> None:
 class StageRun:
     """A stage in progress. ``params`` all parameters, ``device`` where models run, ``folder`` the run folder."""
 
-    def __init__(self, spec: config.Stage, params: Params, device: torch.device, key: str):
+    def __init__(self, spec: Stage, params: Params, device: torch.device, key: str):
         self.name = spec.name
         self.params = params
         self.device = device
@@ -382,7 +449,12 @@ class StageRun:
 
     def torch_seed(self, name: str) -> int:
         """A seed in [0, 2^63) that depends on the run's seed and ``name`` only, in every process."""
-        return int.from_bytes(hashlib.sha256(f"{self.params.seed}/{name}".encode()).digest()[:8], "big") >> 1
+        return (
+            int.from_bytes(
+                hashlib.sha256(f"{self.params.seed}/{name}".encode()).digest()[:8], "big"
+            )
+            >> 1
+        )
 
     def rng(self, name: str) -> np.random.Generator:
         """A NumPy generator seeded with ``torch_seed(name)``."""
@@ -411,19 +483,25 @@ class StageRun:
             return path
         owner = self._owner(relative)
         rerun = (
-            f"run notebooks/{config.stage_named(owner).notebook}" if owner else "no finished stage of this run wrote it"
+            f"run notebooks/{stage_named(owner).notebook}"
+            if owner
+            else "no finished stage of this run wrote it"
         )
         if not path.is_file():
             raise RuntimeError(f"{display(path)} is missing: {rerun}")
         sha = sha256_file(path)
         if owner and sha != read_manifest(self.params.run)["stages"][owner]["outputs"][relative]:
-            raise RuntimeError(f"{display(path)} has changed since stage {owner!r} finished: {rerun} again")
+            raise RuntimeError(
+                f"{display(path)} has changed since stage {owner!r} finished: {rerun} again"
+            )
         self._inputs[relative] = sha
         return path
 
     def _owner(self, relative: str) -> str | None:
         stages = read_manifest(self.params.run)["stages"]
-        return next((stage for stage, entry in stages.items() if relative in entry["outputs"]), None)
+        return next(
+            (stage for stage, entry in stages.items() if relative in entry["outputs"]), None
+        )
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
         """Write ``table`` to ``artifacts/<name>.parquet``."""
@@ -439,7 +517,10 @@ class StageRun:
         import torch
         from safetensors.torch import save
 
-        content = {key: torch.as_tensor(value).detach().cpu().contiguous() for key, value in tensors.items()}
+        content = {
+            key: torch.as_tensor(value).detach().cpu().contiguous()
+            for key, value in tensors.items()
+        }
         write_atomic(self.output(_with_suffix(name, ".safetensors")), save(content))
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -467,18 +548,26 @@ class StageRun:
         import pandas as pd
 
         relative = f"curves/{name or metrics_name(self.name)}.csv"
-        write_atomic(self.folder / relative, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+        write_atomic(
+            self.folder / relative, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+        )
         self._outputs.add(relative)
 
     def finish(self) -> None:
         """Write ``metrics/<name>.json`` and the manifest entry. ``ValueError`` names missing metrics or outputs."""
         name = metrics_name(self.name)
         if missing := [key for key in REQUIRED_METRICS.get(name, ()) if key not in self._metrics]:
-            raise ValueError(f"stage {self.name!r} cannot finish: metrics/{name}.json lacks {', '.join(missing)}")
+            raise ValueError(
+                f"stage {self.name!r} cannot finish: metrics/{name}.json lacks {', '.join(missing)}"
+            )
         if missing := sorted(path for path in self._outputs if not (self.folder / path).is_file()):
-            raise ValueError(f"stage {self.name!r} cannot finish: not written: {', '.join(missing)}")
+            raise ValueError(
+                f"stage {self.name!r} cannot finish: not written: {', '.join(missing)}"
+            )
         relative = f"metrics/{name}.json"
-        write_atomic(self.folder / relative, json.dumps(self._metrics, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(
+            self.folder / relative, json.dumps(self._metrics, indent=1, ensure_ascii=False) + "\n"
+        )
         entry = {
             "key": self._key,
             "status": "finished",
@@ -486,13 +575,17 @@ class StageRun:
             **dict(zip(("git_commit", "git_dirty"), git_state())),
             "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "inputs": dict(sorted(self._inputs.items())),
-            "outputs": {path: sha256_file(self.folder / path) for path in sorted(self._outputs | {relative})},
+            "outputs": {
+                path: sha256_file(self.folder / path) for path in sorted(self._outputs | {relative})
+            },
         }
         before = read_manifest(self.params.run)
         stages = before["stages"] | {self.name: entry}
         origin = before.get("derived_from", {})
-        kept = [name for name in origin.get("stages", ()) if name != self.name]  # executed here: no longer the base's
-        order = [spec.name for spec in config.STAGES]
+        kept = [
+            name for name in origin.get("stages", ()) if name != self.name
+        ]  # executed here: no longer the base's
+        order = [spec.name for spec in STAGES]
         manifest = {
             "run": self.params.run,
             **_provenance(self.device),
@@ -505,7 +598,9 @@ class StageRun:
 
 def _relative(name: str, folder: str) -> str:
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"file name {name!r}: must be relative and stay inside {folder or 'the run'}/")
+        raise ValueError(
+            f"file name {name!r}: must be relative and stay inside {folder or 'the run'}/"
+        )
     return (Path(folder) / name).as_posix()
 
 
@@ -531,7 +626,8 @@ def _provenance(device: torch.device) -> dict[str, Any]:
     return {
         "git_commit": commit,
         "git_dirty": dirty,
-        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in _VERSIONED},
+        "versions": {"python": platform.python_version()}
+        | {name: package_version(name) for name in _VERSIONED},
         "device": device.type + gpu,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -551,14 +647,19 @@ def git_state() -> tuple[str | None, bool | None]:
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(paths.ROOT), *arguments], capture_output=True, text=True, timeout=30
+                ["git", "-C", str(paths.ROOT), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=30,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     top = git("rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != paths.ROOT.resolve():  # unpacked inside somebody else's repository
+    if (
+        top is None or Path(top).resolve() != paths.ROOT.resolve()
+    ):  # unpacked inside somebody else's repository
         return None, None
     commit, status = git("rev-parse", "--verify", "HEAD"), git("status", "--porcelain")
     return (None, None) if commit is None else (commit, None if status is None else bool(status))
@@ -567,6 +668,8 @@ def git_state() -> tuple[str | None, bool | None]:
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

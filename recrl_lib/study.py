@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from recrl_lib import datasets, ranker
-from recrl_lib.claims import Catalogue
-from recrl_lib.explainer import build_records
+from recrl_lib.data import splits
+from recrl_lib.explainer.prompts import build_records
+from recrl_lib.ranker import sasrec
+from recrl_lib.scoring.claims import Catalogue
 
 TOP_K = 10
 
@@ -20,12 +21,12 @@ class Study:
 
     items: pd.DataFrame
     users: pd.DataFrame
-    split: datasets.Split
+    split: splits.Split
     ppo_users: np.ndarray
     validation_users: np.ndarray
     heldout_users: np.ndarray
     heldout_items: np.ndarray
-    ranker: ranker.SASRec
+    ranker: sasrec.SASRec
     text: Tensor | None
     top: np.ndarray
     catalogue: Catalogue
@@ -34,11 +35,23 @@ class Study:
 
     def records(self, users: Iterable[int], positions: Iterable[int]) -> list[dict]:
         """One record a user, for the item at the given 1-based position of the user's base top 10."""
-        return build_records(self.items, self.split.with_valid, self.top, users, positions, self.history_length, self.noun)
+        return build_records(
+            self.items,
+            self.split.with_valid,
+            self.top,
+            users,
+            positions,
+            self.history_length,
+            self.noun,
+        )
 
     def training_records(self) -> list[dict]:
         """Every top-10 item of every PPO user, held-out items excepted."""
-        everything = (r for p in range(1, TOP_K + 1) for r in self.records(self.ppo_users, [p] * len(self.ppo_users)))
+        everything = (
+            r
+            for p in range(1, TOP_K + 1)
+            for r in self.records(self.ppo_users, [p] * len(self.ppo_users))
+        )
         unseen = set(self.heldout_items.tolist())
         return [r for r in everything if r["item"] not in unseen]
 
@@ -52,7 +65,9 @@ class Study:
 
     def _drawn(self, group: str, users: np.ndarray, n: int, rng: np.random.Generator) -> list[dict]:
         if n > len(users):
-            raise ValueError(f"{n} users asked for, but only {len(users)} are {group}: lower eval_users, explain_users or frontier_users")
+            raise ValueError(
+                f"{n} users asked for, but only {len(users)} are {group}: lower eval_users, explain_users or frontier_users"
+            )
         return self.records(rng.permutation(users)[:n], rng.integers(1, TOP_K + 1, n))
 
 
@@ -66,23 +81,31 @@ def held_out(n_items: int, share: float, seed: int) -> np.ndarray:
 
 
 def catalogue_of(items: pd.DataFrame) -> Catalogue:
-    return Catalogue(items["title"], sorted({g for row in items["genres"] for g in row.split("|") if g}))
+    return Catalogue(
+        items["title"], sorted({g for row in items["genres"] for g in row.split("|") if g})
+    )
 
 
 def load(stage) -> Study:
     """Everything above from the artifacts of stages ``data`` and ``ranker``; ``stage`` is a ``runs.StageRun``."""
-    interactions, items, users = (stage.load_table(name) for name in ("interactions", "items", "users"))
+    interactions, items, users = (
+        stage.load_table(name) for name in ("interactions", "items", "users")
+    )
     groups = stage.load_json("user_groups")
     if "validation" not in groups:
-        raise RuntimeError("user_groups.json has no validation users: an earlier version made it; run notebook 01 again")
+        raise RuntimeError(
+            "user_groups.json has no validation users: an earlier version made it; run notebook 01 again"
+        )
     stored = stage.load_tensors("base")
-    model = ranker.load(stage.input("ranker.safetensors"))
-    if ranker.state_sha256(model) != stage.load_json("ranker_hashes")["weights"]:
-        raise RuntimeError("ranker.safetensors: its weights are not those that notebook 02 froze; run notebook 02 again")
+    model = sasrec.load(stage.input("ranker.safetensors"))
+    if sasrec.state_sha256(model) != stage.load_json("ranker_hashes")["weights"]:
+        raise RuntimeError(
+            "ranker.safetensors: its weights are not those that notebook 02 froze; run notebook 02 again"
+        )
     return Study(
         items=items,
         users=users,
-        split=datasets.split(interactions, len(users), stage.params.split),
+        split=splits.split(interactions, len(users), stage.params.split),
         ppo_users=np.array(groups["ppo"]),
         validation_users=np.array(groups["validation"]),
         heldout_users=np.array(groups["heldout"]),
@@ -96,12 +119,18 @@ def load(stage) -> Study:
     )
 
 
-def explanation_frame(records: list[dict], texts: list[str], reward: np.ndarray, parts: dict[str, np.ndarray]) -> pd.DataFrame:
+def explanation_frame(
+    records: list[dict], texts: list[str], reward: np.ndarray, parts: dict[str, np.ndarray]
+) -> pd.DataFrame:
     """One row an explanation: user, item, position, title, text, reward and its parts."""
-    return pd.DataFrame({
-        **{key: [r[key] for r in records] for key in ("user", "item", "position", "title")},
-        "text": texts, "reward": reward, **{f"reward_{name}": values for name, values in parts.items()},
-    })
+    return pd.DataFrame(
+        {
+            **{key: [r[key] for r in records] for key in ("user", "item", "position", "title")},
+            "text": texts,
+            "reward": reward,
+            **{f"reward_{name}": values for name, values in parts.items()},
+        }
+    )
 
 
 def top_array(frame: pd.DataFrame, arm: str) -> np.ndarray:

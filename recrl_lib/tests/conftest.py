@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from recrl_lib import config, derive, paths, runs
-from recrl_lib.config import Params
-from recrl_lib.files import write_atomic
+from recrl_lib import paths, runs
+from recrl_lib.params import PIPELINE, Params, owned_by, stage_named
+from recrl_lib.pipeline import derive
+from recrl_lib.runs import write_atomic
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def parameters_source(stage: str) -> str:
     smoke = Params().as_dict()
     lines = (
         f"{n} = {smoke[n]!r}  # type: {meta[n].type.__name__} {meta[n].metadata['help']}"
-        for n in config.owned_by(stage)
+        for n in owned_by(stage)
     )
     return "\n".join(lines)
 
@@ -73,7 +74,7 @@ class House:
             f"paths.NOTEBOOKS, paths.RUNS = Path({str(self.notebooks)!r}), Path({str(self.runs)!r})"
         )
         cells = [code(parameters_source(stage), "parameters"), code(move), *map(code, bodies)]
-        path = self.notebooks / config.stage_named(stage).notebook
+        path = self.notebooks / stage_named(stage).notebook
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(notebook(markdown(f"# {stage}"), *cells)), encoding="utf-8")
         return path
@@ -87,7 +88,9 @@ def house(tmp_path, monkeypatch) -> Iterator[House]:
     monkeypatch.setattr(paths, "NOTEBOOKS", built.notebooks)
     monkeypatch.setattr(paths, "RUNS", built.runs)
     yield built
-    torch.use_deterministic_algorithms(False)  # runs.start switches it on, and other tests share this process
+    torch.use_deterministic_algorithms(
+        False
+    )  # runs.start switches it on, and other tests share this process
 
 
 BASE = Params(run="base", seed=4)
@@ -104,22 +107,35 @@ def finish(name: str, params: Params, value: float = 1.0) -> None:
     """Stage ``name`` of a run, finished without its notebook."""
     import torch
 
-    from recrl_lib import arms, warmstart
+    from recrl_lib.training import arms, warm_start
 
     stage = runs.start(name, params.as_dict())
-    for need in config.stage_named(name).needs:
+    for need in stage_named(name).needs:
         if need in OWN:
             stage.load_tensors(OWN[need])
     if name == "shield":
-        stage.save_tensors("subspaces", {"0.attn/basis": torch.zeros(8, 5), "0.attn/spectrum": torch.zeros(8)})
+        stage.save_tensors(
+            "subspaces", {"0.attn/basis": torch.zeros(8, 5), "0.attn/spectrum": torch.zeros(8)}
+        )
     elif name in OWN:
         stage.save_tensors(OWN[name], {"x": torch.tensor([value])})
     if name == "shielded_ppo":
-        stage.curve([{"arm": arm, "step": 1, "loss": len(arm) * value} for arm in arms.TRAINED], "warm_start")
+        stage.curve(
+            [{"arm": arm, "step": 1, "loss": len(arm) * value} for arm in arms.TRAINED],
+            "warm_start",
+        )
         for arm in arms.TRAINED:
-            half = {"lora_A": torch.full((1, 2), value), "lora_B": torch.full((2, 1), float(len(arm)))}
-            stage.save_tensors(f"adapter_{arm}_warm", warmstart.stack(half, {key: torch.zeros_like(x) for key, x in half.items()}))
-    stage.metrics({key: 0.5 for key in runs.REQUIRED_METRICS.get(runs.metrics_name(name), ())} | {"n": value})
+            half = {
+                "lora_A": torch.full((1, 2), value),
+                "lora_B": torch.full((2, 1), float(len(arm))),
+            }
+            stage.save_tensors(
+                f"adapter_{arm}_warm",
+                warm_start.stack(half, {key: torch.zeros_like(x) for key, x in half.items()}),
+            )
+    stage.metrics(
+        {key: 0.5 for key in runs.REQUIRED_METRICS.get(runs.metrics_name(name), ())} | {"n": value}
+    )
     stage.finish()
 
 
@@ -132,9 +148,17 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "NOTEBOOKS", house.notebooks)
         patch.setattr(paths, "RUNS", house.runs)
-        for stage in config.PIPELINE:
+        for stage in PIPELINE:
             path = house.notebooks / stage.notebook
-            write_atomic(path, json.dumps(notebook(code(parameters_source(stage.name), "parameters"), code("from recrl_lib import runs"))))
+            write_atomic(
+                path,
+                json.dumps(
+                    notebook(
+                        code(parameters_source(stage.name), "parameters"),
+                        code("from recrl_lib import runs"),
+                    )
+                ),
+            )
         for name in (*derive.PREPARING, "shielded_ppo", "evaluation"):
             finish(name, BASE)
     torch.use_deterministic_algorithms(False)

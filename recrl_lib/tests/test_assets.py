@@ -2,7 +2,7 @@ import zipfile
 
 import pytest
 
-from recrl_lib import assets
+from recrl_lib import assets, paths, runs
 
 
 @pytest.fixture
@@ -22,17 +22,28 @@ def build_wheel(folder, members: dict[str, str], name="toy_asset", version="1.0"
     with zipfile.ZipFile(path, "w") as wheel:
         for member, text in members.items():
             wheel.writestr(member, text)
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr(f"{info}/RECORD", "")
     return path
 
 
 def test_fetches_verifies_unpacks_once_and_keeps(index):
-    path = build_wheel(index, {"toy_asset/data/a.txt": "A", "toy_asset/data/sub/b.txt": "B", "toy_asset/code.py": "x"})
-    wheel = assets.Wheel("toy-asset", "1.0", assets.sha256_file(path), "toy_asset/data/")
+    path = build_wheel(
+        index,
+        {"toy_asset/data/a.txt": "A", "toy_asset/data/sub/b.txt": "B", "toy_asset/code.py": "x"},
+    )
+    wheel = assets.Wheel("toy-asset", "1.0", runs.sha256_file(path), "toy_asset/data/")
     folder = assets.unpacked(wheel)
-    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.*")) == ["a.txt", "sub/b.txt"]
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.*")) == [
+        "a.txt",
+        "sub/b.txt",
+    ]
     path.unlink()
     assert assets.unpacked(wheel) == folder and (folder / "a.txt").read_text() == "A"
 
@@ -42,7 +53,7 @@ def test_another_file_under_the_same_name_is_refused(index):
     wheel = assets.Wheel("toy-asset", "1.0", "0" * 64, "toy_asset/data/")
     with pytest.raises(RuntimeError, match="expected 0000.*not unpacked"):
         assets.unpacked(wheel)
-    assert not list(assets.cache_dir("assets").iterdir())  # nothing half-written
+    assert not list(paths.cache_dir("assets").iterdir())  # nothing half-written
 
 
 def test_a_package_that_cannot_be_had_names_the_remedy(index):

@@ -12,7 +12,16 @@ from recrl_lib.environment import FAIL, GIB, OK, WARN
 def test_the_table_has_a_row_per_check_and_a_remedy_for_all_that_is_not_ok():
     table = environment.check_environment("cpu")
     assert list(table.columns) == ["check", "found", "needed", "ok", "remedy"]
-    assert {"python", "packages", "CPU cores", "memory, free", "disk, runs", "GPU", "git", "matmul"} <= set(table.check)
+    assert {
+        "python",
+        "packages",
+        "CPU cores",
+        "memory, free",
+        "disk, runs",
+        "GPU",
+        "git",
+        "matmul",
+    } <= set(table.check)
     assert ((table.ok == OK) == (table.remedy == "")).all()
 
 
@@ -33,7 +42,8 @@ def test_packages_are_compared_with_their_pins():
 
 
 @pytest.mark.parametrize(
-    "version, ok", [("2.10.2", FAIL), ("2.11.0+cu128", OK), ("2.13.1", OK), ("2.14.0", FAIL), ("3.0", FAIL)]
+    "version, ok",
+    [("2.10.2", FAIL), ("2.11.0+cu128", OK), ("2.13.1", OK), ("2.14.0", FAIL), ("3.0", FAIL)],
 )
 def test_a_range_of_torch_is_accepted(monkeypatch, version, ok):
     monkeypatch.setattr(runs, "package_version", lambda name: version)

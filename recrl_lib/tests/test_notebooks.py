@@ -14,11 +14,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import code, markdown, notebook, parameters_source
 from IPython.core.inputtransformer2 import TransformerManager
 
-from recrl_lib import config, paths, runner, runs
-from recrl_lib.config import Params
+from recrl_lib import params, paths, runs
+from recrl_lib.params import Params
+from recrl_lib.pipeline import execute
+from recrl_lib.tests.conftest import code, markdown, notebook, parameters_source
 
 FILES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 CHECKED = "nbval-check-output"
@@ -48,8 +49,8 @@ def label(cell: dict) -> str:
     return f"[{cell.get('execution_count')}] {runs.source(cell)[:40]!r}"
 
 
-def stage_of(nb: dict) -> config.Stage | None:
-    return next((stage for stage in config.STAGES if stage.notebook == nb["name"]), None)
+def stage_of(nb: dict) -> params.Stage | None:
+    return next((stage for stage in params.STAGES if stage.notebook == nb["name"]), None)
 
 
 # ------------------------------------------------------------------------------------------ rules
@@ -57,7 +58,11 @@ def stage_of(nb: dict) -> config.Stage | None:
 
 def numbered_title(nb: dict) -> list[str]:
     first = nb["cells"][0]
-    title = re.match(r"# (\d\d)\b.*\w", runs.source(first)) if first["cell_type"] == "markdown" else None
+    title = (
+        re.match(r"# (\d\d)\b.*\w", runs.source(first))
+        if first["cell_type"] == "markdown"
+        else None
+    )
     if title is None or title[1] != nb["name"][:2]:
         return [f"the first cell must be a heading '# {nb['name'][:2]} · ...'"]
     return []
@@ -72,15 +77,21 @@ def parameters_are_those_of_the_stage(nb: dict) -> list[str]:
     if stage is None:
         return []
     try:
-        declared = runner.declared_parameters(nb, nb["name"])
+        declared = execute.declared_parameters(nb, nb["name"])
     except ValueError as error:
         return [str(error)]
     smoke = Params().as_dict()
-    expected = {name: smoke[name] for name in config.owned_by(stage.name)}
-    problems = [f"parameters {list(declared)} are not {list(expected)}"] if list(declared) != list(expected) else []
+    expected = {name: smoke[name] for name in params.owned_by(stage.name)}
+    problems = (
+        [f"parameters {list(declared)} are not {list(expected)}"]
+        if list(declared) != list(expected)
+        else []
+    )
     for name in expected.keys() & declared.keys():
         if (type(declared[name]), declared[name]) != (type(expected[name]), expected[name]):
-            problems.append(f"{name} = {declared[name]!r} is not the smoke default {expected[name]!r}")
+            problems.append(
+                f"{name} = {declared[name]!r} is not the smoke default {expected[name]!r}"
+            )
     return problems
 
 
@@ -118,7 +129,10 @@ def no_errors_or_stderr(nb: dict) -> list[str]:
         for o in c["outputs"]
         if o["output_type"] == "error" or o.get("name") == "stderr"
     )
-    return [f"{label(cell)} stores {output.get('name') or output['output_type']}" for cell, output in bad]
+    return [
+        f"{label(cell)} stores {output.get('name') or output['output_type']}"
+        for cell, output in bad
+    ]
 
 
 def no_bars_or_widgets(nb: dict) -> list[str]:
@@ -134,16 +148,25 @@ def no_bars_or_widgets(nb: dict) -> list[str]:
 def short_outputs(nb: dict) -> list[str]:
     # A table is stored as HTML and again as plain text: the longer counts.
     lengths = {
-        label(c): max((t.count("\n") + 1 for t in texts(c, ("text/plain",))), default=0) for c in cells_of(nb, "code")
+        label(c): max((t.count("\n") + 1 for t in texts(c, ("text/plain",))), default=0)
+        for c in cells_of(nb, "code")
     }
-    return [f"{cell} prints {lines} lines, more than 100" for cell, lines in lengths.items() if lines > 100]
+    return [
+        f"{cell} prints {lines} lines, more than 100"
+        for cell, lines in lengths.items()
+        if lines > 100
+    ]
 
 
 def plain_kernel_and_metadata(nb: dict) -> list[str]:
     problems = (
-        [] if nb["metadata"].get("kernelspec", {}).get("name") == "python3" else ["the kernelspec is not python3"]
+        []
+        if nb["metadata"].get("kernelspec", {}).get("name") == "python3"
+        else ["the kernelspec is not python3"]
     )
-    if "papermill" in nb["metadata"] or any("papermill" in cell["metadata"] for cell in nb["cells"]):
+    if "papermill" in nb["metadata"] or any(
+        "papermill" in cell["metadata"] for cell in nb["cells"]
+    ):
         problems.append("papermill metadata is stored: publish it")
     if any("injected-parameters" in runs.tags(cell) for cell in nb["cells"]):
         problems.append("a cell with injected parameters is stored")
@@ -159,7 +182,10 @@ def short_cells(nb: dict) -> list[str]:
 
 
 def no_classes(nb: dict) -> list[str]:
-    trees = [(cell, ast.parse(TransformerManager().transform_cell(runs.source(cell)))) for cell in cells_of(nb, "code")]
+    trees = [
+        (cell, ast.parse(TransformerManager().transform_cell(runs.source(cell))))
+        for cell in cells_of(nb, "code")
+    ]
     return [
         f"{label(cell)} defines a class"
         for cell, tree in trees
@@ -178,10 +204,18 @@ def prose_before_code(nb: dict) -> list[str]:
 
 def checked_outputs(nb: dict) -> list[str]:
     checked = [cell for cell in cells_of(nb, "code") if CHECKED in runs.tags(cell)]
-    filled = [cell for cell in checked if any(text.strip() for text in texts(cell, ("text/plain",)))]
-    problems = [f"{label(cell)} is tagged {CHECKED} and prints nothing" for cell in checked if cell not in filled]
+    filled = [
+        cell for cell in checked if any(text.strip() for text in texts(cell, ("text/plain",)))
+    ]
+    problems = [
+        f"{label(cell)} is tagged {CHECKED} and prints nothing"
+        for cell in checked
+        if cell not in filled
+    ]
     if len(filled) < 2:
-        problems.append(f"{len(filled)} cells with output are tagged {CHECKED}; at least 2 are needed")
+        problems.append(
+            f"{len(filled)} cells with output are tagged {CHECKED}; at least 2 are needed"
+        )
     return problems
 
 
@@ -194,7 +228,11 @@ def finishes_its_stage(nb: dict) -> list[str]:
         if any(stage and f'runs.start("{stage.name}", globals())' in text for text in sources)
         else ["it does not start its stage"]
     )
-    return problems + ([] if "stage.finish()" in sources[-1] else ["the last code cell does not call stage.finish()"])
+    return problems + (
+        []
+        if "stage.finish()" in sources[-1]
+        else ["the last code cell does not call stage.finish()"]
+    )
 
 
 ABSOLUTE = re.compile(r"(?<![\w:/.<~\\])/(?:[\w.+-]+/)+[\w.+-]+|(?<!\w)[A-Za-z]:\\{1,2}\w")
@@ -205,7 +243,9 @@ def no_machine_paths(nb: dict) -> list[str]:
     problems = []
     for cell in nb["cells"]:
         for text in [runs.source(cell) if cell["cell_type"] == "code" else "", *texts(cell)]:
-            problems += [f"{label(cell)} holds the path {found}" for found in ABSOLUTE.findall(text)]
+            problems += [
+                f"{label(cell)} holds the path {found}" for found in ABSOLUTE.findall(text)
+            ]
     return problems
 
 
@@ -266,28 +306,45 @@ SOURCE_SUFFIXES = (".py", ".ipynb", ".md", ".yml", ".yaml", ".toml", ".cff")
 def named_paths(text: str) -> set[str]:
     """Files that a markdown text names: link targets, and what is in backticks and looks like a path."""
     prose = re.sub(r"```.*?```", " ", text, flags=re.DOTALL)
-    links = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in target}
-    spans = {span for span in re.findall(r"`([^`\n]+)`", prose) if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", span)}
+    links = {
+        target.partition("#")[0]
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose)
+        if "://" not in target
+    }
+    spans = {
+        span
+        for span in re.findall(r"`([^`\n]+)`", prose)
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", span)
+    }
     files = {
         span
         for span in spans
-        if ("/" in span and "." in span.rpartition("/")[2]) or span.endswith(("/", *SOURCE_SUFFIXES))
+        if ("/" in span and "." in span.rpartition("/")[2])
+        or span.endswith(("/", *SOURCE_SUFFIXES))
     }
     published = ("runs/reference", "figures/reference")
-    return {path for path in links | files if path and (path.startswith(published) or not path.startswith(GENERATED))}
+    return {
+        path
+        for path in links | files
+        if path and (path.startswith(published) or not path.startswith(GENERATED))
+    }
 
 
 def missing_paths(text: str, root: Path) -> list[str]:
     """Those of ``named_paths`` that do not exist; a file may also lie in the library or with the notebooks."""
     folders = (root, root / "recrl_lib", root / "notebooks")
-    return sorted(path for path in named_paths(text) if not any((folder / path).exists() for folder in folders))
+    return sorted(
+        path
+        for path in named_paths(text)
+        if not any((folder / path).exists() for folder in folders)
+    )
 
 
 # ------------------------------------------------------------------------------------------ the study's notebooks
 
 
 def test_there_is_a_notebook_for_every_stage():
-    assert [file.name for file in FILES] == [stage.notebook for stage in config.STAGES]
+    assert [file.name for file in FILES] == [stage.notebook for stage in params.STAGES]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -354,10 +411,22 @@ BROKEN: list[tuple[Rule, Callable[[dict], None], str]] = [
     (numbered_title, lambda nb: nb["cells"].pop(0), "# 01"),
     (belongs_to_a_stage, lambda nb: nb.update(name="07_other.ipynb"), "no stage"),
     (parameters_are_those_of_the_stage, edit_source(1, "ppo_users", "users"), "are not"),
-    (parameters_are_those_of_the_stage, edit_source(1, "ppo_users = 0.5", "ppo_users = 0.7"), "smoke default 0.5"),
-    (parameters_are_those_of_the_stage, edit_source(1, "seed = 0", "seed = 0.0"), "smoke default 0"),
+    (
+        parameters_are_those_of_the_stage,
+        edit_source(1, "ppo_users = 0.5", "ppo_users = 0.7"),
+        "smoke default 0.5",
+    ),
+    (
+        parameters_are_those_of_the_stage,
+        edit_source(1, "seed = 0", "seed = 0.0"),
+        "smoke default 0",
+    ),
     (parameters_are_those_of_the_stage, edit(1, metadata={}), "exactly one"),
-    (parameters_are_those_of_the_stage, edit_source(1, "seed = 0", "seed = int(0)"), "name = literal"),
+    (
+        parameters_are_those_of_the_stage,
+        edit_source(1, "seed = 0", "seed = int(0)"),
+        "name = literal",
+    ),
     (parameters_are_explained, edit_source(1, "# type: float", "# float"), "type: float"),
     (parameters_are_explained, edit_source(1, "# type: float", "# type: int"), "type: float"),
     (
@@ -374,7 +443,11 @@ BROKEN: list[tuple[Rule, Callable[[dict], None], str]] = [
     (no_bars_or_widgets, shown(4, text__plain=" 10%|#"), "bar"),
     (no_bars_or_widgets, shown(4, **{WIDGET: ""}), "widget"),
     (short_outputs, printed(4, "\n".join("x" * 101)), "101 lines"),
-    (plain_kernel_and_metadata, lambda nb: nb["metadata"]["kernelspec"].update(name="mine"), "python3"),
+    (
+        plain_kernel_and_metadata,
+        lambda nb: nb["metadata"]["kernelspec"].update(name="mine"),
+        "python3",
+    ),
     (plain_kernel_and_metadata, lambda nb: nb["metadata"].update(papermill={}), "papermill"),
     (plain_kernel_and_metadata, edit(4, metadata={"papermill": {}}), "papermill"),
     (plain_kernel_and_metadata, edit(4, metadata={"tags": ["injected-parameters"]}), "injected"),
@@ -394,12 +467,18 @@ BROKEN: list[tuple[Rule, Callable[[dict], None], str]] = [
     (prose_numbers_are_checked, edit_source(0, "0.25", "0.26"), "0.26"),
     (prose_numbers_are_checked, edit_source(5, ".25x", ".35x"), ".35"),
     (prose_numbers_are_checked, edit(4, metadata={}), "0.25"),
-    (prose_numbers_are_checked, edit_source(5, "## 1.2 More facts", "## 1.2 More facts: 7.5"), "7.5"),
+    (
+        prose_numbers_are_checked,
+        edit_source(5, "## 1.2 More facts", "## 1.2 More facts: 7.5"),
+        "7.5",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    "rule, change, words", BROKEN, ids=[f"{rule.__name__}-{i}" for i, (rule, _, _) in enumerate(BROKEN)]
+    "rule, change, words",
+    BROKEN,
+    ids=[f"{rule.__name__}-{i}" for i, (rule, _, _) in enumerate(BROKEN)],
 )
 def test_a_broken_notebook_is_named(rule, change, words):
     nb = copy.deepcopy(good())
@@ -420,7 +499,16 @@ def test_the_exploration_need_not_be_a_stage():
 
 
 @pytest.mark.parametrize(
-    "text", ["</td></tr>", "https://a.org/b/c", "and/or/not", "runs/smoke/x", "../notebooks/a/b", "1/2/3", "~/x/y"]
+    "text",
+    [
+        "</td></tr>",
+        "https://a.org/b/c",
+        "and/or/not",
+        "runs/smoke/x",
+        "../notebooks/a/b",
+        "1/2/3",
+        "~/x/y",
+    ],
 )
 def test_what_is_no_machine_path(text):
     assert not ABSOLUTE.findall(text)
@@ -446,7 +534,7 @@ def test_paths_named_in_a_text(tmp_path):
 
 def test_the_rules_read_what_the_runner_stores():
     """Sources and outputs are lists of lines in a published notebook and strings in the examples above."""
-    nb = runner.clean_notebook(json.loads(json.dumps(good())))
+    nb = execute.clean_notebook(json.loads(json.dumps(good())))
     for cell in nb["cells"]:
         for output in cell.get("outputs", []):
             output["text"] = output["text"].splitlines(keepends=True)

@@ -24,12 +24,16 @@ def closed_figures():
     plt.close("all")
 
 
-def interactions_and_items(n_users: int = 60, n_items: int = 80) -> tuple[pd.DataFrame, pd.DataFrame]:
+def interactions_and_items(
+    n_users: int = 60, n_items: int = 80
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     rng = np.random.default_rng(0)
     user = np.repeat(np.arange(n_users), rng.integers(5, 60, n_users))
     item = np.minimum(rng.zipf(1.4, len(user)), n_items)
     genres = ["Drama", "Comedy|Romance", "Sci-Fi|Action", "", "Film-Noir|Drama"]
-    items = pd.DataFrame({"item": np.arange(1, n_items + 1), "genres": [genres[i % 5] for i in range(n_items)]})
+    items = pd.DataFrame(
+        {"item": np.arange(1, n_items + 1), "genres": [genres[i % 5] for i in range(n_items)]}
+    )
     return pd.DataFrame({"user": user, "item": item, "time": np.arange(len(user))}), items
 
 
@@ -92,7 +96,13 @@ def explanations(n: int = 30) -> pd.DataFrame:
                     "arm": arm,
                     **{
                         c: rng.uniform(0.3, 0.6, n) + gain
-                        for c in ("reward", "reward_length", "reward_relevance", "reward_coherence", "quality")
+                        for c in (
+                            "reward",
+                            "reward_length",
+                            "reward_relevance",
+                            "reward_coherence",
+                            "quality",
+                        )
                     },
                 }
             )
@@ -103,7 +113,9 @@ def explanations(n: int = 30) -> pd.DataFrame:
 def subspaces(layers=range(20, 30), width: int = 64) -> dict[str, SimpleNamespace]:
     spectrum = 0.7 ** np.arange(width)
     return {
-        f"{n}.{kind}": SimpleNamespace(spectrum=spectrum ** (1 + 0.02 * n), rank=6 + n % 5, width=width)
+        f"{n}.{kind}": SimpleNamespace(
+            spectrum=spectrum ** (1 + 0.02 * n), rank=6 + n % 5, width=width
+        )
         for n in layers
         for kind in ("attention", "output")
     }
@@ -112,7 +124,13 @@ def subspaces(layers=range(20, 30), width: int = 64) -> dict[str, SimpleNamespac
 def overlap() -> pd.DataFrame:
     names = [f"{n}.{kind}" for n in range(20, 30) for kind in ("attention", "output")]
     return pd.DataFrame(
-        {"input": names, "rank": 128, "width": 576, "energy": 0.99, "overlap": np.linspace(0.7, 0.95, len(names))}
+        {
+            "input": names,
+            "rank": 128,
+            "width": 576,
+            "energy": 0.99,
+            "overlap": np.linspace(0.7, 0.95, len(names)),
+        }
     )
 
 
@@ -129,14 +147,26 @@ def tops() -> tuple[np.ndarray, np.ndarray]:
 
 
 def ideas() -> pd.DataFrame:
-    measures = [f"{m}{end}" for m in ("gain_loss", "overlap", "overlap_held") for end in ("_lo", "", "_hi")]
-    return pd.DataFrame([("replay", 3, *np.linspace(-0.02, 0.02, 9)), ("few inputs", 1, *[0.01] * 9)], columns=["idea", "seeds", *measures])
+    measures = [
+        f"{m}{end}" for m in ("gain_loss", "overlap", "overlap_held") for end in ("_lo", "", "_hi")
+    ]
+    return pd.DataFrame(
+        [("replay", 3, *np.linspace(-0.02, 0.02, 9)), ("few inputs", 1, *[0.01] * 9)],
+        columns=["idea", "seeds", *measures],
+    )
 
 
 def frontier_points() -> pd.DataFrame:
-    rows = [("no shield, stopped early", 20, 0.0, 0.99, 0.1, 1.0), ("no shield, stopped early", 5, 0.0, 0.99, 0.5, 0.4)]
-    rows += [("update, contrastive", 20, 0.0, e, 0.9 + e / 10, 1.9 - e) for e in (0.99, 0.999)] + [("alora", 20, 0.0, 0.99, 1.0, 0.6)]
-    table = pd.DataFrame(rows, columns=["curve", "steps", "penalty", "energy", "overlap", "gain_loss"]).assign(rank=0)
+    rows = [
+        ("no shield, stopped early", 20, 0.0, 0.99, 0.1, 1.0),
+        ("no shield, stopped early", 5, 0.0, 0.99, 0.5, 0.4),
+    ]
+    rows += [("update, contrastive", 20, 0.0, e, 0.9 + e / 10, 1.9 - e) for e in (0.99, 0.999)] + [
+        ("alora", 20, 0.0, 0.99, 1.0, 0.6)
+    ]
+    table = pd.DataFrame(
+        rows, columns=["curve", "steps", "penalty", "energy", "overlap", "gain_loss"]
+    ).assign(rank=0)
     table["gain_reward"] = table["gain_loss"] ** 2
     for name in ("overlap", "gain_loss", "gain_reward"):
         table[f"{name}_lo"], table[f"{name}_hi"] = table[name] - 0.02, table[name] + 0.02
@@ -144,14 +174,23 @@ def frontier_points() -> pd.DataFrame:
 
 
 def foretold() -> tuple[pd.DataFrame, dict]:
-    rows = [("update, activation", 0.9, 0.1, 0.9, 0.05), ("update, activation", 0.95, 0.01, 0.8, 0.02), ("update, contrastive", 0.7, 0.05, 1.0, 0.03)]
-    table = pd.DataFrame(rows, columns=["curve", "explanations_inside", "items_outside", "gain_loss", "lost"])
+    rows = [
+        ("update, activation", 0.9, 0.1, 0.9, 0.05),
+        ("update, activation", 0.95, 0.01, 0.8, 0.02),
+        ("update, contrastive", 0.7, 0.05, 1.0, 0.03),
+    ]
+    table = pd.DataFrame(
+        rows, columns=["curve", "explanations_inside", "items_outside", "gain_loss", "lost"]
+    )
     return table, {"learning": (-0.9, -1.0, -0.5), "ranking": (0.8, 0.3, 0.9)}
 
 
 def every_figure(steps: int = 12) -> dict:
     interactions, items = interactions_and_items()
-    training = [{"epoch": e, "loss": 7 - 0.1 * e, "valid_ndcg@10": 0.08 - 0.001 * (e - 8) ** 2} for e in range(1, 13)]
+    training = [
+        {"epoch": e, "loss": 7 - 0.1 * e, "valid_ndcg@10": 0.08 - 0.001 * (e - 8) ** 2}
+        for e in range(1, 13)
+    ]
     rows = [
         {"name": "no shield", "value": 0.21, "lo": 0.2, "hi": 0.23},
         {"name": "a shield with a long name", "value": 0.013},
@@ -160,7 +199,9 @@ def every_figure(steps: int = 12) -> dict:
         "data_overview": plots.data_overview(interactions, items),
         "ranker_training": plots.ranker_training(training),
         "ranker_comparison": plots.ranker_comparison(rankers()),
-        "ranker_spread": plots.ranker_spread({"with text": [0.1, 0.11], "plain": [0.1]}, {"EASE^R": 0.097, "Markov chain": 0.077}),
+        "ranker_spread": plots.ranker_spread(
+            {"with text": [0.1, 0.11], "plain": [0.1]}, {"EASE^R": 0.097, "Markov chain": 0.077}
+        ),
         "spectrum": plots.spectrum(subspaces()),
         "overlap_by_layer": plots.overlap_by_layer(overlap()),
         "one_layer": plots.one_layer(),
@@ -182,7 +223,12 @@ def every_figure(steps: int = 12) -> dict:
 def ablation_rows():
     reward = {"reward": 0.9, "reward_lo": 0.85, "reward_hi": 0.95}
     arms = ("main", "no_projection", "kl0", "lora4", "long_expl", "more_steps", "low_lr", "rloo")
-    return pd.DataFrame([{"arm": a, **reward, "kl": k, "kl_lo": k - 0.5, "kl_hi": k + 0.5, "top10_overlap": 0.9} for k, a in enumerate(arms, 1)])
+    return pd.DataFrame(
+        [
+            {"arm": a, **reward, "kl": k, "kl_lo": k - 0.5, "kl_hi": k + 0.5, "top10_overlap": 0.9}
+            for k, a in enumerate(arms, 1)
+        ]
+    )
 
 
 def test_ablations_show_every_arm_in_both_panels():
@@ -198,7 +244,9 @@ def test_every_figure_is_labelled_and_small_in_a_notebook():
             assert ax.get_title() or len(fig.axes) == 1, name
             ticked = [t.get_text() for t in ax.get_xticklabels()]
             assert (
-                ax.get_xlabel() or any(re.search("[a-z]", t) for t in ticked) or ax.get_subplotspec().rowspan.stop < 2
+                ax.get_xlabel()
+                or any(re.search("[a-z]", t) for t in ticked)
+                or ax.get_subplotspec().rowspan.stop < 2
             ), name
         png = io.BytesIO()
         fig.savefig(png, format="png", bbox_inches="tight")
@@ -210,7 +258,9 @@ def test_equal_numbers_give_equal_bytes_and_other_numbers_do_not():
     moved = plots.svg(plots.tradeoff(evaluation() | {"shielded/reward": 0.5}))
     assert first == again != moved
     assert "<dc:date>" not in first
-    hatched = [plots.svg(plots.bars([{"name": "shielded", "value": 1.0}], "y", "t")) for _ in range(2)]
+    hatched = [
+        plots.svg(plots.bars([{"name": "shielded", "value": 1.0}], "y", "t")) for _ in range(2)
+    ]
     assert hatched[0] == hatched[1] and "url(#" in hatched[0]  # hatches and clips have ids
 
 
@@ -226,10 +276,14 @@ def test_between_them_the_two_figures_draw_every_statistic_of_a_step():
     curve = pd.DataFrame(ppo_curve()).assign(kl_coef=0.02, never_logged=np.nan)
     main, rest = plots.ppo_curves(curve), plots.ppo_statistics(curve, {"kl_coef": "reward per nat"})
     titles = [ax.get_title() for ax in rest.axes]
-    assert len(main.axes) + len(titles) == len(curve.columns) - len(["arm", "step", "shield_seconds", "never_logged"])
+    assert len(main.axes) + len(titles) == len(curve.columns) - len(
+        ["arm", "step", "shield_seconds", "never_logged"]
+    )
     assert titles == ["score", "kl_coef"]
     panel = rest.axes[titles.index("kl_coef")]
-    assert panel.get_ylabel() == "reward per nat" and [line.get_label() for line in panel.get_lines()] == ["unshielded", "shielded"]
+    assert panel.get_ylabel() == "reward per nat" and [
+        line.get_label() for line in panel.get_lines()
+    ] == ["unshielded", "shielded"]
 
 
 def test_genre_shares_by_hand():
@@ -237,7 +291,11 @@ def test_genre_shares_by_hand():
     interactions = pd.DataFrame({"user": [0, 0, 1, 1], "item": [1, 2, 2, 3]})
     table = plots.genre_shares(interactions, items)
     assert table.index.tolist() == ["B", "A", "C"]
-    assert table["items"].tolist() == [0.5, 0.25, 0.25] and table["ratings"].tolist() == [0.75, 0.25, 0.0]
+    assert table["items"].tolist() == [0.5, 0.25, 0.25] and table["ratings"].tolist() == [
+        0.75,
+        0.25,
+        0.0,
+    ]
 
 
 def test_outside_energy_by_hand_and_without_rounding_noise():
@@ -247,7 +305,9 @@ def test_outside_energy_by_hand_and_without_rounding_noise():
 
 
 def test_spectrum_marks_the_chosen_rank():
-    spaces = {"3.attention": SimpleNamespace(spectrum=np.array([8.0, 4.0, 2.0, 2.0]), rank=2, width=4)}
+    spaces = {
+        "3.attention": SimpleNamespace(spectrum=np.array([8.0, 4.0, 2.0, 2.0]), rank=2, width=4)
+    }
     dot = plots.spectrum(spaces).axes[0].get_lines()[-1]
     assert dot.get_xydata().tolist() == [[2.0, 0.25]]
 
@@ -260,15 +320,24 @@ def test_ctr_lift_draws_the_interval_and_leaves_the_base_out():
 
 
 def test_an_interval_that_misses_its_value_is_still_drawn():
-    plots.bars([{"name": "a", "value": 1.0, "lo": 1.1, "hi": 1.2}], "y", "t")  # matplotlib refuses negative lengths
+    plots.bars(
+        [{"name": "a", "value": 1.0, "lo": 1.1, "hi": 1.2}], "y", "t"
+    )  # matplotlib refuses negative lengths
 
 
 def test_ranker_training_marks_the_best_epoch():
-    curve = [{"epoch": e, "loss": 1.0, "valid_ndcg@10": v} for e, v in ((1, 0.1), (2, 0.3), (3, 0.2))]
-    assert plots.ranker_training(curve).axes[1].get_legend().get_texts()[0].get_text() == "best: epoch 2"
+    curve = [
+        {"epoch": e, "loss": 1.0, "valid_ndcg@10": v} for e, v in ((1, 0.1), (2, 0.3), (3, 0.2))
+    ]
+    assert (
+        plots.ranker_training(curve).axes[1].get_legend().get_texts()[0].get_text()
+        == "best: epoch 2"
+    )
 
 
-@pytest.mark.parametrize("share, text", [(1.0, "100"), (0.0, "0"), (0.997, "99.7"), (0.0004, "0.0"), (0.5, "50")])
+@pytest.mark.parametrize(
+    "share, text", [(1.0, "100"), (0.0, "0"), (0.997, "99.7"), (0.0004, "0.0"), (0.5, "50")]
+)
 def test_percent_never_rounds_to_all_or_nothing(share, text):
     assert plots._percent(share) == text
 
@@ -276,7 +345,9 @@ def test_percent_never_rounds_to_all_or_nothing(share, text):
 def test_missing_input_is_named_with_its_remedy():
     broken = evaluation()
     del broken["shielded/ctr_lift_hi"]
-    with pytest.raises(ValueError, match=r"evaluation.json lacks 'shielded/ctr_lift_hi': run notebooks/06"):
+    with pytest.raises(
+        ValueError, match=r"evaluation.json lacks 'shielded/ctr_lift_hi': run notebooks/06"
+    ):
         plots.ctr_lift(broken)
     with pytest.raises(ValueError, match="curves/ppo.csv: no column kl"):
         plots.ppo_curves(ppo_curve().drop(columns="kl"))
@@ -290,14 +361,25 @@ def test_save_writes_the_svg_below_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "FIGURES", tmp_path)
     fig = plots.bars([{"name": "a", "value": 1.0}], "y", "t")
     path = plots.save(fig, "toy", "bars")
-    assert path == tmp_path / "toy" / "bars.svg" and path.read_text(encoding="utf-8") == plots.svg(fig)
+    assert path == tmp_path / "toy" / "bars.svg" and path.read_text(encoding="utf-8") == plots.svg(
+        fig
+    )
     assert [p.name for p in path.parent.iterdir()] == ["bars.svg"]
 
 
 def test_sensitivity_outlines_what_changes_sign():
     rows = [
-        {"arm": "shielded", "first": a, "second": b, "first_factor": f, "second_factor": g, "lift": 0.97 if f == g == 2 else 1.1}
-        for a, b in (("alpha", "beta"), ("beta", "user_std")) for f in (0.5, 2) for g in (0.5, 2)
+        {
+            "arm": "shielded",
+            "first": a,
+            "second": b,
+            "first_factor": f,
+            "second_factor": g,
+            "lift": 0.97 if f == g == 2 else 1.1,
+        }
+        for a, b in (("alpha", "beta"), ("beta", "user_std"))
+        for f in (0.5, 2)
+        for g in (0.5, 2)
     ]
     fig = plots.sensitivity(pd.DataFrame(rows))
     assert [len(ax.texts) for ax in fig.axes] == [4, 4]
@@ -307,8 +389,18 @@ def test_sensitivity_outlines_what_changes_sign():
 
 
 def test_controls_are_shown_below_the_line():
-    found = {f"{a}/{m}": 0.4 for a in ("control_empty", "control_keywords", "reference") for m in ("reward", "quality", "ctr_lift")}
-    fig = plots.controls(found | {f"shielded/control_users_{m}": 0.8 for m in ("reward", "quality", "ctr_lift")})
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["empty", "keywords", "reference"]
+    found = {
+        f"{a}/{m}": 0.4
+        for a in ("control_empty", "control_keywords", "reference")
+        for m in ("reward", "quality", "ctr_lift")
+    }
+    fig = plots.controls(
+        found | {f"shielded/control_users_{m}": 0.8 for m in ("reward", "quality", "ctr_lift")}
+    )
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == [
+        "empty",
+        "keywords",
+        "reference",
+    ]
     with pytest.raises(ValueError, match="no controls"):
         plots.controls({})

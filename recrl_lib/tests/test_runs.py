@@ -12,15 +12,19 @@ import pytest
 import torch
 import yaml
 
-from recrl_lib.files import sha256_file, write_atomic
-from recrl_lib import config, paths, runs
-from recrl_lib.config import Params
+from recrl_lib import params, paths, runs
+from recrl_lib.params import Params
+from recrl_lib.runs import sha256_file, write_atomic
 
 DATA = {"n_users": 2, "n_items": 3, "n_interactions": 5, "source": "toy", "sha256": "0"}
 
 
 def namespace(stage, **values):
-    return {**{name: getattr(Params(), name) for name in config.owned_by(stage)}, **values, "unrelated": object()}
+    return {
+        **{name: getattr(Params(), name) for name in params.owned_by(stage)},
+        **values,
+        "unrelated": object(),
+    }
 
 
 @pytest.fixture
@@ -71,7 +75,10 @@ def test_start_stores_all_parameters_and_keeps_those_of_other_stages(notebooks):
     assert runs.read_params("smoke") == Params(ppo_users=0.4)
     runs.start("ranker", namespace("ranker", ranker_dim=32))
     assert runs.read_params("smoke") == Params(ppo_users=0.4, ranker_dim=32)
-    assert list(yaml.safe_load((notebooks.runs / "smoke" / "params.yaml").read_text())) == config.names()
+    assert (
+        list(yaml.safe_load((notebooks.runs / "smoke" / "params.yaml").read_text()))
+        == params.names()
+    )
 
 
 def test_one_run_has_one_seed(notebooks):
@@ -98,7 +105,9 @@ def test_small_floats_survive_the_yaml_file(house):
 def test_start_names_missing_parameters_and_the_notebook(notebooks):
     incomplete = namespace("data")
     del incomplete["ppo_users"], incomplete["seed"]
-    with pytest.raises(ValueError, match=r"01_data.ipynb: the parameters cell lacks seed, ppo_users"):
+    with pytest.raises(
+        ValueError, match=r"01_data.ipynb: the parameters cell lacks seed, ppo_users"
+    ):
         runs.start("data", incomplete)
 
 
@@ -200,7 +209,9 @@ def test_inputs_are_checked_against_their_stage(notebooks):
     assert len(stage.load_table("items")) == 3
     with pytest.raises(RuntimeError, match="nothing.json is missing: no finished stage"):
         stage.load_json("nothing")
-    with pytest.raises(ValueError, match="must not write artifacts/items.parquet: stage 'data' does"):
+    with pytest.raises(
+        ValueError, match="must not write artifacts/items.parquet: stage 'data' does"
+    ):
         stage.output("items.parquet")
     (stage.folder / "artifacts" / "items.parquet").write_bytes(b"changed")
     with pytest.raises(RuntimeError, match="changed since stage 'data' finished.*01_data.ipynb"):
@@ -217,15 +228,22 @@ def test_finish_writes_metrics_curve_and_manifest(notebooks):
     stage = runs.start("data", namespace("data"))
     stage.save_json("facts", [1])
     stage.curve([{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.30000000000000004}])
-    stage.metrics(DATA | {"numpy": np.float32(0.5), "tensor": torch.tensor(3), "flag": np.bool_(True)})
+    stage.metrics(
+        DATA | {"numpy": np.float32(0.5), "tensor": torch.tensor(3), "flag": np.bool_(True)}
+    )
     stage.finish()
     metrics = runs.read_metrics("smoke", "data")
     assert metrics == DATA | {"numpy": 0.5, "tensor": 3, "flag": True}
-    assert (stage.folder / "curves" / "data.csv").read_text() == "step,loss\n1,0.1\n2,0.30000000000000004\n"
+    assert (
+        stage.folder / "curves" / "data.csv"
+    ).read_text() == "step,loss\n1,0.1\n2,0.30000000000000004\n"
     manifest = runs.read_manifest("smoke")
     expected = "run git_commit git_dirty versions device cpu threads seed stages"
     assert list(manifest) == expected.split()
-    assert manifest["versions"]["torch"] == torch.__version__ and manifest["device"] == stage.device.type
+    assert (
+        manifest["versions"]["torch"] == torch.__version__
+        and manifest["device"] == stage.device.type
+    )
     entry = manifest["stages"]["data"]
     assert entry["status"] == "finished" and entry["key"] == runs.stage_key("data", stage.params)
     assert set(entry["outputs"]) == {"artifacts/facts.json", "curves/data.csv", "metrics/data.json"}
@@ -260,13 +278,17 @@ def test_finish_names_missing_metrics_and_outputs(notebooks):
 def test_the_contract_of_the_evaluation_counts_every_arm():
     assert len(runs.REQUIRED_METRICS["evaluation"]) == 4 * 20 + 1
     assert "separate/own_item_retrieval@10" in runs.REQUIRED_METRICS["evaluation"]
-    assert "parity_gap_ok" in runs.REQUIRED_METRICS["audit"] and len(runs.REQUIRED_METRICS["audit"]) == 12
-    stages = {runs.metrics_name(stage.name) for stage in config.STAGES}
+    assert (
+        "parity_gap_ok" in runs.REQUIRED_METRICS["audit"]
+        and len(runs.REQUIRED_METRICS["audit"]) == 12
+    )
+    stages = {runs.metrics_name(stage.name) for stage in params.STAGES}
     assert set(runs.REQUIRED_METRICS) <= stages
 
 
 @pytest.mark.parametrize(
-    "value", [float("nan"), np.float64("inf"), torch.tensor(float("nan")), {"a": 1}, [1], None, np.ones(2)]
+    "value",
+    [float("nan"), np.float64("inf"), torch.tensor(float("nan")), {"a": 1}, [1], None, np.ones(2)],
 )
 def test_metrics_refuse_what_is_not_a_finite_scalar(notebooks, value):
     with pytest.raises(ValueError, match="metric 'bad'"):
@@ -285,7 +307,9 @@ def test_reading_what_is_not_there(house):
 def test_git_state(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
-        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True
+        )
 
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     assert runs.git_state() == (None, None)
@@ -338,14 +362,22 @@ def closure_names(code):
 
 
 def test_the_closure_follows_every_import_form(library):
-    assert closure_names("from recrl_lib import a") == {"", ".a", ".b", ".c", ".sub", ".sub.d", ".f"}
+    assert closure_names("from recrl_lib import a") == {
+        "",
+        ".a",
+        ".b",
+        ".c",
+        ".sub",
+        ".sub.d",
+        ".f",
+    }
     assert closure_names("import recrl_lib.e as anything\n!ls") == {"", ".e"}
     assert closure_names("from recrl_lib.sub.d import x") == {"", ".sub", ".sub.d", ".f"}
     assert closure_names("from recrl_lib.sub import d") == {"", ".sub", ".sub.d", ".f"}
     assert closure_names("import numpy, recrl_library") == set()
-    assert runs.library_closure("%%time\nx = 1", "%%time\nfrom recrl_lib import e") == runs.library_closure(
-        "import recrl_lib.e"
-    )
+    assert runs.library_closure(
+        "%%time\nx = 1", "%%time\nfrom recrl_lib import e"
+    ) == runs.library_closure("import recrl_lib.e")
 
 
 def test_a_syntax_error_names_notebook_and_module(library):
@@ -359,7 +391,11 @@ def test_prose_is_no_part_of_a_digest_and_code_is():
         return runs._scan(text, "recrl_lib.x", False)[0]
 
     code = 'def f(x):\n    """{}"""\n    return x + {}\n'
-    assert digest(code.format("One.", 1)) == digest(code.format("Two.", 1)) != digest(code.format("One.", 2))
+    assert (
+        digest(code.format("One.", 1))
+        == digest(code.format("Two.", 1))
+        != digest(code.format("One.", 2))
+    )
 
 
 def test_a_data_set_loader_is_in_the_closure_of_what_loads_it():
@@ -378,7 +414,8 @@ def changed(stage, edit):
 
 
 @pytest.mark.parametrize(
-    "file, expected", [("a.py", True), ("c.py", True), ("f.py", True), ("e.py", False), ("policy.yaml", False)]
+    "file, expected",
+    [("a.py", True), ("c.py", True), ("f.py", True), ("e.py", False), ("policy.yaml", False)],
 )
 def test_an_edit_matters_only_inside_the_closure(library, file, expected):
     assert changed("data", lambda: write_atomic(library / file, "y = 2")) is expected
@@ -398,7 +435,10 @@ def test_a_change_reaches_the_stages_downstream(library):
 def test_only_owned_parameters_matter_and_the_name_of_the_run_does_not(library):
     base = runs.stage_key("ranker", Params())
     assert runs.stage_key("ranker", Params(run="other", ppo_steps=9)) == base
-    keys = {runs.stage_key("ranker", p) for p in (Params(seed=1), Params(ranker_dim=32), Params(ppo_users=0.4))}
+    keys = {
+        runs.stage_key("ranker", p)
+        for p in (Params(seed=1), Params(ranker_dim=32), Params(ppo_users=0.4))
+    }
     assert len(keys | {base}) == 4
 
 
@@ -410,7 +450,11 @@ def test_the_files_of_a_data_folder_matter_to_the_data(library, tmp_path):
     before = {stage: runs.stage_key(stage, given) for stage in ("environment", "data", "ranker")}
     assert before["data"] == runs.stage_key("data", given) != runs.stage_key("data", Params())
     (folder / "items.csv").write_text("item,title,year\n")
-    assert {stage: runs.stage_key(stage, given) == key for stage, key in before.items()} == {"environment": True, "data": False, "ranker": False}
+    assert {stage: runs.stage_key(stage, given) == key for stage, key in before.items()} == {
+        "environment": True,
+        "data": False,
+        "ranker": False,
+    }
 
 
 def test_of_a_notebook_only_the_code_matters(library):
@@ -423,7 +467,9 @@ def test_of_a_notebook_only_the_code_matters(library):
 
     assert not changed("data", lambda: edit(lambda cells: cells[0].update(source="# new title")))
     assert not changed("data", lambda: edit(lambda cells: cells[1].update(source="seed = 1")))
-    assert not changed("data", lambda: edit(lambda cells: cells[-1].update(outputs=[1], execution_count=7)))
+    assert not changed(
+        "data", lambda: edit(lambda cells: cells[-1].update(outputs=[1], execution_count=7))
+    )
     assert changed("data", lambda: edit(lambda cells: cells[-1].update(source="x = 1")))
 
 
@@ -456,7 +502,11 @@ def test_a_changed_input_makes_the_reader_run_again(notebooks):
 def test_importing_the_run_folder_does_not_load_torch():
     """The runner decides within a second that nothing has to be done."""
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from recrl_lib import runner; sys.exit('torch' in sys.modules)"],
+        [
+            sys.executable,
+            "-c",
+            "import sys; from recrl_lib.pipeline import execute as runner; sys.exit('torch' in sys.modules)",
+        ],
         cwd=paths.ROOT,
     )
     assert done.returncode == 0

@@ -1,0 +1,248 @@
+"""SASRec (Kang & McAuley 2018), its training, and ranking of all items.
+
+A causal transformer reads a user's history; the score of item i is the dot product of the last state with
+the item's vector, which is also the input embedding (tied). With item texts::
+
+    v_i = e_i + W norm(t_i)
+
+``t_i`` is the text vector of item i from the LLM. ``norm`` standardises each feature by mean and standard
+deviation over items 1..I of the *base* LLM's vectors, and divides by the root of the number of features: |norm(t)| is
+about 1, so that W and e start alike and learn at one rate. Those constants are stored in the model, so vectors of a
+tuned LLM are standardised by the same constants: a drift of the text vectors reaches the ranking unhidden.
+The ranker holds no text vectors: text is an argument, so one frozen ranker can be asked with either.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from recrl_lib.runs import write_atomic
+
+
+class SASRec(nn.Module):
+    """``layers`` pre-norm causal blocks of width ``dim`` over the last ``max_len`` items.
+
+    Order enters through distances, not places: attention to the item d places back has the bias ``distances[d, head]``
+    added (Shaw et al. 2018; the scalar form of Raffel et al. 2020, §2.1). It is learned from all positions alike. A vector
+    per place, as in the paper, leaves the last place, the only one that is ranked from, with one training target a window.
+    In training a share ``item_dropout`` of the items read is blanked. All weights are drawn from ``seed``. With
+    ``text_dim`` > 0 call ``fit_text`` before the first use.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        dim: int = 64,
+        layers: int = 2,
+        heads: int = 2,
+        max_len: int = 50,
+        dropout: float = 0.3,
+        text_dim: int = 0,
+        seed: int = 0,
+        item_dropout: float = 0.0,
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"SASRec: dim={dim} must be a multiple of heads={heads}")
+        self.arguments = dict(
+            n_items=n_items,
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            max_len=max_len,
+            dropout=dropout,
+            text_dim=text_dim,
+            seed=seed,
+            item_dropout=item_dropout,
+        )
+        self.n_items, self.max_len, self.item_dropout = n_items, max_len, item_dropout
+        self.items = nn.Embedding(n_items + 1, dim, padding_idx=0)
+        self.distances = nn.Parameter(torch.empty(max_len, heads))
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.text = nn.Linear(text_dim, dim, bias=False) if text_dim else None
+        if text_dim:
+            self.register_buffer("text_mean", torch.full((text_dim,), math.nan))
+            self.register_buffer("text_scale", torch.full((text_dim,), math.nan))
+        self._initialise(torch.Generator().manual_seed(seed))
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding)):
+                    module.weight.normal_(0.0, 0.02, generator=generator)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+            self.items.weight[0] = 0.0
+            max_len, heads = self.distances.shape
+            # As ALiBi (Press et al. 2022), from near to far sight; its exponent of 8, made for text, is too far here.
+            slopes = 2.0 ** (-6.0 / heads * torch.arange(1, heads + 1))
+            self.distances.copy_(-torch.arange(max_len)[:, None] * slopes)
+
+    def fit_text(self, text: Tensor) -> None:
+        """Take the constants of ``norm`` from the base LLM's ``text``, (I+1, text_dim) with row 0 = padding."""
+        self._check_text(text)
+        rows = text[1:].double()
+        self.text_mean.copy_(rows.mean(0))
+        std = rows.std(0, correction=0).clamp_min(1e-6)  # a constant feature stays 0, not 0/0
+        self.text_scale.copy_(std * text.shape[1] ** 0.5)
+
+    def item_table(self, text: Tensor | None, items: Tensor | None = None) -> Tensor:
+        """Item vectors (I+1, dim), row 0 zero. ``text=None`` leaves W norm(t) out: the ranking without the LLM.
+
+        With ``items``, int64 (n,) whose first is 0, only their rows: (n, dim).
+        """
+        table = self.items.weight if items is None else self.items(items)
+        if text is not None:
+            self._check_text(text)
+            if self.text_mean.isnan().any():
+                raise RuntimeError(
+                    "SASRec.item_table: call fit_text with the base LLM's vectors first"
+                )
+            text = text if items is None else text[items]
+            table = table + self.text((text - self.text_mean) / self.text_scale)
+        return torch.cat([torch.zeros_like(table[:1]), table[1:]])
+
+    @torch.no_grad()
+    def frozen_table(self, text: Tensor | None) -> Tensor:
+        """``item_table`` without a gradient, on the model's device."""
+        return self.item_table(None if text is None else text.to(self.device))
+
+    def _check_text(self, text: Tensor) -> None:
+        if self.text is None:
+            raise ValueError(
+                "SASRec: text vectors given to a ranker built with text_dim=0; pass text=None"
+            )
+        expected = (self.items.num_embeddings, self.text.in_features)
+        if tuple(text.shape) != expected:
+            raise ValueError(
+                f"SASRec: text has shape {tuple(text.shape)}, expected (I+1, text_dim) = {expected}"
+            )
+
+    def forward(self, histories: Tensor, table: Tensor) -> Tensor:
+        """States (B, L, dim) after each item of ``histories``, int64 (B, L) left-padded with 0, L <= max_len.
+
+        The state at position j has seen items 1..j only. Rows at padded positions are meaningless.
+        """
+        length = histories.shape[1]
+        if length > self.max_len:
+            raise ValueError(
+                f"SASRec: histories of length {length} exceed max_len={self.max_len}; see pad_sequences"
+            )
+        real = histories > 0
+        place = torch.arange(length, device=histories.device)
+        back = place[:, None] - place  # how far before the query the key is
+        itself = back == 0  # a padded row needs one key, or is NaN
+        allowed = (back >= 0) & real[:, None, :] | itself
+        # Looked up as an embedding: an index's gradient is summed in no fixed order by threads.
+        bias = F.embedding(back.clamp_min(0), self.distances).permute(2, 0, 1)
+        mask = torch.where(allowed[:, None], bias, -torch.inf)  # (B, heads, L, L)
+        x = (
+            F.embedding(histories, table) * table.shape[1] ** 0.5
+        )  # vectors start near 0 (Vaswani et al. 2017, §3.4)
+        if self.training and self.item_dropout:
+            x = x * (torch.rand(histories.shape, device=x.device) >= self.item_dropout)[..., None]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    @property
+    def device(self) -> torch.device:
+        return self.items.weight.device
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention and feed-forward (of width ``dim``, as in the paper), each with a residual."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_feed = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.feed_in, self.feed_out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (
+            self.qkv(self.norm_attention(x))
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
+        attended = (
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        )
+        x = x + self.dropout(self.out(attended))
+        return x + self.dropout(self.feed_out(F.gelu(self.feed_in(self.norm_feed(x)))))
+
+
+def add_items(model: SASRec, text: Tensor, rows: Tensor) -> tuple[SASRec, Tensor]:
+    """A frozen copy of ``model`` that also ranks len(``rows``) items it never saw, and ``text`` with ``rows`` below it.
+
+    ``rows`` (n, text_dim) are the new items' text vectors from the base LLM; their ids follow on from I. With nothing
+    learned from behaviour, e = 0: a new item stands where its text puts it.
+    """
+    model._check_text(text)
+    if rows.ndim != 2 or rows.shape[1] != text.shape[1]:
+        raise ValueError(
+            f"add_items: rows have shape {tuple(rows.shape)}, expected (n, text_dim) = (n, {text.shape[1]})"
+        )
+    larger = SASRec(**{**model.arguments, "n_items": model.n_items + len(rows)})
+    state = model.state_dict()
+    state["items.weight"] = F.pad(state["items.weight"], (0, 0, 0, len(rows)))
+    larger.load_state_dict(state)
+    return freeze(larger.to(model.device)), torch.cat([text, rows.to(text)])
+
+
+def state_sha256(model: nn.Module) -> str:
+    """Hex sha256 of names, types, shapes and bytes of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(
+            value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )  # NumPy has no bfloat16
+    return digest.hexdigest()
+
+
+def freeze(model: SASRec) -> SASRec:
+    """``model`` in eval mode with no parameter that takes a gradient."""
+    return model.requires_grad_(False).eval()
+
+
+def save(model: SASRec, path: Path) -> None:
+    """Weights and constructor arguments as safetensors, written whole or not at all."""
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    write_atomic(path, safetensors_bytes(tensors, metadata={"sasrec": json.dumps(model.arguments)}))
+
+
+def load(path: Path) -> SASRec:
+    """The model that ``save`` wrote, on the CPU, frozen. Raises ``FileNotFoundError`` or ``ValueError``."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; run the ranker notebook first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            arguments = (file.metadata() or {}).get("sasrec")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); run the ranker notebook again"
+        ) from None
+    if arguments is None:
+        raise ValueError(f"{path}: no SASRec in this file (metadata field 'sasrec' is missing)")
+    model = SASRec(**json.loads(arguments))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights do not fit the stored arguments ({error})") from None
+    return freeze(model)

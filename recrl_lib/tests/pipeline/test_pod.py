@@ -1,0 +1,206 @@
+"""The scripts for a rented machine: what they refuse, what they write, and a target that outlives its caller."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from recrl_lib import paths
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("setsid") is None or shutil.which("make") is None,
+    reason="needs make and setsid (Linux)",
+)
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A repository on a volume: the scripts, and a Makefile whose environment costs nothing and whose targets wait to be let go."""
+    folder = tmp_path / "volume" / "repo"
+    shutil.copytree(paths.ROOT / ".devcontainer", folder / ".devcontainer")
+    stubs = 'cd .venv/lib/python3*/site-packages && touch torch.py transformers.py && echo "$(PEFT)" > peft.py'
+    env = f"env:\n\t@echo torch $(RECRL_TORCH) >> made; touch .venv/.installed; {stubs}\n"
+    slow = "slow:\n\t@for n in $$(seq 600); do [ -f go ] && break; sleep .05; done; exit 3\n"  # half a minute at most
+    leaves = "leaves:\n\t@sleep 60 & echo $$! > left\n"
+    (folder / "Makefile").write_text(f"-include .venv/pod.env\n{env}{slow}{leaves}")
+    return folder
+
+
+def script(repo, name, **environment):
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("RUNPOD", "VOLUME", "PYTHONPATH", "MAKE"))
+    }
+    command = ["bash", str(repo / ".devcontainer" / name)]
+    return subprocess.run(
+        command,
+        env=clean | {"PYTHON": sys.executable} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_container_of_ones_own_keeps_downloads_on_what_is_mounted():
+    dockerfile = (paths.ROOT / ".devcontainer" / "Dockerfile").read_text()
+    home = re.search(r"RECRL_HOME=(/workspace/\S+)", dockerfile)[1]
+    assert f" HF_HOME={home}/huggingface" in dockerfile and f":{home} -it" in dockerfile
+
+
+def test_a_repository_off_the_volume_is_refused(repo, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for volume, words in (
+        (elsewhere, "is not below"),
+        (tmp_path / "none", "not a folder that can be written to"),
+    ):
+        done = script(repo, "pod-setup.sh", VOLUME=str(volume))
+        assert done.returncode == 1 and words in done.stderr
+    assert not (repo / ".venv").exists() and list(elsewhere.iterdir()) == []
+
+
+@pytest.fixture
+def setup(repo, tmp_path):
+    """``setup(torch)``: pod-setup on an image whose Python has that torch, or none."""
+    image = tmp_path / "image"
+    image.mkdir()
+    python = image / "python"
+    python.write_text(
+        f'#!/bin/sh\nif [ "$2" = venv ]; then shift 2; echo "$@" >> {repo}/venvs; exec {sys.executable} -m venv --without-pip "$@"; fi\n'
+        f'PYTHONPATH={image} exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+
+    def call(torch, **environment):
+        (image / "torch.py").write_text(
+            f"__version__ = {torch!r}" if torch else "raise ImportError"
+        )
+        return script(
+            repo,
+            "pod-setup.sh",
+            VOLUME=str(repo.parent),
+            PYTHON=str(python),
+            PYTHONDONTWRITEBYTECODE="1",
+            **environment,
+        )
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "torch, kept", [("2.12.1+cu130", True), ("2.9.1+cu128", False), (None, False)]
+)
+def test_the_images_torch_is_kept_if_the_code_runs_on_it(repo, setup, torch, kept):
+    for _ in range(2):
+        done = setup(torch)
+        assert done.returncode == 0, done.stderr
+    settings = (repo / ".venv" / "pod.env").read_text()
+    assert (f"export RECRL_TORCH={torch}" in settings) is kept
+    assert (repo / "made").read_text().split("\n")[0] == (f"torch {torch}" if kept else "torch")
+    assert (repo / "venvs").read_text() == (
+        "--clear --system-site-packages .venv\n" if kept else "--clear .venv\n"
+    )  # once
+    assert (
+        f"export HF_HOME={repo.parent}/.shielded-recrl/huggingface" in settings
+        and "make pod-run" in done.stdout
+    )
+    assert (repo / ".venv" / ".installed").exists()
+
+
+def test_another_image_gets_another_environment(repo, setup):
+    """A torchvision of the image, built for the image's torch, must not be seen beside another torch."""
+    for torch, seen in (
+        ("2.12.1+cu130", "true"),
+        ("2.9.1+cu128", "false"),
+        ("2.12.1+cu130", "true"),
+    ):
+        assert setup(torch).returncode == 0
+        assert (
+            f"include-system-site-packages = {seen}\n"
+            in (repo / ".venv" / "pyvenv.cfg").read_text()
+        )
+    assert len((repo / "venvs").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "torch, remedy",
+    [
+        ("2.12.1+cu130", "do not fit its torch 2.12.1+cu130; take another image"),
+        (None, "remove .venv"),
+    ],
+)
+def test_an_environment_that_does_not_import_is_a_failure(repo, setup, torch, remedy):
+    done = setup(torch, PEFT="raise RuntimeError('operator torchvision::nms does not exist')")
+    assert done.returncode == 1 and "ready" not in done.stdout
+    assert (
+        "FAILED torch, transformers and peft do not import together (RuntimeError: operator torchvision::nms does not exist): "
+        in done.stderr
+    )
+    assert remedy in done.stderr
+
+
+def test_the_environments_own_python_is_not_the_images(repo, setup):
+    assert setup(None).returncode == 0
+    done = script(
+        repo, "pod-setup.sh", VOLUME=str(repo.parent), PYTHON=str(repo / ".venv" / "bin" / "python")
+    )
+    assert (
+        done.returncode == 1
+        and "is that of .venv" in done.stderr
+        and (repo / ".venv" / "pod.env").is_file()
+    )
+
+
+def until(path, limit: float = 20.0) -> str:
+    end = time.monotonic() + limit
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < end, f"{path.name} does not come"
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def test_a_target_goes_on_without_its_caller_and_is_not_started_twice(repo):
+    first, second = (script(repo, "pod-run.sh", TARGET="slow") for _ in range(2))
+    pid = (repo / "runs" / "pod.pid").read_text().strip()
+    assert (
+        "started make slow" in first.stdout and f"at work already: process {pid}" in second.stdout
+    )
+    (repo / "go").touch()
+    assert until(repo / "runs" / "pod.exit") == "2\n"  # make's own code for a failed recipe
+    assert "Error 3" in (repo / "runs" / "pod.log").read_text()
+    assert (
+        "started make slow" in script(repo, "pod-run.sh", TARGET="slow").stdout
+    )  # what has just ended is not at work
+    until(repo / "runs" / "pod.exit")
+
+
+def test_after_a_stop_of_the_pod_another_process_of_that_number_is_not_the_job(repo):
+    assert "started" in script(repo, "pod-run.sh", TARGET="slow").stdout
+    pid = repo / "runs" / "pod.pid"
+    job = int(pid.read_text())
+    while os.getpgid(job) != job:  # setsid is about to give it a group of its own
+        time.sleep(0.01)
+    os.killpg(job, signal.SIGKILL)
+    pid.write_text(f"{os.getpid()}\n")
+    assert (
+        "started" in script(repo, "pod-run.sh", TARGET="slow").stdout
+        and not (repo / "runs" / "pod.exit").exists()
+    )
+    (repo / "go").touch()
+    until(repo / "runs" / "pod.exit")
+
+
+def test_what_a_target_leaves_behind_is_not_the_job(repo):
+    left = []
+    for _ in range(2):
+        assert "started" in script(repo, "pod-run.sh", TARGET="leaves").stdout
+        assert until(repo / "runs" / "pod.exit") == "0\n"
+        left.append(int((repo / "left").read_text()))
+    for pid in left:  # both are alive, or this fails
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+
+from recrl_lib.data.splits import Split
+from recrl_lib.ranker import cold_start, sasrec, training
+
+N_ITEMS, TEXT_DIM = 24, 6
+
+
+def clusters(n_users=120, seed=0):
+    """Users who stay within one of three groups of items; an item's text names its group."""
+    rng = np.random.default_rng(seed)
+    walks = [
+        rng.choice(np.arange(1 + g, N_ITEMS + 1, 3), 6, replace=False)
+        for g in rng.integers(0, 3, n_users)
+    ]
+    text = torch.zeros(N_ITEMS + 1, TEXT_DIM)
+    group = (torch.arange(1, N_ITEMS + 1) - 1) % 3
+    text[torch.arange(1, N_ITEMS + 1), group] = 1.0
+    text[1:] += 0.1 * torch.randn(N_ITEMS, TEXT_DIM, generator=torch.Generator().manual_seed(0))
+    return Split(
+        [w[:-2] for w in walks], np.array([w[-2] for w in walks]), np.array([w[-1] for w in walks])
+    ), text
+
+
+def fit(split, text):
+    model = sasrec.SASRec(len(text) - 1, 16, 1, 2, 6, 0.1, text_dim=TEXT_DIM)
+    model.fit_text(text)
+    training.train(model, split, text, lr=1e-2, batch=16, epochs=8, patience=8, seed=0)
+    return sasrec.freeze(model)
+
+
+def test_text_places_items_that_training_never_saw(monkeypatch):
+    monkeypatch.setenv("RECRL_PROGRESS", "off")
+    split, text = clusters()
+    cold = np.array(
+        [5, 9, 1, 16, 24, 11]
+    )  # neighbours are of different groups, so the wrong text is wrong
+    right, wrong = cold_start.cold_ranks(split, text, cold, fit)
+    assert len(right) == len(wrong) == np.isin(split.test, cold).sum() > 20
+    assert right.mean() + 2 < wrong.mean() and wrong.max() <= N_ITEMS
+
+
+def test_training_sees_no_cold_item():
+    split, text = clusters(20)
+    cold = np.array([11, 3, 24])
+    given = {}
+
+    def spy(warm, known):
+        given.update(split=warm, text=known)
+        model = sasrec.SASRec(len(known) - 1, 8, 1, 1, 6, text_dim=TEXT_DIM)
+        model.fit_text(known)
+        return sasrec.freeze(model)
+
+    cold_start.cold_ranks(split, text, cold, spy)
+    old = np.setdiff1d(np.arange(N_ITEMS + 1), cold)  # new id -> old id
+    torch.testing.assert_close(given["text"], text[old])
+    expected = [[i for i in items if i not in cold] for items in split.with_valid]
+    got = [
+        old[np.append(items, last)].tolist()
+        for items, last in zip(given["split"].train, given["split"].valid)
+    ]
+    assert got == [items for items in expected if len(items) >= 2]
+
+
+def test_nothing_cold_in_the_test_is_an_error():
+    split, text = clusters(3)
+    absent = np.setdiff1d(np.arange(1, N_ITEMS + 1), split.test)[:4]
+    with pytest.raises(ValueError, match="4 items held out, 0 of them in the test"):
+        cold_start.cold_ranks(split, text, absent, fit)
+
+
+def test_users_who_only_train_keep_their_warm_items():
+    split = Split(
+        [np.array([1, 2, 3])],
+        np.array([4]),
+        np.array([5]),
+        others=(np.array([5, 4, 1]), np.array([5, 2])),
+    )
+    new = np.arange(
+        6
+    )  # item 5 is cold, and the one item that is left of the last user is no history
+    warm = cold_start._warm_split(split, new, n_warm=4)
+    assert [ids.tolist() for ids in warm.others] == [[4, 1]] and [
+        ids.tolist() for ids in warm.train
+    ] == [[1, 2, 3]]

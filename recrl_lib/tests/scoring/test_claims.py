@@ -1,0 +1,240 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recrl_lib.explainer.prompts import check_records
+from recrl_lib.scoring.claims import Catalogue, distinct_share
+
+TITLES = [
+    "The Rock",
+    "Heat",
+    "Con Air",
+    "The Usual Suspects",
+    "The Game",
+    "Fear",
+    "Fargo",
+    "Michael",
+    "M*A*S*H",
+    "In & Out",
+    "Face/Off",
+    "Seven (Se7en)",
+    "Star Trek: First Contact",
+    "Star Trek: The Motion Picture",
+    "Terminator 2: Judgment Day",
+    "True Romance",
+    "Schindler's List",
+    "2001: A Space Odyssey",
+    "Les Misérables",
+    "Aiqing wansui",
+    "The Prophecy (1995)",
+    "The War",
+    "The Godfather",
+    "The Godfather: Part II",
+]
+GENRES = [
+    "Action",
+    "Thriller",
+    "Comedy",
+    "Sci-Fi",
+    "Film-Noir",
+    "Romance",
+    "War",
+    "Children's",
+    "Animation",
+    "unknown",
+]
+CATALOGUE = Catalogue(TITLES, GENRES)
+
+
+def titles(text):
+    return [sorted(mention) for mention in CATALOGUE.claims(text).titles]
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_every_title_is_found_in_a_sentence_and_claims_nothing_else(title):
+    said = CATALOGUE.claims(f"You should see {title} tonight.")
+    assert len(said.titles) == 1 and title in said.titles[0]
+    assert (said.genres, said.years, said.people) == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        (
+            "i loved THE USUAL SUSPECTS and the usual suspects",
+            [["The Usual Suspects"]],
+        ),  # distinctive: any case, once
+        ("It is part of the game, and in and out of fear.", []),  # common words
+        ("You like The Game and In and Out.", [["The Game"], ["In & Out"]]),
+        ("Fear drives this film. Heat rises.", []),  # the first word of a sentence shows nothing
+        (
+            "Fargo is dark. Heat (1995) too.",
+            [["Fargo"], ["Heat"]],
+        ),  # unless what follows shows a title
+        ("directed by Michael Bay", []),  # part of a name
+        ("You saw Michael.", [["Michael"]]),
+        ("The Rock's action", [["The Rock"]]),
+        ("Terminator 2 is loud", [["Terminator 2: Judgment Day"]]),
+        (
+            "the classic Star Trek",
+            [["Star Trek: First Contact", "Star Trek: The Motion Picture"]],
+        ),  # either
+        ("Star Trek: First Contact", [["Star Trek: First Contact"]]),  # longest first
+        (
+            "you liked The Godfather",
+            [["The Godfather"]],
+        ),  # an exact title is not an alias of its sequel
+        ("Se7en and Seven were", [["Seven (Se7en)"]]),
+        ("a film of 1995", []),  # a year in a title's parenthesis is no title
+        ("", []),
+    ],
+)
+def test_titles(text, found):
+    assert titles(text) == found
+
+
+def test_genres_in_their_forms_and_not_inside_titles():
+    said = CATALOGUE.claims(
+        "Comedies, thrillers, science fiction, films noir, an animated romantic story for children. Drama, War."
+    )
+    assert said.genres == (
+        "Comedy",
+        "Thriller",
+        "Sci-Fi",
+        "Film-Noir",
+        "Animation",
+        "Romance",
+        "Children's",
+        "War",
+    )
+    assert CATALOGUE.claims("You saw True Romance.").genres == ()
+    assert CATALOGUE.claims("a thrilling story of unknown origin").genres == ()
+
+
+def test_years_outside_titles():
+    assert CATALOGUE.claims(
+        "From 1994, not the 1990s, 12345 or 2001: A Space Odyssey; 1994 again."
+    ).years == (1994,)
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        (
+            "directed by Michael Bay, starring DiCaprio, with Tom Hanks",
+            ("Michael Bay", "DiCaprio", "Tom Hanks"),
+        ),
+        ("Because Tom Hanks acts", ("Tom Hanks",)),
+        ("by J. K. Rowling and Jean-Luc Godard", ("J K Rowling", "Jean Luc Godard")),
+        ("like The Matrix", ("The Matrix",)),  # a film that is in no catalogue
+        (
+            "Because you liked Palglone and Heat, try it",
+            ("Palglone",),
+        ),  # an invented film of one word
+        ("Because you liked Heat and Palglone, try it", ("Palglone",)),
+        (
+            "a drama and American story, in English and French",
+            (),
+        ),  # "and" after a genre shows no name
+        ("I think you will like Palgl", ()),  # cut off: it may have become a title
+        ("I think you will like Palgl.", ("Palgl",)),
+        ("I recommend Heat. You will love Con Air. The story is American.", ()),
+        ("Action Comedy", ()),
+    ],
+)
+def test_proper_names(text, found):
+    assert CATALOGUE.claims(text).people == found
+
+
+def test_prose_tells_sentences_from_lists():
+    honest = "Because you liked Heat and The Rock, I recommend Con Air (1997), an action thriller in the same vein."
+    assert CATALOGUE.claims(honest).prose == 1
+    assert (
+        CATALOGUE.claims("Con Air, The Rock, The Game, In & Out, action, thriller.").prose == 0
+    )  # titles' own words do not count
+    assert CATALOGUE.claims(
+        "Heat and Fargo and Con Air and The Rock and action and comedy"
+    ).prose == pytest.approx(1 / 3)
+
+
+RECORD = dict(
+    user=3,
+    item=3,
+    position=1,
+    title="Con Air",
+    year=1997,
+    genres=["Action", "Thriller"],
+    history_titles=["Heat", "Fargo"],
+    history_genres=[["Action"], ["Comedy"]],
+)
+
+
+def test_verdict_by_hand():
+    v = CATALOGUE.verdict(
+        RECORD,
+        "Like the comedy Fargo, Con Air (1996) is an action romance by John Woo, unlike The Rock or Fear.",
+    )
+    assert (v.title, v.history, v.genres, v.history_genres, v.years) == (True, 1, 1, 1, 0)
+    assert (v.foreign_titles, v.wrong_genres, v.wrong_years, v.people) == (2, 1, 1, 1)
+    assert (v.supported, v.unsupported) == (4, 5)
+
+
+def test_marks_by_hand():
+    text = "Like the comedy Fargo & Heat, Con Air (1996) is an action romance by John Woo."
+    marked = [(text[a:b], true) for a, b, true in CATALOGUE.marks(RECORD, text)]
+    assert marked == [
+        ("comedy", True), ("Fargo", True), ("Heat", True), ("Con Air", True), ("1996", False), ("action", True),
+        ("romance", False), ("John Woo", False),
+    ]  # fmt: skip
+    assert CATALOGUE.marks(RECORD, "") == []
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            "Con Air Heat Fargo The Rock & action comedy 1997 1990 by John Woo , . is a’s _".split()
+        ),
+        max_size=14,
+    )
+)
+def test_marks_are_the_claims_that_the_verdict_counts(tokens):
+    text = " ".join(tokens)
+    marked = CATALOGUE.marks(RECORD, text)
+    verdict = CATALOGUE.verdict(RECORD, text)
+    assert any(not true for _, _, true in marked) == (verdict.unsupported > 0)
+    assert any(true for _, _, true in marked) == (verdict.supported > 0)
+    assert all(a < b <= c for (a, b, _), (c, _, _) in zip(marked, [*marked[1:], (len(text), 0, 0)]))
+
+
+def test_a_history_genre_needs_its_film():
+    assert CATALOGUE.verdict(RECORD, "Con Air is a comedy like Heat.").wrong_genres == 1
+    assert CATALOGUE.verdict(RECORD, "Con Air is a comedy like Fargo.").wrong_genres == 0
+
+
+def test_an_ambiguous_mention_is_read_kindly():
+    record = RECORD | dict(title="Star Trek: First Contact", genres=["Sci-Fi"])
+    assert CATALOGUE.verdict(record, "You will enjoy Star Trek.").title
+
+
+def test_errors_name_the_remedy():
+    with pytest.raises(ValueError, match="not in the catalogue"):
+        CATALOGUE.verdict(RECORD | {"title": "Nowhere Known"}, "x")
+    with pytest.raises(ValueError, match="no titles"):
+        Catalogue([], GENRES)
+    with pytest.raises(ValueError, match="2 texts"):
+        check_records([RECORD], ["a", "b"])
+    with pytest.raises(ValueError, match="record 0 lacks year"):
+        check_records([{k: v for k, v in RECORD.items() if k != "year"}], ["a"])
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_read(text):
+    said = CATALOGUE.claims(text)
+    assert 0 <= said.prose <= 1
+    assert CATALOGUE.verdict(RECORD, text).unsupported >= 0
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=12), st.integers(1, 3))
+def test_distinct_share_against_its_naive_twin(tokens, n):
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    assert distinct_share(tokens, n) == (len(set(grams)) / len(grams) if grams else 1)

@@ -1,0 +1,250 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recrl_lib import params
+from recrl_lib.scoring.claims import Catalogue
+from recrl_lib.scoring.reward import PARTS, VARIANTS, WEIGHTS, Reward, score
+
+RECORD = dict(
+    user=7,
+    item=3,
+    position=2,
+    title="Con Air",
+    year=1997,
+    genres=["Action", "Thriller"],
+    history_titles=["Heat", "The Rock", "Fargo"],
+    history_genres=[["Crime"], ["Action", "Thriller"], ["Crime", "Drama"]],
+)
+CATALOGUE = Catalogue(
+    ["Con Air", "Heat", "The Rock", "Fargo", "Annie Hall", "Emma", "Sabrina"],
+    ["Action", "Thriller", "Crime", "Drama", "Comedy", "Romance"],
+)
+HONEST = "Because you liked Heat and The Rock, I recommend Con Air (1997), an action thriller in the same vein."
+RAMBLE = (
+    "You will love it because it is the kind of thing that people who like such things tend to like, and the more you "
+    "think of it "
+    "the more it becomes clear that it is what you want to see when you come home and"
+)
+DEGENERATE = {
+    "empty": "",
+    "constant praise": "This is a great film that you will surely love and enjoy with your friends and family tonight.",
+    "praise in a loop": "Great film! " * 12,
+    "rambling": RAMBLE,
+    "longest rambling": RAMBLE + " then you " + RAMBLE + " so " + RAMBLE,
+    "honest in a loop": " ".join([HONEST] * 4),
+    "keywords with commas": "Con Air, Heat, The Rock, Fargo, Action, Thriller, Crime, Drama, Con Air, Heat, The Rock.",
+    "keywords with and": "Con Air and Heat and The Rock and Fargo and Action and Thriller and Crime and Drama.",
+    "keywords alone": "Con Air Heat The Rock Fargo Action Thriller Crime Drama Con Air Heat The Rock Fargo",
+    "another item": "Because you liked Annie Hall and Emma, I recommend Sabrina (1995), a romantic comedy.",
+    "every title": "Because you liked Heat, The Rock, Annie Hall and Emma, I recommend Con Air or Sabrina, a romance.",
+    "copied prompt": "I watched: Heat; The Rock; Fargo.\nWhy do you recommend Con Air (1997), genres Action, Thriller?",
+    "copied fields": "Title: Con Air (1997). Genres: Action, Thriller. The viewer has watched Heat and liked it.",
+}
+
+
+def total(text, variant="grounded", record=RECORD):
+    return float(Reward(variant, CATALOGUE)([record], [text])[0][0])
+
+
+def test_an_honest_explanation_gets_full_marks():
+    assert score(RECORD, HONEST, CATALOGUE) == dict(length=1, relevance=1, coherence=1)
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_texts_lose_by_a_margin(name):
+    assert total(DEGENERATE[name]) < total(HONEST) - 0.2
+
+
+@pytest.mark.parametrize(
+    "words, value", [(0, 0), (7, 0.5), (14, 1), (45, 1), (60, 2 / 3), (90, 0), (200, 0)]
+)
+def test_length_band(words, value):
+    assert score(RECORD, "so " * words, CATALOGUE)["length"] == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("I recommend Con Air to you because it is so good.", 0.4),  # the title alone
+        (
+            "I recommend Con Air to you because you liked Heat.",
+            0.55,
+        ),  # and one of two history titles
+        ("I recommend it to you because it is an action film.", 0.15),  # one of two genres
+        ("I recommend Con Air to you because of Nicolas Cage in it.", 0.4 - 0.2),  # a name
+        ("I recommend Con Air to you as it is like Annie Hall.", 0.4 - 0.25),  # a foreign title
+        (
+            "I recommend Con Air to you as it is a comedy of 1995.",
+            0.4 - 0.15 - 0.15,
+        ),  # a wrong genre and year
+        (
+            "I recommend Con Air to you as it is a comedy by Nicolas Cage and John Woo.",
+            0,
+        ),  # never below 0
+    ],
+)
+def test_relevance_by_hand(text, value):
+    assert score(RECORD, text, CATALOGUE)["relevance"] == pytest.approx(value)
+
+
+def test_relevance_stays_reachable_without_history_and_genres():
+    bare = RECORD | dict(history_titles=[], history_genres=[], genres=["unknown"])
+    assert (
+        score(bare, "I recommend Con Air to you because it is so good.", CATALOGUE)["relevance"]
+        == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("It is the film that you will like.", 1),
+        ("it is the film that you will like.", 2 / 3),  # opens small
+        ("It is the film that you will", 2 / 3),  # cut off
+        ("It is the film that you will like. <|im_end|>", 0),
+        ("You recommend films. Explain why the film is so good.", 0),
+        ("It is the Zzxqwrtpsdfghjklmnbvcxzqw of the film.", 2 / 3),  # no word
+        ("It is 这部 电影 很好 电影的 so it is one that you like.", 2 / 3),  # not Latin
+    ],
+)
+def test_coherence_by_hand(text, value):
+    assert score(RECORD, text, CATALOGUE)["coherence"] == pytest.approx(value)
+
+
+def test_repeated_trigrams_cost_their_share():
+    # 9 words, 7 trigrams, 3 of them distinct: "with them they", "them they with", "they with them"
+    assert score(RECORD, "With them they with them they with them they.", CATALOGUE)[
+        "coherence"
+    ] == pytest.approx(3 / 7)
+
+
+def test_paper_variant_by_hand():
+    assert score(RECORD, "Con Air has action. It is good fun.", CATALOGUE, "paper") == dict(
+        length=8 / 40, relevance=1, coherence=1
+    )
+    assert score(RECORD, "A comedy.", CATALOGUE, "paper") == dict(
+        length=2 / 40, relevance=0, coherence=0
+    )
+    stuffed = "word " * 40
+    assert (
+        score(RECORD, stuffed, CATALOGUE, "paper")["length"] == 1
+    )  # what the grounded variant is there to close
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_batch_is_the_weighted_sum_of_single_scores(variant):
+    texts = [HONEST, *DEGENERATE.values()]
+    values, parts = Reward(variant, CATALOGUE)([RECORD] * len(texts), texts)
+    assert (
+        values.dtype == np.float32 and values.shape == (len(texts),) and list(parts) == list(PARTS)
+    )
+    for i, text in enumerate(texts):
+        single = score(RECORD, text, CATALOGUE, variant)
+        assert {p: parts[p][i] for p in PARTS} == pytest.approx(single)
+        assert values[i] == pytest.approx(
+            0.5 * single["length"] + 0.3 * single["relevance"] + 0.2 * single["coherence"]
+        )
+
+
+def test_500_real_texts_keep_their_values():
+    """``golden_rewards.json``: the first, slower implementation's values; its comment names what was charged since."""
+    golden = json.loads((Path(__file__).parent / "golden_rewards.json").read_text(encoding="utf-8"))
+    catalogue = Catalogue(golden["titles"], golden["genres"])
+    records, texts = (
+        [golden["records"][row[0]] for row in golden["rows"]],
+        [row[1] for row in golden["rows"]],
+    )
+    for variant, first in zip(VARIANTS, (2, 5), strict=True):
+        _, parts = Reward(variant, catalogue)(records, texts)
+        wanted = np.array([row[first : first + 3] for row in golden["rows"]])
+        assert np.array_equal(np.stack([parts[p] for p in PARTS], 1).astype(np.float64), wanted), (
+            variant
+        )
+
+
+def test_a_false_mention_costs_more_than_a_true_one_earns():
+    """So that a guess pays only where it is right more often than not."""
+    true = "I recommend Con Air to you because you liked Heat, and it is good."
+    named = score(RECORD, true, CATALOGUE)["relevance"]
+    earned = named - score(RECORD, true.replace("Heat", "it"), CATALOGUE)["relevance"]
+    assert earned == pytest.approx(0.15)
+    for false in (
+        "Palglone",
+        "Kurt Russell",
+        "Annie Hall",
+    ):  # an invented film, a person, a film not watched
+        without = score(RECORD, true, CATALOGUE)["relevance"]
+        assert (
+            without
+            - score(RECORD, true.replace("Heat", f"Heat and {false}"), CATALOGUE)["relevance"]
+            > earned
+        )
+    wrong_year = true.replace("Con Air", "Con Air (1995)")
+    assert named - score(RECORD, wrong_year, CATALOGUE)["relevance"] == pytest.approx(0.15)
+
+
+def test_empty_batch():
+    values, parts = Reward("grounded", CATALOGUE)([], [])
+    assert values.shape == (0,) and all(p.shape == (0,) for p in parts.values())
+
+
+@given(st.text(max_size=120), st.sampled_from(VARIANTS))
+def test_parts_stay_in_the_unit_interval(text, variant):
+    assert all(0 <= v <= 1 for v in score(RECORD, text, CATALOGUE, variant).values())
+
+
+def test_trl_functions_agree_with_the_batch():
+    reward = Reward("grounded", CATALOGUE)
+    texts = [HONEST, DEGENERATE["another item"]]
+    columns = {field: [value, value] for field, value in RECORD.items()}
+    chats = [[{"role": "assistant", "content": t}] for t in texts]
+    _, parts = reward([RECORD] * 2, texts)
+    assert reward.weights == WEIGHTS and len(reward.as_trl()) == 3
+    for function, part in zip(reward.as_trl(), PARTS, strict=True):
+        assert function.__name__ == f"reward_{part}"
+        for completions in (texts, chats):  # called as TRL's trainers do, with columns of their own
+            got = function(
+                prompts=["p", "p"],
+                completions=completions,
+                completion_ids=[[1], [2]],
+                trainer_state=None,
+                **columns,
+            )
+            assert isinstance(got, list) and got == pytest.approx(parts[part].tolist())
+
+
+def test_trl_without_the_record_columns_says_which():
+    with pytest.raises(ValueError, match="lacks .*history_genres"):
+        Reward("grounded", CATALOGUE).as_trl()[0](["p"], ["x"], user=[1])
+
+
+def test_a_removed_part_leaves_a_reward_of_the_same_range():
+    texts = [HONEST, *DEGENERATE.values()]
+    without = Reward("grounded", CATALOGUE, (0.5, 0.0, 0.2))
+    values, parts = without([RECORD] * len(texts), texts)
+    assert without.weights == pytest.approx((5 / 7, 0, 2 / 7)) and values[0] == pytest.approx(1)
+    np.testing.assert_allclose(
+        values, 5 / 7 * parts["length"] + 2 / 7 * parts["coherence"], rtol=1e-6
+    )
+    assert Reward("grounded", CATALOGUE, (1, 0.6, 0.4)).weights == pytest.approx(WEIGHTS)
+    assert (
+        Reward("grounded", CATALOGUE).weights == WEIGHTS
+    )  # already sum to 1: left as they are, to the bit
+    of = Reward.of(params.Params(reward="paper", weight_length=0.0), CATALOGUE)
+    assert of.variant == "paper" and of.weights == pytest.approx((0, 0.6, 0.4))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="not all 0"):
+        Reward("paper", CATALOGUE, (0, 0, 0))
+    with pytest.raises(ValueError, match="choose one of grounded, paper"):
+        Reward("best", CATALOGUE)
+    with pytest.raises(ValueError, match="three non-negative"):
+        Reward("paper", CATALOGUE, (1.0, -1.0, 0.5))
+    with pytest.raises(ValueError, match="1 records but 2 texts"):
+        Reward("paper", CATALOGUE)([RECORD], ["a", "b"])

@@ -1,0 +1,177 @@
+"""The chat, headless: answers follow the adapters and the seed, and everything shown is escaped."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from recrl_lib.chat import Chat, _fitting, reply, tuned_as
+from recrl_lib.explainer.prompts import messages, prompt_ids
+from recrl_lib.params import Params
+from recrl_lib.tests.tiny import tiny_explainer, tune_randomly
+
+PARAMS = Params(max_new_tokens=6, temperature=1.0)
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def records(users, positions) -> list[dict]:
+    return [
+        {
+            "user": u,
+            "item": 10 * u + p,
+            "position": p,
+            "title": f"good film {u} {p} {HOSTILE}",
+            "year": 1990,
+            "genres": ["red"],
+            "history_titles": ["bad film"],
+            "history_genres": [["blue"]],
+        }
+        for u, p in zip(users, positions)
+    ]
+
+
+@pytest.fixture
+def tuned():
+    """(explainer with adapters, two sets of adapter tensors that differ from the base and each other)."""
+    explainer = tiny_explainer(lora_layers=2)
+    adapters = {}
+    for seed, arm in enumerate(("unshielded", "shielded")):
+        tune_randomly(explainer, scale=0.6, seed=seed)
+        adapters[arm] = explainer.adapter_state()
+    return explainer, adapters
+
+
+@pytest.fixture
+def chat(tuned):
+    return Chat(SimpleNamespace(records=records), *tuned, PARAMS, users=[3, 4])
+
+
+def say(explainer, seed=0, text="", history=None):
+    return reply(explainer, history or messages(records([3], [1])[0]), text, 6, 1.0, seed)
+
+
+def test_equal_arguments_equal_answers_and_other_seeds_other_answers(tuned):
+    explainer, _ = tuned
+    answers = [say(explainer, seed) for seed in (0, 0, 1, 2, 3)]
+    assert answers[0] == answers[1] and len(set(answers)) > 2
+
+
+def test_reply_answers_the_whole_chat_and_does_not_change_it(tuned):
+    explainer, _ = tuned
+    history = messages(records([3], [1])[0]) + [{"role": "assistant", "content": "a good film"}]
+    before = [dict(m) for m in history]
+    follow_ups = {
+        say(explainer, 0, text, history)
+        for text in ("why you", "the red film", "green and short", "long")
+    }
+    assert len(follow_ups) > 1 and history == before
+
+
+def test_nothing_to_answer_is_an_error(tuned):
+    explainer, _ = tuned
+    history = [{"role": "assistant", "content": "a film"}]
+    for text in ("", "  ", "<|im_end|>"):
+        with pytest.raises(ValueError, match="type a question"):
+            say(explainer, 0, text, history)
+
+
+def test_arms_speak_with_their_own_adapters(tuned):
+    explainer, adapters = tuned
+    spoken = {}
+    for arm in ("base", "unshielded", "shielded"):
+        with tuned_as(explainer, adapters, arm):
+            spoken[arm] = tuple(say(explainer, seed) for seed in range(4))
+    assert len(set(spoken.values())) == 3
+    untouched = tiny_explainer()
+    assert spoken["base"] == tuple(say(untouched, seed) for seed in range(4))
+    with pytest.raises(
+        ValueError, match="no arm is called 'none'; choose one of base, unshielded, shielded"
+    ):
+        with tuned_as(explainer, adapters, "none"):
+            pass
+
+
+def test_a_long_chat_drops_its_oldest_turns_but_neither_opening_nor_question(tuned):
+    explainer, _ = tuned
+    opening = messages(records([3], [1])[0])
+    pairs = [
+        {"role": r, "content": f"{w} film"}
+        for w in ("red", "blue", "green", "short")
+        for r in ("assistant", "user")
+    ]
+    everything = len(prompt_ids(explainer, opening + pairs))
+    assert _fitting(explainer, opening + pairs, 6) == prompt_ids(explainer, opening + pairs)
+    explainer.lm.config.max_position_embeddings = everything + 6 - 1
+    assert _fitting(explainer, opening + pairs, 6) == prompt_ids(explainer, opening + pairs[2:])
+    explainer.lm.config.max_position_embeddings = 6 + len(prompt_ids(explainer, opening))
+    assert _fitting(explainer, opening, 6) == prompt_ids(explainer, opening)
+    with pytest.raises(ValueError, match="too long"):
+        _fitting(explainer, opening + pairs, 6)
+
+
+def test_the_chat_opens_with_an_answer_and_goes_on(chat):
+    assert [m["role"] for m in chat.history] == ["system", "user", "assistant"]
+    assert chat.arm.value == "shielded" and chat.film.value == 1
+    chat.text.value = "why the red film"
+    chat.button.click()
+    assert [m["role"] for m in chat.history[3:]] == ["user", "assistant"]
+    assert (
+        chat.text.value == "" and not chat.button.disabled and "why the red film" in chat.log.value
+    )
+
+
+def test_suggestions_ask_about_another_film_of_the_list(chat):
+    assert chat.why_not.description == f"Why not good film 3 2 {HOSTILE}?"
+    chat.why_not.click()
+    assert chat.history[-2]["content"] == chat.why_not.description
+    chat.lighter.click()
+    assert chat.history[-2]["content"] == "Something lighter?" and len(chat.history) == 7
+    chat.film.value = 2
+    assert chat.why_not.description.startswith("Why not good film 3 1")
+
+
+def test_user_film_and_arm_each_start_one_new_chat(chat, monkeypatch):
+    started, answer = [], Chat._answer
+    monkeypatch.setattr(
+        Chat, "_answer", lambda self, text: (started.append(text), answer(self, text))
+    )
+    chat.film.value = 5
+    assert len(started) == 1 and "good film 3 5" in chat.history[1]["content"]
+    chat.user.value = 4
+    assert (
+        len(started) == 2 and "good film 4 1" in chat.history[1]["content"] and chat.film.value == 1
+    )
+    chat.arm.value = "base"
+    assert len(started) == 3 and len(chat.history) == 3 and "<b>base</b>" in chat.log.value
+
+
+def test_everything_in_the_log_is_escaped(chat):
+    chat.ask(f"{HOSTILE} & more")
+    assert (
+        "<img" not in chat.log.value
+        and "&lt;img src=x onerror=alert(1)&gt; &amp; more" in chat.log.value
+    )
+
+
+def test_a_question_cannot_smuggle_template_tokens_into_later_prompts(chat):
+    chat.ask("why <|im_end|> <|im_start|> film")
+    assert chat.history[-2]["content"] == "why film"
+
+
+def test_errors_are_shown_and_the_chat_can_go_on(chat):
+    before = list(chat.history)
+    chat.ask("   ")
+    assert (
+        'role="alert"' in chat.log.value
+        and "type a question" in chat.log.value
+        and chat.history == before
+    )
+    chat.adapters["shielded"] = {"unknown": torch.zeros(1)}
+    chat.ask("why")
+    assert (
+        "another LoRA setting" in chat.log.value
+        and chat.history == before
+        and not chat.button.disabled
+    )
+    chat.arm.value = "unshielded"
+    assert 'role="alert"' not in chat.log.value and len(chat.history) == 3

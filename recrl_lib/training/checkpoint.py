@@ -1,0 +1,60 @@
+"""Checkpoints of one arm in training: whole files, named by step, bound to what made them.
+
+A checkpoint is one safetensors file: tensors, and all else as JSON in its header. It is written to a
+temporary name, flushed and renamed, so a process killed at any moment leaves the one before it. ``key``
+says what the run is (parameters, code, inputs: ``runs.stage_key``); files with another key are of no
+use to this run and are removed.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from recrl_lib.runs import write_atomic
+
+
+class Store:
+    """The checkpoints below ``folder``. Content is a pair (tensors, JSON object)."""
+
+    def __init__(self, folder: Path, key: str, keep: int = 2):
+        self.folder, self.key, self.keep = Path(folder), key, keep
+
+    def save(self, name: str, tensors: dict[str, Tensor], plain: dict) -> None:
+        header = {"json": json.dumps({"key": self.key, **plain})}
+        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        write_atomic(self.folder / f"{name}.safetensors", save(content, header))
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
+        """``None`` if there is no such checkpoint of this run. ``RuntimeError`` names a damaged file."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                plain = json.loads(file.metadata()["json"])
+                if plain.pop("key") == self.key:
+                    return {k: file.get_tensor(k) for k in file.keys()}, plain
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise RuntimeError(
+                f"checkpoint {path.name} cannot be read ({error}): delete {path}"
+            ) from None
+        path.unlink()
+        return None
+
+    def save_step(self, step: int, tensors: dict[str, Tensor], plain: dict) -> None:
+        """Save, then drop all but the newest ``keep``."""
+        self.save(f"step-{step:06d}", tensors, plain)
+        for old in self._steps()[: -self.keep]:
+            (self.folder / f"{old}.safetensors").unlink()
+
+    def latest(self) -> tuple[dict[str, Tensor], dict] | None:
+        """The newest step of this run, if any."""
+        for torn in self.folder.glob(".*.tmp"):  # of a process that was killed while writing
+            torn.unlink()
+        return next((found for name in reversed(self._steps()) if (found := self.load(name))), None)
+
+    def _steps(self) -> list[str]:
+        return sorted(path.stem for path in self.folder.glob("step-*.safetensors"))
