@@ -55,6 +55,7 @@ DATASETS = (
 )
 PIPELINE = tuple(stage for stage in STAGES if stage.name != "explore")  # what `make all` runs
 COMMON = "common"
+TOP_K = 10  # items recommended to each user
 
 
 def stage_named(name: str) -> Stage:

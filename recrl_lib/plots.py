@@ -659,7 +659,9 @@ _PPO_NEEDED = (
 
 def ppo_curves(curve: pd.DataFrame | list[dict]) -> Figure:
     """Statistics of the rollouts and updates by step, a line an arm; the last panel also shows the shield's own time."""
-    curve = _columns(curve, "curves/ppo.csv", "arm", "step", "shield_seconds", *_PPO_NEEDED)
+    curve = _columns(
+        curve, "curves/shielded_ppo.csv", "arm", "step", "shield_seconds", *_PPO_NEEDED
+    )
     panels = [p for p in _PPO_PANELS if p[0] in curve]
     columns = (len(panels) + 1) // 2
     fig, axes = _axes(2, columns, 2.7 * columns, 4.4, sharex=True)
@@ -710,12 +712,12 @@ def _arm_lines(ax, curve: pd.DataFrame, column: str) -> None:
 
 def ppo_statistics(curve: pd.DataFrame | list[dict], units: Mapping[str, str]) -> Figure:
     """Every statistic that ``ppo_curves`` leaves out, in small (``episodes`` apart, a count); ``units``: by column, "" where it has none."""
-    curve = _columns(curve, "curves/ppo.csv", "arm", "step")
+    curve = _columns(curve, "curves/shielded_ppo.csv", "arm", "step")
     drawn = {column for column, *_ in _PPO_PANELS} | {"arm", "step", "episodes", "shield_seconds"}
     panels = [c for c in curve if c not in drawn and curve[c].notna().any()]
     if not panels:
         raise ValueError(
-            "curves/ppo.csv: no further statistic to draw; run notebooks/05_shielded_ppo.ipynb again"
+            "curves/shielded_ppo.csv: no further statistic to draw; run notebooks/05_shielded_ppo.ipynb again"
         )
     rows = -(-len(panels) // 4)
     fig, axes = _axes(rows, 4, 10.8, 1.7 * rows, sharex=True, squeeze=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import csv
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import platform
 import random
 import subprocess
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache
@@ -80,6 +83,27 @@ REQUIRED_METRICS: dict[str, tuple[str, ...]] = {
     + ("separate/scores_sha256_equal",),
     "audit": tuple(AUDITED) + tuple(f"{name}_ok" for name in AUDITED),
 }
+# The measures that each stage's table of results must hold, for any arm; a stage may write more.
+REQUIRED_MEASURES: dict[str, tuple[str, ...]] = {
+    "data": ("n_users", "n_items", "n_interactions"),
+    "ranker": tuple("ndcg@10 hr@10 mrr@10 valid_ndcg@10 train_seconds text_free_ndcg@10".split()),
+    "explainer": ("trainable_parameters", "total_parameters"),
+    "shield": tuple("rank_mean energy overlap leak_before leak_after".split()),
+    "shielded_ppo": tuple(
+        "steps episodes reward_first reward_last kl_last ratio_first_minibatch_max_dev "
+        "shield_seconds step_seconds peak_memory_gb".split()
+    ),
+    "evaluation": tuple(
+        "reward grounding_precision grounding_recall ctr ctr_lift kl ndcg@10 hr@10 top10_overlap "
+        "top10_set_same top10_exact kendall_tau rbo max_abs_score_delta distinct_2 tokens "
+        "finished".split()
+    ),
+    "audit": tuple(AUDITED),
+}
+# Those of them that every one of these arms must have.
+REQUIRED_ARMS = {"shielded_ppo": ("unshielded", "shielded"), "evaluation": ARMS}
+RESULT_KEY = ("arm", "against", "group", "measure")  # what tells one result from another
+RESULT_NUMBERS = ("value", "low", "high", "n", "seeds")
 _VERSIONED = (
     "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors",
     "numpy", "scipy", "pandas", "pyarrow", "scikit-learn",
@@ -88,7 +112,7 @@ _PACKAGE = "recrl_lib"
 
 
 def metrics_name(stage: str) -> str:
-    """Name of ``stage``'s files in ``metrics/`` and ``curves/``."""
+    """Name of ``stage``'s JSON file in ``metrics/``."""
     return "ppo" if stage == "shielded_ppo" else stage
 
 
@@ -126,6 +150,69 @@ def read_metrics(run: str, name: str) -> dict[str, float | str | bool]:
             f"{display(path)} is missing: run the stage that writes it, or check the run's name"
         )
     return _read_json(path)
+
+
+def read_results(run: str, stage: str) -> pd.DataFrame:
+    """The results of a stage: one row a number, see ``StageRun.result``.
+
+    Args:
+        run: Name of the run, or of a published one: ``"reference/laptop"``.
+        stage: Name of the stage, such as ``"evaluation"``.
+
+    Returns:
+        Columns ``arm against group measure`` (text, ``""`` where empty) and ``value low high n
+        seeds`` (floats, NaN where empty); ``passed`` as well for ``audit``.
+
+    Raises:
+        RuntimeError: The file is missing or lacks a column.
+    """
+    import pandas as pd
+
+    path = run_folder(run) / "metrics" / f"{stage}.csv"
+    if not path.is_file():
+        raise RuntimeError(
+            f"{display(path)} is missing: run notebooks/{stage_named(stage).notebook}, or check the run's name"
+        )
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if lacking := [name for name in (*RESULT_KEY, *RESULT_NUMBERS) if name not in table]:
+        raise RuntimeError(
+            f"{display(path)} lacks the columns {', '.join(lacking)}: run notebooks/{stage_named(stage).notebook} again"
+        )
+    numbers = [name for name in table if name not in RESULT_KEY]
+    return table.assign(
+        **{name: [float(text) if text else math.nan for text in table[name]] for name in numbers}
+    )
+
+
+def value(
+    table: pd.DataFrame, measure: str, arm: str = "", against: str = "", group: str = "all"
+) -> float:
+    """The one value of ``table`` (from ``read_results``) with this key. ``ValueError`` unless there is exactly one."""
+    key = {"arm": arm, "against": against, "group": group, "measure": measure}
+    rows = table
+    for name, wanted in key.items():
+        rows = rows[rows[name] == wanted]
+    if len(rows) != 1:
+        raise ValueError(f"{_key_text(key)}: {len(rows)} results have this key, one is needed")
+    return float(rows["value"].iloc[0])
+
+
+def _key_text(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={row[name]!r}" for name in RESULT_KEY)
+
+
+def _number(row: Mapping[str, Any], name: str) -> float | int | None:
+    """A cell of a result as a plain finite number; ``None`` for an empty one (None or NaN)."""
+    given = row.get(name)
+    if hasattr(given, "item") and getattr(given, "ndim", None) == 0:  # NumPy and torch scalars
+        given = given.item()
+    if given is None or (isinstance(given, float) and math.isnan(given) and name != "value"):
+        return None
+    if isinstance(given, (bool, int)):
+        return int(given)
+    if isinstance(given, float) and math.isfinite(given):
+        return int(given) if name in ("n", "seeds") and given.is_integer() else given
+    raise ValueError(f"result {_key_text(row)}: {name}={given!r} must be a finite number")
 
 
 def read_manifest(run: str) -> dict[str, Any]:
@@ -322,7 +409,7 @@ def _data_files() -> dict[str, str]:
 
 def batch_files(params: Params) -> dict[str, str]:
     """sha256 of the evaluations of all runs of ``params.batch`` over this run, by path below ``runs/``."""
-    found = sorted(paths.RUNS.glob(f"{params.run}-{params.batch}-*/metrics/evaluation.json"))
+    found = sorted(paths.RUNS.glob(f"{params.run}-{params.batch}-*/metrics/evaluation.*"))
     return {p.relative_to(paths.RUNS).as_posix(): sha256_file(p) for p in found}
 
 
@@ -344,7 +431,7 @@ def up_to_date(stage: str, params: Params) -> bool:
     if stage == "report" and not any((paths.FIGURES / params.run).glob("*.svg")):
         return False  # its figures lie outside the run folder
     recorded = entry["inputs"] | entry["outputs"]
-    if f"metrics/{metrics_name(stage)}.json" not in recorded:
+    if not {f"metrics/{metrics_name(stage)}.json", f"metrics/{stage}.csv"} & recorded.keys():
         return False
     return all(
         (folder / name).is_file() and sha256_file(folder / name) == sha
@@ -442,6 +529,7 @@ class StageRun:
         self._key = key
         self._started = time.monotonic()
         self._metrics: dict[str, float | str | bool] = {}
+        self._results: dict[tuple[str, ...], dict[str, float | int | None]] = {}
         self._inputs: dict[str, str] = {}
         self._outputs: set[str] = set()
 
@@ -543,11 +631,64 @@ class StageRun:
         """Collect metrics for ``finish``. ``ValueError`` names what is not a finite number, string or bool."""
         self._metrics |= {key: _scalar(key, value) for key, value in values.items()}
 
+    def result(
+        self,
+        measure: str,
+        value: float,
+        *,
+        arm: str = "",
+        against: str = "",
+        group: str = "all",
+        low: float | None = None,
+        high: float | None = None,
+        n: int | None = None,
+        seeds: int | None = None,
+    ) -> None:
+        """Add one row to the stage's table of results, ``metrics/<stage>.csv``.
+
+        Args:
+            measure: What was measured, such as ``"ndcg@10"``.
+            value: A finite number; yes and no are 1 and 0.
+            arm: The arm, method or setting it was measured on; empty for the whole stage.
+            against: The arm that the value is a paired difference to.
+            group: Users or items it covers, such as ``"new_items"``.
+            low, high: Bounds of the 95 % interval.
+            n: Users (or texts) behind the value.
+            seeds: Trainings behind the value.
+
+        Raises:
+            ValueError: A number is not finite, or the key (arm, against, group, measure) is taken.
+        """
+        given = dict(measure=measure, value=value, arm=arm, against=against, group=group)
+        self.results([given | dict(low=low, high=high, n=n, seeds=seeds)])
+
+    def results(self, rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> None:
+        """Add rows to the table of results: mappings, or a table, with the names of ``result``."""
+        if hasattr(rows, "to_dict"):
+            rows = rows.to_dict("records")
+        columns = {*RESULT_KEY, *RESULT_NUMBERS} | ({"passed"} if self.name == "audit" else set())
+        for given in rows:
+            row = {"arm": "", "against": "", "group": "all"} | dict(given)
+            if unknown := sorted(set(row) - columns):
+                raise ValueError(f"result {dict(given)}: unknown columns {', '.join(unknown)}")
+            if bad := [name for name in RESULT_KEY if not isinstance(row.get(name), str)]:
+                raise ValueError(f"result {dict(given)}: {', '.join(bad)} must be text")
+            if row.get("value") is None:
+                raise ValueError(f"result {_key_text(row)}: has no value")
+            key = tuple(row[name] for name in RESULT_KEY)
+            if key in self._results:
+                raise ValueError(
+                    f"result {_key_text(row)}: given twice; to change it, run the cell with runs.start again"
+                )
+            self._results[key] = {
+                name: _number(row, name) for name in (*RESULT_NUMBERS, "passed") if name in columns
+            }
+
     def curve(self, rows: list[dict[str, Any]], name: str | None = None) -> None:
-        """Write ``rows``, one per step, to ``curves/<name>.csv`` (default: the name of the stage's metrics file)."""
+        """Write ``rows``, one per step, to ``curves/<name>.csv`` (default: the stage's name)."""
         import pandas as pd
 
-        relative = f"curves/{name or metrics_name(self.name)}.csv"
+        relative = f"curves/{name or self.name}.csv"
         write_atomic(
             self.folder / relative, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
         )
@@ -555,19 +696,12 @@ class StageRun:
 
     def finish(self) -> None:
         """Write ``metrics/<name>.json`` and the manifest entry. ``ValueError`` names missing metrics or outputs."""
-        name = metrics_name(self.name)
-        if missing := [key for key in REQUIRED_METRICS.get(name, ()) if key not in self._metrics]:
-            raise ValueError(
-                f"stage {self.name!r} cannot finish: metrics/{name}.json lacks {', '.join(missing)}"
-            )
+        self._check_results()
         if missing := sorted(path for path in self._outputs if not (self.folder / path).is_file()):
             raise ValueError(
                 f"stage {self.name!r} cannot finish: not written: {', '.join(missing)}"
             )
-        relative = f"metrics/{name}.json"
-        write_atomic(
-            self.folder / relative, json.dumps(self._metrics, indent=1, ensure_ascii=False) + "\n"
-        )
+        self._write_results()
         entry = {
             "key": self._key,
             "status": "finished",
@@ -575,9 +709,7 @@ class StageRun:
             **dict(zip(("git_commit", "git_dirty"), git_state())),
             "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "inputs": dict(sorted(self._inputs.items())),
-            "outputs": {
-                path: sha256_file(self.folder / path) for path in sorted(self._outputs | {relative})
-            },
+            "outputs": {path: sha256_file(self.folder / path) for path in sorted(self._outputs)},
         }
         before = read_manifest(self.params.run)
         stages = before["stages"] | {self.name: entry}
@@ -594,6 +726,42 @@ class StageRun:
             "stages": dict(sorted(stages.items(), key=lambda item: order.index(item[0]))),
         }
         write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+    def _check_results(self) -> None:
+        missing = []
+        if self._metrics or not self._results:  # until every notebook writes its results as a table
+            needed = REQUIRED_METRICS.get(metrics_name(self.name), ())
+            missing = [key for key in needed if key not in self._metrics]
+        if self._results:
+            held = {(arm, measure) for arm, _, _, measure in self._results}
+            measures = {measure for _, measure in held}
+            arms = REQUIRED_ARMS.get(self.name, ())
+            for needed in REQUIRED_MEASURES.get(self.name, ()):
+                shared = needed not in measures or ("", needed) in held
+                lacking = [f"{needed} of {arm}" for arm in arms if (arm, needed) not in held]
+                missing += ([] if needed in measures else [needed]) if shared else lacking
+        if missing:
+            raise ValueError(f"stage {self.name!r} cannot finish: no result {', '.join(missing)}")
+
+    def _write_results(self) -> None:
+        if self._metrics or not self._results:
+            relative = f"metrics/{metrics_name(self.name)}.json"
+            text = json.dumps(self._metrics, indent=1, ensure_ascii=False) + "\n"
+            write_atomic(self.folder / relative, text)
+            self._outputs.add(relative)
+        if self._results:
+            relative = f"metrics/{self.name}.csv"
+            rows = [(*key, *numbers.values()) for key, numbers in self._results.items()]
+            header = (*RESULT_KEY, *next(iter(self._results.values())))
+            write_atomic(self.folder / relative, _csv([header, *rows]))
+            self._outputs.add(relative)
+
+
+def _csv(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as CSV text; floats by ``repr``, so that reading them gives the same bits."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
 
 
 def _relative(name: str, folder: str) -> str:

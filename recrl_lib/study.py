@@ -9,10 +9,9 @@ from torch import Tensor
 
 from recrl_lib.data import splits
 from recrl_lib.explainer.prompts import build_records
+from recrl_lib.params import TOP_K
 from recrl_lib.ranker import sasrec
 from recrl_lib.scoring.claims import Catalogue
-
-TOP_K = 10
 
 
 @dataclass

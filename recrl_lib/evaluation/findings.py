@@ -103,7 +103,8 @@ def gather(stage: runs.StageRun) -> Evidence:
             for name in METRICS
         },
         curves={
-            name: pd.read_csv(stage.input(f"{name}.csv", "curves")) for name in ("ranker", "ppo")
+            name: pd.read_csv(stage.input(f"{file}.csv", "curves"))
+            for name, file in (("ranker", "ranker"), ("ppo", "shielded_ppo"))
         },
         protected=subspaces.from_tensors(stage.load_tensors("subspaces")),
         **{name: stage.load_table(name) for name in (*tables, *there)},
@@ -958,7 +959,7 @@ CAPTIONS = {  # in the order of the page: (caption, source)
     ),
     "ppo_curves": (
         "PPO by step. Every step has new prompts, so single steps are noisy.",
-        "curves/ppo.csv",
+        "curves/shielded_ppo.csv",
     ),
     "spectrum": (
         "Energy of the item texts' activations outside the protected directions.",

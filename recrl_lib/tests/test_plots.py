@@ -349,7 +349,7 @@ def test_missing_input_is_named_with_its_remedy():
         ValueError, match=r"evaluation.json lacks 'shielded/ctr_lift_hi': run notebooks/06"
     ):
         plots.ctr_lift(broken)
-    with pytest.raises(ValueError, match="curves/ppo.csv: no column kl"):
+    with pytest.raises(ValueError, match="curves/shielded_ppo.csv: no column kl"):
         plots.ppo_curves(ppo_curve().drop(columns="kl"))
     with pytest.raises(ValueError, match="no rows"):
         plots.reward_parts(explanations().iloc[:0])

@@ -266,7 +266,7 @@ def test_finish_records_inputs_and_keeps_other_stages(notebooks):
 def test_finish_names_missing_metrics_and_outputs(notebooks):
     stage = runs.start("data", namespace("data"))
     stage.metrics({"n_users": 1, "n_items": 1, "source": "x"})
-    with pytest.raises(ValueError, match="metrics/data.json lacks n_interactions, sha256"):
+    with pytest.raises(ValueError, match="no result n_interactions, sha256"):
         stage.finish()
     stage.metrics(DATA)
     stage.output("never.parquet")
@@ -295,10 +295,87 @@ def test_metrics_refuse_what_is_not_a_finite_scalar(notebooks, value):
         runs.start("data", namespace("data")).metrics({"good": 1, "bad": value})
 
 
+def finish_results(stage, rows):
+    stage.results({"measure": name, "value": 1} for name in runs.REQUIRED_MEASURES[stage.name])
+    stage.results(rows)
+    stage.finish()
+
+
+def test_results_come_back_as_they_were(notebooks):
+    stage = runs.start("data", namespace("data"))
+    stage.result("share", 0.1 + 0.2, arm="a", against="b", group="new_items", low=-0.1, n=4)
+    stage.result("share", np.float32(0.1), arm="a", seeds=3)
+    rows = [{"measure": "ok", "value": True}, {"measure": "t", "value": torch.tensor(2)}]
+    finish_results(stage, pd.DataFrame(rows))
+    lines = (stage.folder / "metrics" / "data.csv").read_text().splitlines()
+    assert lines[:3] == [
+        "arm,against,group,measure,value,low,high,n,seeds",
+        "a,b,new_items,share,0.30000000000000004,-0.1,,4,",
+        "a,,all,share,0.10000000149011612,,,,3",
+    ]
+    table = runs.read_results("smoke", "data")
+    assert runs.value(table, "share", "a", "b", "new_items") == 0.1 + 0.2
+    assert runs.value(table, "ok") == 1 and runs.value(table, "t") == 2
+    row = table.iloc[1]
+    assert row["against"] == "" and np.isnan(row["low"]) and row["seeds"] == 3
+    assert not (stage.folder / "metrics" / "data.json").exists()
+    assert runs.up_to_date("data", Params())
+
+
+def test_one_value_is_taken_from_results_or_none():
+    table = pd.DataFrame(
+        [("a", "", "all", "m", 1.0)] * 2, columns=["arm", "against", "group", "measure", "value"]
+    )
+    for arm, count in (("a", 2), ("b", 0)):
+        with pytest.raises(ValueError, match=f"arm='{arm}', .*measure='m'.*{count} results"):
+            runs.value(table, "m", arm)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"value": float("nan")}, "value=nan must be a finite number"),
+        ({"value": None}, "has no value"),
+        ({"value": "much"}, "value='much' must be a finite number"),
+        ({"value": [1]}, "must be a finite number"),
+        ({"value": 1, "low": float("inf")}, "low=inf"),
+        ({"value": 1, "lo": 0}, "unknown columns lo"),
+        ({"value": 1, "passed": 1}, "unknown columns passed"),
+        ({"value": 1, "arm": None}, "arm must be text"),
+        ({"value": 1, "arm": "taken"}, "given twice"),
+    ],
+)
+def test_bad_results_are_refused_with_their_row(notebooks, row, words):
+    stage = runs.start("data", namespace("data"))
+    stage.result("bad", 1, arm="taken")
+    with pytest.raises(ValueError, match=f"^result .*bad.*{words}"):
+        stage.results([{"measure": "bad", **row}])
+
+
+def test_finish_names_missing_results(notebooks):
+    stage = runs.start("data", namespace("data"))
+    stage.result("n_users", 3)
+    with pytest.raises(ValueError, match="no result n_items, n_interactions"):
+        stage.finish()
+    assert set(runs.REQUIRED_MEASURES) <= {stage.name for stage in params.STAGES}
+
+
+def test_every_arm_of_the_evaluation_needs_its_results(notebooks, monkeypatch):
+    monkeypatch.setattr(runs, "_check_needs", lambda *a: None)
+    monkeypatch.setattr(runs, "stage_key", lambda *a, **k: "key")
+    stage = runs.start("evaluation", namespace("evaluation"))
+    needed = [(arm, name) for arm in runs.ARMS for name in runs.REQUIRED_MEASURES["evaluation"]]
+    stage.results({"measure": m, "value": 0, "arm": arm} for arm, m in needed[:-1])
+    with pytest.raises(ValueError, match="no result finished of shielded$"):
+        stage.finish()
+
+
 def test_reading_what_is_not_there(house):
     assert runs.read_manifest("new") == {"run": "new", "stages": {}}
     with pytest.raises(RuntimeError, match="ppo.json is missing"):
         runs.read_metrics("new", "ppo")
+    with pytest.raises(RuntimeError, match="data.csv is missing: run notebooks/01_data.ipynb"):
+        runs.read_results("new", "data")
     write_atomic(house.runs / "new" / "manifest.json", '{"run": ')
     with pytest.raises(RuntimeError, match="manifest.json: not valid JSON"):
         runs.read_manifest("new")
@@ -399,12 +476,12 @@ def test_prose_is_no_part_of_a_digest_and_code_is():
 
 
 def test_a_data_set_loader_is_in_the_closure_of_what_loads_it():
-    assert ".datasets.ml100k" in closure_names("from recrl_lib import datasets")
+    assert ".data.ml100k" in closure_names("from recrl_lib import data")
 
 
 def test_the_closure_of_the_real_library():
     closure = closure_names("from recrl_lib import runs")
-    assert closure == {"", ".runs", ".config", ".files", ".paths"}
+    assert closure == {"", ".runs", ".params", ".paths"}
 
 
 def changed(stage, edit):

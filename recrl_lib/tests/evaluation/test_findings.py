@@ -452,8 +452,8 @@ def test_a_run_on_other_data_is_not_given_the_published_frontier(stage, monkeypa
 
 
 def test_missing_file_is_named_with_its_remedy(stage):
-    (stage.folder / "curves" / "ppo.csv").unlink()
-    with pytest.raises(RuntimeError, match=r"curves/ppo.csv is missing"):
+    (stage.folder / "curves" / "shielded_ppo.csv").unlink()
+    with pytest.raises(RuntimeError, match=r"curves/shielded_ppo.csv is missing"):
         findings.gather(stage)
 
 
