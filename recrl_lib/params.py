@@ -1,20 +1,38 @@
-"""Every parameter of the study, once: name, type, default, range, help, and the stage that owns it.
+"""Every parameter of the study, once: name, type, default, range and help, one model a stage.
 
-The defaults are the ``smoke`` profile; the other profiles list only what they change. A notebook's
-``parameters`` cell declares exactly the parameters its stage owns, with the smoke values, plus the
-common ones (``run``, ``seed``, ``device``); a test holds the two together. Later stages read
-earlier stages' parameters from ``runs/<run>/params.yaml``.
+The defaults are the profile ``smoke``; ``profiles.yaml`` lists what the others change. A notebook
+declares the common parameters and those its stage owns, in a cell written by ``parameters_cell``.
+A stage reads the parameters of earlier stages from ``runs/<run>/params.yaml``.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
-from math import isfinite
-from typing import Any
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recrl_lib import paths
+
+TOP_K = 10  # items recommended to each user
+
+Dataset = Literal[
+    "ml-100k", "ml-25m", "ml-32m", "ml-latest-small", "amazon-books", "amazon-books-2018",
+    "amazon-books-2014", "steam-200k", "csv",
+]  # fmt: skip
+Split = Literal["leave-one-out", "global-time"]
+Reward = Literal["grounded", "paper"]
+ShieldMode = Literal["gradient", "update", "frozen_a", "penalty", "restart"]
+ShieldBasis = Literal["activation", "sensitivity", "boundary", "contrastive", "readout", "random"]
+FrontierPoints = Literal["none", "small", "full"]
+Algorithm = Literal["ppo", "rloo", "grpo"]
+Tracker = Literal["none", "wandb", "tensorboard"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One notebook: its number, its name in messages and files, and the stages whose output it reads."""
+    """One notebook: its number, its name, and the stages whose output it reads."""
 
     number: int
     name: str
@@ -25,523 +43,295 @@ class Stage:
         return f"{self.number:02d}_{self.name}.ipynb"
 
 
+_TRAINED = ("data", "ranker", "explainer", "shield", "shielded_ppo")
 STAGES = (
     Stage(0, "environment"),
     Stage(1, "data"),
-    Stage(2, "ranker", ("data",)),
-    Stage(3, "explainer", ("data", "ranker")),
-    Stage(4, "shield", ("data", "ranker", "explainer")),
-    Stage(5, "shielded_ppo", ("data", "ranker", "explainer", "shield")),
-    Stage(6, "evaluation", ("data", "ranker", "explainer", "shield", "shielded_ppo")),
+    Stage(2, "ranker", _TRAINED[:1]),
+    Stage(3, "explainer", _TRAINED[:2]),
+    Stage(4, "shield", _TRAINED[:3]),
+    Stage(5, "shielded_ppo", _TRAINED[:4]),
+    Stage(6, "evaluation", _TRAINED),
     Stage(7, "ablations", ("evaluation",)),
     Stage(8, "audit", ("data", "ranker", "evaluation")),
-    Stage(
-        9,
-        "report",
-        ("data", "ranker", "explainer", "shield", "shielded_ppo", "evaluation", "audit"),
-    ),
+    Stage(9, "report", (*_TRAINED, "evaluation", "audit")),
     Stage(10, "explore", ("data", "ranker", "explainer", "shielded_ppo")),
-)
-DATASETS = (
-    "ml-100k",
-    "ml-25m",
-    "ml-32m",
-    "ml-latest-small",
-    "amazon-books",
-    "amazon-books-2018",
-    "amazon-books-2014",
-    "steam-200k",
-    "csv",
 )
 PIPELINE = tuple(stage for stage in STAGES if stage.name != "explore")  # what `make all` runs
 COMMON = "common"
-TOP_K = 10  # items recommended to each user
 
 
 def stage_named(name: str) -> Stage:
+    """The stage called ``name``. ``ValueError`` lists the names if there is none."""
     for stage in STAGES:
         if stage.name == name:
             return stage
     raise ValueError(f"no stage is called {name!r}; stages: {', '.join(s.name for s in STAGES)}")
 
 
-def _p(default, stage: str, help: str, low=None, high=None, choices: tuple = ()):
-    return field(
-        default=default,
-        metadata={"stage": stage, "help": help, "low": low, "high": high, "choices": choices},
-    )
+class StageParams(BaseModel):
+    """Parameters of one stage: strictly typed (an int serves as a float, nothing else), frozen."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class Params:
-    """All parameters, validated on construction. Raises ``ValueError`` naming the field and the remedy."""
+def _p(default: Any, help: str, low: Any = None, high: Any = None, pattern: Any = None) -> Any:
+    return Field(default, description=help, ge=low, le=high, pattern=pattern)
 
-    run: str = _p("smoke", COMMON, "name of the run folder under runs/")
-    seed: int = _p(0, COMMON, "seed of everything random in the run", 0)
-    device: str = _p("auto", COMMON, "where models run", choices=("auto", "cpu", "cuda"))
 
-    dataset: str = _p("ml-100k", "data", "data set; csv: your own two tables", choices=DATASETS)
-    ppo_users: float = _p(0.5, "data", "share of users whose prompts PPO trains on", 0.1, 0.9)
-    validation_users: float = _p(
-        0.1,
-        "data",
-        "share of users to choose settings on; those in neither group are held out",
-        0.01,
-        0.5,
-    )
-    heldout_items: float = _p(0.2, "data", "share of items that PPO never explains", 0.0, 0.9)
-    data_dir: str = _p("", "data", "folder with the data set's files; empty: fetch them")
-    split: str = _p(
-        "leave-one-out",
-        "data",
-        "how events are held out for validation and test",
-        choices=("leave-one-out", "global-time"),
-    )
-    min_core: int = _p(
-        0,
-        "data",
-        "fewest events of a user and of an item, filtered until all have them; 1 = no filter; 0 = default",
-        0,
-    )
-    max_interactions: int = _p(
-        0, "data", "keep about this many of the latest events; 0 = the data set's default", 0
-    )
-    bad_row_limit: float = _p(
-        0.01, "data", "largest share of bad rows in a file; more stop the run", 0.0, 1.0
-    )
-    item_case: str = _p(
-        "plain",
-        "data",
-        "how the LLM reads item texts: plain, or upper: in capitals, which it tells from a chat",
-        choices=("plain", "upper"),
-    )
-    user_column: str = _p("user", "data", "csv: column of the user in interactions")
-    item_column: str = _p("item", "data", "csv: column of the item in interactions and in items")
-    time_column: str = _p(
-        "time", "data", "csv: column of the time in interactions; empty: file order counts"
-    )
-    rating_column: str = _p(
-        "rating", "data", "csv: column of the rating in interactions, if there is one"
-    )
-    title_column: str = _p("title", "data", "csv: column of the title in items")
-    year_column: str = _p("year", "data", "csv: column of the year in items, if there is one")
-    genres_column: str = _p("genres", "data", "csv: column of the genres in items, if there is one")
+class CommonParams(StageParams):
+    run: str = _p("smoke", "name of the run folder under runs/", pattern=r"^[A-Za-z0-9][\w.-]*$")
+    seed: int = _p(0, "seed of everything random in the run", 0)
+    device: Literal["auto", "cpu", "cuda"] = _p("auto", "where models run")
 
-    text: str = _p(
-        "llm",
-        "ranker",
-        "item text in the ranker: the LLM's vectors, or none (plain SASRec)",
-        choices=("llm", "none"),
-    )
-    llm: str = _p(
-        "smollm2-135m-instruct", "ranker", "packaged model, Hugging Face id or local folder"
-    )
-    ranker_dim: int = _p(64, "ranker", "width of the ranker", 8)
-    ranker_layers: int = _p(1, "ranker", "causal blocks", 1)
-    ranker_heads: int = _p(2, "ranker", "attention heads", 1)
-    ranker_max_len: int = _p(50, "ranker", "longest history read", 2)
-    ranker_dropout: float = _p(0.2, "ranker", "dropout", 0.0, 0.9)
-    ranker_lr: float = _p(1e-3, "ranker", "Adam learning rate", 0.0)
-    ranker_batch: int = _p(16, "ranker", "users in a batch", 1)
-    ranker_epochs: int = _p(2, "ranker", "most epochs", 1)
-    ranker_patience: int = _p(
-        4, "ranker", "evaluations without a better validation NDCG@10 before stopping", 1
-    )
-    ranker_item_dropout: float = _p(
-        0.2, "ranker", "share of the history blanked in training", 0.0, 0.9
-    )
-    ranker_average: float = _p(
-        0.99, "ranker", "decay a step of the average of weights that is kept; 0 = none", 0.0, 1.0
-    )
-    ranker_seeds: int = _p(
-        1,
-        "ranker",
-        "rankers trained with text and without, to show their spread; the first is used",
-        1,
-    )
-    cold_items: float = _p(
-        0.1,
-        "ranker",
-        "share of items held out of a second training to measure cold start; 0 = skip",
-        0.0,
-        0.5,
-    )
 
-    lora_rank: int = _p(16, "explainer", "rank of the LoRA adapters (paper: 16)", 1)
-    lora_alpha: int = _p(16, "explainer", "LoRA alpha; the update is scaled by alpha / rank", 1)
-    lora_layers: int = _p(4, "explainer", "adapt the top n layers; 0 = all", 0)
-    history_length: int = _p(5, "explainer", "most recent titles in the prompt", 1)
-    temperature: float = _p(
-        0.7,
-        "explainer",
-        "divides the logits in sampling, old, reference and new log-probabilities alike",
-        0.05,
-    )
-    max_new_tokens: int = _p(24, "explainer", "longest explanation", 4)
-    explain_users: int = _p(
-        8, "explainer", "users whose base explanations are sampled in notebook 03", 1
-    )
-    reward: str = _p("grounded", "explainer", "reward variant", choices=("grounded", "paper"))
-    weight_length: float = _p(
-        0.5,
-        "explainer",
-        "reward: weight of length; 0 removes a part, the others are rescaled to sum to 1",
-        0.0,
-    )
-    weight_relevance: float = _p(0.3, "explainer", "reward: weight of relevance", 0.0)
-    weight_coherence: float = _p(0.2, "explainer", "reward: weight of coherence", 0.0)
+class DataParams(StageParams):
+    dataset: Dataset = _p("ml-100k", "data set; csv: your own two tables")
+    ppo_users: float = _p(0.5, "share of users whose prompts PPO trains on", 0.1, 0.9)
+    validation_users: float = _p(0.1, "share of users to choose settings on", 0.01, 0.5)
+    heldout_items: float = _p(0.2, "share of items that PPO never explains", 0.0, 0.9)
+    data_dir: str = _p("", "folder with the data set's files; empty: fetch them")
+    split: Split = _p("leave-one-out", "how validation and test events are held out")
+    min_core: int = _p(0, "fewest events of a user and an item; 1 = all; 0 = default", 0)
+    max_interactions: int = _p(0, "keep about this many of the latest; 0 = default", 0)
+    bad_row_limit: float = _p(0.01, "largest share of bad rows in a file", 0.0, 1.0)
+    item_case: Literal["plain", "upper"] = _p("plain", "of item texts")
+    user_column: str = _p("user", "csv: column of the user in interactions")
+    item_column: str = _p("item", "csv: column of the item in interactions and in items")
+    time_column: str = _p("time", "csv: column of the time; empty: file order counts")
+    rating_column: str = _p("rating", "csv: column of the rating, if there is one")
+    title_column: str = _p("title", "csv: column of the title in items")
+    year_column: str = _p("year", "csv: column of the year in items, if there is one")
+    genres_column: str = _p("genres", "csv: column of the genres in items, if there is one")
 
-    shield_mode: str = _p(
-        "update",
-        "shield",
-        "how the shielded arm is protected",
-        choices=("gradient", "update", "frozen_a", "penalty", "restart"),
-    )
-    shield_energy: float = _p(
-        0.99,
-        "shield",
-        "share of the item texts' activation energy to protect, per layer input",
-        0.0,
-        1.0,
-    )
-    shield_rank: int = _p(
-        0,
-        "shield",
-        "protect exactly this many directions per layer input; 0 = use shield_energy",
-        0,
-    )
-    shield_basis: str = _p(
-        "contrastive",
-        "shield",
-        "which directions are protected",
-        choices=("activation", "sensitivity", "boundary", "contrastive", "readout", "random"),
-    )
-    shield_penalty: float = _p(
-        0.0,
-        "shield",
-        "weight of a replay penalty on item vectors, with or without a projection",
-        0.0,
-    )
-    shield_settle: int = _p(
-        0,
-        "shield",
-        "steps of the replay alone after the training, at a rate that falls to zero; a PPO that projects then goes without it",
-        0,
-    )
-    frontier_points: str = _p(
-        "small", "shield", "settings compared in the frontier", choices=("none", "small", "full")
-    )
-    frontier_steps: int = _p(2, "shield", "supervised steps a frontier point", 1)
-    frontier_seeds: int = _p(1, "shield", "seeds of the frontier", 1)
-    frontier_users: int = _p(4, "shield", "validation users whose explanations measure a point", 2)
 
-    warm_start: bool = _p(
-        True,
-        "shielded_ppo",
-        "supervised steps on composed explanations before PPO, under the arm's own shield",
-    )
-    warm_steps: int = _p(4, "shielded_ppo", "optimizer steps of the warm start", 1)
-    warm_batch: int = _p(4, "shielded_ppo", "explanations a warm-start step", 1)
-    warm_lr: float = _p(3e-3, "shielded_ppo", "AdamW rate of the warm start", 0.0)
-    ppo_steps: int = _p(2, "shielded_ppo", "rollout-update iterations", 1)
-    prompts_per_step: int = _p(4, "shielded_ppo", "different prompts in a rollout", 1)
-    samples_per_prompt: int = _p(4, "shielded_ppo", "explanations sampled per prompt", 1)
-    ppo_epochs: int = _p(2, "shielded_ppo", "passes over each rollout", 1)
-    minibatches: int = _p(2, "shielded_ppo", "optimizer steps per pass", 1)
-    learning_rate: float = _p(2e-3, "shielded_ppo", "AdamW rate of the adapters", 0.0)
-    value_lr: float = _p(1e-5, "shielded_ppo", "AdamW rate of the value head", 0.0)
-    kl_coef: float = _p(0.02, "shielded_ppo", "per-token KL penalty in the reward", 0.0)
-    clip_range: float = _p(0.2, "shielded_ppo", "PPO clip range of the ratio", 0.0, 1.0)
-    value_clip: float = _p(0.2, "shielded_ppo", "clip range of the value", 0.0)
-    gae_lambda: float = _p(1.0, "shielded_ppo", "GAE lambda (gamma is 1)", 0.0, 1.0)
-    max_grad_norm: float = _p(1.0, "shielded_ppo", "gradient norm clip, before the shield", 0.0)
-    missing_eos_penalty: float = _p(
-        0.2,
-        "shielded_ppo",
-        "subtracted from the score of an explanation cut off before its end",
-        0.0,
-    )
-    algorithm: str = _p(
-        "ppo",
-        "shielded_ppo",
-        "what tunes the policy: ours, or TRL's RLOO or GRPO",
-        choices=("ppo", "rloo", "grpo"),
-    )
-    micro_batch: int = _p(
-        8,
-        "shielded_ppo",
-        "explanations in memory at once; changes memory and speed, not the update",
-        1,
-    )
-    kl_target: float = _p(
-        0.0,
-        "shielded_ppo",
-        "KL per explanation in nats that an adaptive kl_coef steers to; 0 = fixed kl_coef",
-        0.0,
-    )
-    stop_kl: float = _p(
-        0.0,
-        "shielded_ppo",
-        "skip a rollout's remaining passes above this approximate KL per token; 0 = never",
-        0.0,
-    )
-    lr_schedule: str = _p(
-        "constant",
-        "shielded_ppo",
-        "learning rates over the planned optimizer steps",
-        choices=("constant", "linear"),
-    )
-    dtype: str = _p(
-        "auto",
-        "shielded_ppo",
-        "precision of the forward passes; auto: bfloat16 on CUDA, else float32",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    checkpoint_every: int = _p(1, "shielded_ppo", "iterations between checkpoints", 1)
-    checkpoint_keep: int = _p(2, "shielded_ppo", "checkpoints kept of each arm while it trains", 1)
-    processes: int = _p(
-        1,
-        "shielded_ppo",
-        "data-parallel processes (accelerate launch); must divide prompts_per_step",
-        1,
-    )
-    tracker: str = _p(
-        "none",
-        "shielded_ppo",
-        "mirror the curves to a tracker, files in logs/",
-        choices=("none", "wandb", "tensorboard"),
-    )
+class RankerParams(StageParams):
+    text: Literal["llm", "none"] = _p("llm", "item text: the LLM's vectors; none: plain SASRec")
+    llm: str = _p("smollm2-135m-instruct", "packaged model, Hugging Face id or local folder")
+    ranker_dim: int = _p(64, "width of the ranker", 8)
+    ranker_layers: int = _p(1, "causal blocks", 1)
+    ranker_heads: int = _p(2, "attention heads", 1)
+    ranker_max_len: int = _p(50, "longest history read", 2)
+    ranker_dropout: float = _p(0.2, "dropout", 0.0, 0.9)
+    ranker_lr: float = _p(1e-3, "Adam learning rate", 0.0)
+    ranker_batch: int = _p(16, "users in a batch", 1)
+    ranker_epochs: int = _p(2, "most epochs", 1)
+    ranker_patience: int = _p(4, "evaluations without a better NDCG@10 before stopping", 1)
+    ranker_item_dropout: float = _p(0.2, "share of the history blanked in training", 0.0, 0.9)
+    ranker_average: float = _p(0.99, "decay of the average of weights; 0 = none", 0.0, 1.0)
+    ranker_seeds: int = _p(1, "trainings with text and without; the first is used", 1)
+    cold_items: float = _p(0.1, "share of items held out for cold start; 0 = skip", 0.0, 0.5)
 
-    eval_users: int = _p(24, "evaluation", "held-out users whose explanations are judged", 2)
-    bootstrap: int = _p(2000, "evaluation", "bootstrap resamples of users", 100)
-    sim_alpha: float = _p(
-        0.5, "evaluation", "click model: weight of the ranker's standardised score"
-    )
-    sim_beta: float = _p(2.0, "evaluation", "click model: weight of the judge's quality")
-    sim_bias: float = _p(-2.0, "evaluation", "click model: intercept")
-    sim_position: float = _p(0.5, "evaluation", "click model: weight of the position's discount")
-    sim_user_std: float = _p(0.5, "evaluation", "click model: spread of the users' own bias", 0.0)
-    control_users: int = _p(
-        6, "evaluation", "users for whom the control texts are scored, the first of eval_users", 2
-    )
-    warm_users: int = _p(
-        6,
-        "evaluation",
-        "users for whom the warm-started policies speak, so that PPO's own gain shows; 0 = none",
-        0,
-    )
 
-    batch: str = _p(
-        "smoke", "ablations", "name of the grid whose finished runs are compared (make batch)"
-    )
+class ExplainerParams(StageParams):
+    lora_rank: int = _p(16, "rank of the LoRA adapters (paper: 16)", 1)
+    lora_alpha: int = _p(16, "LoRA alpha; the update is scaled by alpha / rank", 1)
+    lora_layers: int = _p(4, "adapt the top n layers; 0 = all", 0)
+    history_length: int = _p(5, "most recent titles in the prompt", 1)
+    temperature: float = _p(0.7, "divides the logits, in every log-probability too", 0.05)
+    max_new_tokens: int = _p(24, "longest explanation", 4)
+    explain_users: int = _p(8, "users whose base explanations are sampled in notebook 03", 1)
+    reward: Reward = _p("grounded", "reward variant")
+    weight_length: float = _p(0.5, "reward: weight of length, rescaled to sum 1", 0.0)
+    weight_relevance: float = _p(0.3, "reward: weight of relevance", 0.0)
+    weight_coherence: float = _p(0.2, "reward: weight of coherence", 0.0)
 
-    interactive: bool = _p(False, "explore", "show the chat widget (needs a live JupyterLab)")
 
-    def __post_init__(self):
-        for f in fields(self):
-            value, meta = getattr(self, f.name), f.metadata
-            object.__setattr__(self, f.name, _typed(f.name, value, f.type))
-            value = getattr(self, f.name)
-            if meta["choices"] and value not in meta["choices"]:
-                raise ValueError(
-                    f"parameter {f.name}={value!r}: choose one of {', '.join(map(repr, meta['choices']))}"
-                )
-            if meta["low"] is not None and value < meta["low"]:
-                raise ValueError(f"parameter {f.name}={value!r}: must be at least {meta['low']}")
-            if meta["high"] is not None and value > meta["high"]:
-                raise ValueError(f"parameter {f.name}={value!r}: must be at most {meta['high']}")
-        if (
-            not self.run
-            or not all(c.isalnum() or c in "-_." for c in self.run)
-            or self.run[0] in ".-"
-        ):
-            raise ValueError(
-                f"parameter run={self.run!r}: use letters, digits, '-', '_' and '.', starting with a letter or digit"
-            )
-        if self.shield_mode == "penalty" and not self.shield_penalty:
-            raise ValueError(
-                "parameter shield_penalty=0.0: shield_mode='penalty' has nothing else; give it a weight, 100 say"
-            )
-        if self.shield_settle and not self.shield_penalty:
-            raise ValueError(
-                f"parameter shield_settle={self.shield_settle}: no replay to settle by; give shield_penalty a weight"
-            )
-        if not all(c.isalnum() or c in "-_" for c in self.batch):
-            raise ValueError(
-                f"parameter batch={self.batch!r}: use the name of a grid: letters, digits, '-' and '_'"
-            )
-        if self.run == "reference":
-            raise ValueError(
-                "parameter run='reference': that folder holds the published runs; choose another name"
-            )
-        if self.ranker_dim % self.ranker_heads:
-            raise ValueError(
-                f"parameter ranker_dim={self.ranker_dim}: must be a multiple of ranker_heads={self.ranker_heads}"
-            )
-        if not self.weight_length + self.weight_relevance + self.weight_coherence:
-            raise ValueError(
-                "parameters weight_length, weight_relevance, weight_coherence: at least one must be above 0"
-            )
-        samples = self.prompts_per_step * self.samples_per_prompt
-        if samples % self.minibatches:
-            raise ValueError(
-                f"parameter minibatches={self.minibatches}: must divide prompts_per_step x samples_per_prompt = {samples}"
-            )
-        if self.prompts_per_step % self.processes:
-            raise ValueError(
-                f"parameter processes={self.processes}: must divide prompts_per_step={self.prompts_per_step}"
-            )
-        ours_alone = {
-            "lr_schedule": "constant",
-            "kl_target": 0.0,
-            "stop_kl": 0.0,
-        }  # what TRL's trainers are not told
-        if changed := [
-            name
-            for name, value in ours_alone.items()
-            if self.algorithm != "ppo" and getattr(self, name) != value
-        ]:
-            raise ValueError(
-                f"parameter {changed[0]}={getattr(self, changed[0])!r}: works with algorithm='ppo' only, not {self.algorithm!r}"
-            )
-        if self.dtype == "bfloat16" and self.algorithm != "ppo":
-            raise ValueError(
-                f"parameter dtype='bfloat16': {self.algorithm!r} trains in float32; use 'auto' or 'float32'"
-            )
-        if self.processes > 1 and self.algorithm != "ppo":
-            raise ValueError(
-                f"parameter processes={self.processes}: only algorithm='ppo' trains data-parallel, not {self.algorithm!r}"
-            )
+class ShieldParams(StageParams):
+    shield_mode: ShieldMode = _p("update", "how the shielded arm is protected")
+    shield_energy: float = _p(0.99, "share of activation energy to protect per layer", 0.0, 1.0)
+    shield_rank: int = _p(0, "protect exactly this many directions; 0 = use shield_energy", 0)
+    shield_basis: ShieldBasis = _p("contrastive", "which directions are protected")
+    shield_penalty: float = _p(0.0, "weight of the replay penalty on item vectors", 0.0)
+    shield_replay_steps: int = _p(0, "replay after training; PPO that projects has none then", 0)
+    frontier_points: FrontierPoints = _p("small", "settings compared in the frontier")
+    frontier_steps: int = _p(2, "supervised steps a frontier point", 1)
+    frontier_seeds: int = _p(1, "seeds of the frontier", 1)
+    frontier_users: int = _p(4, "validation users whose explanations measure a point", 2)
+
+
+class PPOParams(StageParams):
+    warm_start: bool = _p(True, "supervised steps before PPO, under the arm's own shield")
+    warm_steps: int = _p(4, "optimizer steps of the warm start", 1)
+    warm_batch: int = _p(4, "explanations a warm-start step", 1)
+    warm_lr: float = _p(3e-3, "AdamW rate of the warm start", 0.0)
+    ppo_steps: int = _p(2, "rollout-update iterations", 1)
+    prompts_per_step: int = _p(4, "different prompts in a rollout", 1)
+    samples_per_prompt: int = _p(4, "explanations sampled per prompt", 1)
+    ppo_epochs: int = _p(2, "passes over each rollout", 1)
+    minibatches: int = _p(2, "optimizer steps per pass", 1)
+    learning_rate: float = _p(2e-3, "AdamW rate of the adapters", 0.0)
+    value_lr: float = _p(1e-5, "AdamW rate of the value head", 0.0)
+    kl_coef: float = _p(0.02, "per-token KL penalty in the reward", 0.0)
+    clip_range: float = _p(0.2, "PPO clip range of the ratio", 0.0, 1.0)
+    value_clip: float = _p(0.2, "clip range of the value", 0.0)
+    gae_lambda: float = _p(1.0, "GAE lambda (gamma is 1)", 0.0, 1.0)
+    max_grad_norm: float = _p(1.0, "gradient norm clip, before the shield", 0.0)
+    missing_eos_penalty: float = _p(0.2, "subtracted from the reward of a cut-off text", 0.0)
+    algorithm: Algorithm = _p("ppo", "what tunes the policy: ours, or TRL's RLOO or GRPO")
+    micro_batch: int = _p(8, "texts in memory at once; changes memory and speed only", 1)
+    kl_target: float = _p(0.0, "KL per text in nats to steer kl_coef to; 0 = fixed", 0.0)
+    stop_kl: float = _p(0.0, "KL per token that ends a rollout's passes; 0 = never", 0.0)
+    lr_schedule: Literal["constant", "linear"] = _p("constant", "learning rates over the steps")
+    dtype: Literal["auto", "float32", "bfloat16"] = _p("auto", "auto: bfloat16 on CUDA")
+    checkpoint_every: int = _p(1, "iterations between checkpoints", 1)
+    checkpoint_keep: int = _p(2, "checkpoints kept of each arm while it trains", 1)
+    processes: int = _p(1, "data-parallel processes; must divide prompts_per_step", 1)
+    tracker: Tracker = _p("none", "mirror the curves to a tracker, files in logs/")
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+
+class EvaluationParams(StageParams):
+    eval_users: int = _p(24, "held-out users whose explanations are judged", 2)
+    bootstrap: int = _p(2000, "bootstrap resamples of users", 100)
+    sim_alpha: float = _p(0.5, "click model: weight of the ranker's standardised score")
+    sim_beta: float = _p(2.0, "click model: weight of the judge's quality")
+    sim_bias: float = _p(-2.0, "click model: intercept")
+    sim_position: float = _p(0.5, "click model: weight of the position's discount")
+    sim_user_std: float = _p(0.5, "click model: spread of the users' own bias", 0.0)
+    control_users: int = _p(6, "users with scored control texts, the first of eval_users", 2)
+    warm_users: int = _p(6, "users for whom the warm-started policies speak; 0 = none", 0)
+
+
+class AblationsParams(StageParams):
+    batch: str = _p("smoke", "grid whose finished runs are compared", pattern=r"^[\w-]+$")
+
+
+class ExploreParams(StageParams):
+    interactive: bool = _p(False, "show the chat widget (needs a live JupyterLab)")
+
+
+class Params(
+    ExploreParams, AblationsParams, EvaluationParams, PPOParams, ShieldParams, ExplainerParams,
+    RankerParams, DataParams, CommonParams,
+):  # fmt: skip
+    """All parameters, validated on construction; read as ``params.kl_coef``.
+
+    Raises:
+        ValueError: In one line, naming the parameter, its value and the remedy.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        check_names(values, "parameters")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_plain(error)) from None
+        for name, remedy, holds in RULES:
+            if not holds(self):
+                text = remedy.format(p=self)
+                raise ValueError(f"parameter {name}={getattr(self, name)!r}: {text}")
+
+    def replace(self, **changes: Any) -> "Params":
+        """The same parameters with some ``changes``, validated again."""
+        return Params(**{**self.as_dict(), **changes})
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Name and value of every parameter, in the order of the stages."""
+        return self.model_dump()
 
 
-def _typed(name: str, value, kind: type):
-    """``value`` as ``kind``, accepting an int for a float and nothing else; a bool is never a number."""
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is float and isinstance(value, float) and not isfinite(value):
-        raise ValueError(f"parameter {name}={value!r}: must be a finite number")
-    if type(value) is not kind:
-        raise ValueError(
-            f"parameter {name}={value!r}: must be {kind.__name__}, not {type(value).__name__}"
-        )
-    return value
+_OWNERS: dict[str, type[StageParams]] = {
+    COMMON: CommonParams, "data": DataParams, "ranker": RankerParams, "explainer": ExplainerParams,
+    "shield": ShieldParams, "shielded_ppo": PPOParams, "evaluation": EvaluationParams,
+    "ablations": AblationsParams, "explore": ExploreParams,
+}  # fmt: skip
 
 
-PROFILES: dict[str, dict[str, Any]] = {
-    "smoke": {},
-    "laptop": dict(
-        # NDCG@10 of 943 users wanders by more than an epoch brings: a patience of 4 stopped two of ten trainings before their best
-        # validation (seed 3, with text and without).
-        ranker_layers=2,
-        ranker_max_len=100,
-        ranker_dropout=0.3,
-        ranker_epochs=14,
-        ranker_patience=8,
-        lora_layers=10,
-        max_new_tokens=40,
-        explain_users=12,
-        # A weight of 3000 kept no more of the ranking and had learned less by PPO's last step (runs/reference/frontier: settle.csv, notes.json).
-        # That PPO leaves the replay to the settling, on users whom no laptop run judges: runs/reference/ppo_search.csv.
-        shield_penalty=1000.0,
-        shield_settle=150,
-        frontier_points="none",
-        frontier_steps=16,
-        frontier_users=24,  # small: 3 minutes more
-        warm_steps=30,
-        ppo_steps=6,
-        prompts_per_step=8,
-        samples_per_prompt=4,
-        micro_batch=16,
-        eval_users=128,
-        bootstrap=10_000,
-        batch="ablations",
-        control_users=64,
-        warm_users=128,
-    ),
-    "pod": dict(
-        ranker_layers=2,
-        ranker_max_len=100,
-        ranker_dropout=0.3,
-        ranker_epochs=40,
-        ranker_patience=6,
-        ranker_seeds=5,
-        lora_layers=0,
-        max_new_tokens=64,
-        explain_users=32,
-        shield_penalty=1000.0,
-        shield_settle=150,  # the laptop's, not tried at this scale
-        frontier_points="full",
-        frontier_steps=60,
-        frontier_seeds=3,
-        frontier_users=64,
-        warm_steps=60,
-        warm_batch=8,
-        ppo_steps=150,
-        prompts_per_step=32,
-        samples_per_prompt=8,
-        minibatches=4,
-        learning_rate=3e-4,
-        micro_batch=32,
-        checkpoint_every=10,
-        eval_users=377,
-        bootstrap=10_000,
-        batch="ablations",
-        control_users=64,
-        warm_users=377,
-    ),
-    "paper": dict(
-        llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        ranker_dim=128,
-        ranker_layers=2,
-        ranker_dropout=0.3,
-        ranker_batch=32,
-        ranker_epochs=100,
-        ranker_patience=10,
-        lora_layers=0,
-        max_new_tokens=40,
-        explain_users=32,
-        warm_start=False,
-        ppo_steps=625,
-        prompts_per_step=32,
-        samples_per_prompt=8,
-        ppo_epochs=4,
-        minibatches=4,
-        learning_rate=3e-5,
-        kl_coef=0.05,
-        micro_batch=16,
-        checkpoint_every=25,
-        eval_users=377,
-        bootstrap=10_000,
-        batch="ablations",
-        control_users=64,
-        warm_users=377,
-        reward="paper",
-    ),
-}
+def _fits_trl(p: Params) -> bool:
+    """Whether TRL's trainers, which do not know these settings, would still do what is asked."""
+    return p.lr_schedule == "constant" and not p.kl_target and not p.stop_kl and p.processes == 1
+
+
+# What must hold between parameters: the one to name, the remedy, the rule.
+RULES: tuple[tuple[str, str, Callable[[Params], bool]], ...] = (
+    ("run", "that folder holds the published runs; choose another name",
+     lambda p: p.run != "reference"),
+    ("ranker_dim", "must be a multiple of ranker_heads={p.ranker_heads}",
+     lambda p: p.ranker_dim % p.ranker_heads == 0),
+    ("weight_length", "weight_length, weight_relevance or weight_coherence must be above 0",
+     lambda p: p.weight_length + p.weight_relevance + p.weight_coherence > 0),
+    ("shield_penalty", "shield_mode='penalty' has nothing else; give it a weight, 100.0 say",
+     lambda p: p.shield_penalty > 0 or p.shield_mode != "penalty"),
+    ("shield_replay_steps", "nothing to replay by; give shield_penalty a weight, 1000.0 say",
+     lambda p: p.shield_penalty > 0 or p.shield_replay_steps == 0),
+    ("minibatches", "must divide prompts_per_step x samples_per_prompt = {p.samples_per_step}",
+     lambda p: p.samples_per_step % p.minibatches == 0),
+    ("processes", "must divide prompts_per_step={p.prompts_per_step}",
+     lambda p: p.prompts_per_step % p.processes == 0),
+    ("algorithm", "lr_schedule, kl_target, stop_kl and processes work with 'ppo' only",
+     lambda p: p.algorithm == "ppo" or _fits_trl(p)),
+    ("dtype", "{p.algorithm!r} trains in float32; use 'auto' or 'float32'",
+     lambda p: p.algorithm == "ppo" or p.dtype != "bfloat16"),
+)  # fmt: skip
+
+
+def _plain(error: ValidationError) -> str:
+    """The first problem that pydantic found, as one line."""
+    problem = error.errors()[0]
+    kind, limits, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    name = str(problem["loc"][0])
+    text = {
+        "literal_error": f"choose one of {', '.join(map(repr, choices(name)))}",
+        "greater_than_equal": f"must be at least {limits.get('ge')}",
+        "less_than_equal": f"must be at most {limits.get('le')}",
+        "finite_number": "must be a finite number",
+        "string_pattern_mismatch": "use letters, digits and '_', '-' or (in a run's name) '.'",
+    }.get(kind, f"must be {kind_of(name).__name__}, not {type(value).__name__}")
+    return f"parameter {name}={value!r}: {text}"
 
 
 def names() -> list[str]:
-    return [f.name for f in fields(Params)]
+    """All parameters, in the order of the stages."""
+    return list(Params.model_fields)
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The values that parameter ``name`` may have; empty if it is no choice."""
+    return get_args(Params.model_fields[name].annotation)
+
+
+def kind_of(name: str) -> type:
+    """``bool``, ``int``, ``float`` or ``str``."""
+    annotation = Params.model_fields[name].annotation
+    return str if choices(name) or annotation is None else annotation
 
 
 def owned_by(stage: str) -> list[str]:
     """Parameters that ``stage``'s notebook declares: the common ones, then its own, in order."""
-    return [f.name for f in fields(Params) if f.metadata["stage"] in (COMMON, stage)]
+    owners = [CommonParams, *([_OWNERS[stage]] if stage in _OWNERS and stage != COMMON else [])]
+    return [name for owner in owners for name in owner.model_fields]
+
+
+def parameters_cell(stage: str) -> str:
+    """Source of the parameters cell of a stage's notebook: lines ``name = default  # help``."""
+    lines = []
+    for name in owned_by(stage):
+        field = Params.model_fields[name]
+        default = f'"{field.default}"' if isinstance(field.default, str) else repr(field.default)
+        options = f" ({' | '.join(choices(name))})" if choices(name) else ""
+        lines.append(f"{name} = {default}  # {field.description}{options}")
+    return "\n".join(lines)
 
 
 def check_names(given: dict, where: str) -> None:
     """Raise ``ValueError`` for a name that is no parameter, with the nearest one that is."""
     for name in given:
-        if name not in names():
+        if name not in Params.model_fields:
             near = get_close_matches(name, names(), n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; parameters: {', '.join(names())}"
             raise ValueError(f"{where}: unknown parameter {name!r}{hint}")
 
 
-def resolve(profile: str, **overrides) -> Params:
+PROFILES: dict[str, dict[str, Any]] = yaml.safe_load(
+    (paths.LIBRARY / "profiles.yaml").read_text(encoding="utf-8")
+)
+
+
+def resolve(profile: str, **overrides: Any) -> Params:
     """The parameters of ``profile`` with ``overrides`` on top."""
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
@@ -549,15 +339,12 @@ def resolve(profile: str, **overrides) -> Params:
     return Params(**{**PROFILES[profile], **overrides})
 
 
-def parse_value(name: str, text: str):
+def parse_value(name: str, text: str) -> bool | int | float | str:
     """``text`` from a command line as the type of parameter ``name``. Raises ``ValueError``."""
     check_names({name: text}, "command line")
-    kind = next(f.type for f in fields(Params) if f.name == name)
+    kind = kind_of(name)
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        raise ValueError(
-            f"command line: {name}={text!r} is not {'true or false' if kind is bool else 'of type ' + kind.__name__}"
-        ) from None
+        wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
+        raise ValueError(f"command line: {name}={text!r} is not {wanted}") from None

@@ -15,7 +15,6 @@ import random
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -359,7 +358,7 @@ def _stage_key(stage: str, params: Params, origin: dict[str, Any], known: dict[s
         spec = stage_named(stage)
         # What a derived run took over from its base was made with the base's values (see derive).
         values = (
-            replace(params, **origin["changed"]) if stage in origin.get("stages", ()) else params
+            params.replace(**origin["changed"]) if stage in origin.get("stages", ()) else params
         )
         cells = code_cells(read_notebook(paths.NOTEBOOKS / spec.notebook))
         try:
@@ -467,7 +466,7 @@ def start(stage: str, namespace: dict[str, Any]) -> StageRun:
         raise ValueError(
             f"run {run!r} has seed {stored.seed}, not {given['seed']}: give the new seed a run of its own"
         )
-    params = replace(stored or Params(run=run), **given)
+    params = (stored or Params(run=run)).replace(**given)
     _check_needs(spec, params)
     device = resolve_device(params.device)
     key = stage_key(stage, params, anew=True)

@@ -739,7 +739,7 @@ def price_tables(e: Evidence) -> list[tuple[str, pd.DataFrame, str]]:
             ),
             *(
                 [("settling after the training", f"{ppo['shielded/settle_seconds']:.1f} s")]
-                if e.params.shield_settle
+                if e.params.shield_replay_steps
                 else []
             ),
             (

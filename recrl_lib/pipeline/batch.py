@@ -32,14 +32,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
 from recrl_lib import paths, runs
-from recrl_lib.params import Params, check_names
+from recrl_lib.params import Params, check_names, kind_of
 from recrl_lib.pipeline import derive
 from recrl_lib.pipeline.execute import KernelDied, clock
 
@@ -220,7 +220,7 @@ def _combinations(given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _value(name: str, value: Any, source: Params) -> Any:
     """``value``, or the base run's times a factor where it reads ``x<factor>``. ``ValueError``."""
-    kind = next(f.type for f in fields(Params) if f.name == name)
+    kind = kind_of(name)
     if not isinstance(value, str) or kind not in (int, float):
         return value
     if factor := re.fullmatch(r"x(\d+(\.\d+)?)", value):

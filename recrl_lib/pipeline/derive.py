@@ -20,7 +20,6 @@ adapters are laid down as the checkpoints that a training killed after its warm 
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +38,11 @@ PREPARING = (
 )  # the stages before the training
 REUSED = (
     "seed", "device", "lora_rank", "lora_alpha", "max_new_tokens", "temperature",
-    "reward", "weight_length", "weight_relevance", "weight_coherence", "shield_mode", "shield_penalty", "shield_settle",
+    "reward", "weight_length", "weight_relevance", "weight_coherence", "shield_mode", "shield_penalty", "shield_replay_steps",
 )  # fmt: skip
 # What only the reinforcement learning reads, of the stage that trains and of those before it.
 AFTER_WARM_START = {name for name in owned_by("shielded_ppo") if not name.startswith("warm_")} - {"seed", "device", "dtype"} | {
-    "max_new_tokens", "temperature", "reward", "weight_length", "weight_relevance", "weight_coherence", "shield_settle",
+    "max_new_tokens", "temperature", "reward", "weight_length", "weight_relevance", "weight_coherence", "shield_replay_steps",
 }  # fmt: skip
 # The report draws outside its run folder, and the ablations compare the runs over their own.
 SHAREABLE = tuple(stage for stage in PIPELINE if stage.name not in ("ablations", "report"))
@@ -123,7 +122,7 @@ def base_run(base: str) -> tuple[Params, list[str]]:
 def changed(source: Params, run: str, changes: dict[str, Any]) -> Params:
     """``source`` under another name with ``changes``. ``ValueError`` for an unknown name or a value out of range."""
     check_names(changes, f"run {run}")
-    return replace(source, **{**changes, "run": run})
+    return source.replace(**{**changes, "run": run})
 
 
 def shareable(source: Params, params: Params, ready: list[str]) -> list[str]:

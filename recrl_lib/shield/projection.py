@@ -167,7 +167,7 @@ class Shield:
         """
         if self.replay is None:
             raise ValueError(
-                "shield_settle: there is no replay to settle by; set shield_penalty above 0"
+                "shield_replay_steps: there is no replay to settle by; set shield_penalty above 0"
             )
         optimizer = torch.optim.Adam([p for t in self._targets for p in (t.a, t.b)], lr=SETTLE_LR)
         self.attach(optimizer)

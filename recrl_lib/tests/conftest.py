@@ -3,13 +3,12 @@
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from recrl_lib import paths, runs
-from recrl_lib.params import PIPELINE, Params, owned_by, stage_named
+from recrl_lib.params import PIPELINE, Params, parameters_cell, stage_named
 from recrl_lib.pipeline import derive
 from recrl_lib.runs import write_atomic
 
@@ -18,17 +17,6 @@ from recrl_lib.runs import write_atomic
 def private_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("RECRL_HOME", str(tmp_path / "home"))
-
-
-def parameters_source(stage: str) -> str:
-    """The parameters cell of ``stage`` as its notebook must have it."""
-    meta = {f.name: f for f in fields(Params)}
-    smoke = Params().as_dict()
-    lines = (
-        f"{n} = {smoke[n]!r}  # type: {meta[n].type.__name__} {meta[n].metadata['help']}"
-        for n in owned_by(stage)
-    )
-    return "\n".join(lines)
 
 
 def markdown(text: str) -> dict:
@@ -73,7 +61,7 @@ class House:
             "from pathlib import Path\nfrom recrl_lib import paths\n"
             f"paths.NOTEBOOKS, paths.RUNS = Path({str(self.notebooks)!r}), Path({str(self.runs)!r})"
         )
-        cells = [code(parameters_source(stage), "parameters"), code(move), *map(code, bodies)]
+        cells = [code(parameters_cell(stage), "parameters"), code(move), *map(code, bodies)]
         path = self.notebooks / stage_named(stage).notebook
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(notebook(markdown(f"# {stage}"), *cells)), encoding="utf-8")
@@ -154,7 +142,7 @@ def finished(tmp_path_factory):
                 path,
                 json.dumps(
                     notebook(
-                        code(parameters_source(stage.name), "parameters"),
+                        code(parameters_cell(stage.name), "parameters"),
                         code("from recrl_lib import runs"),
                     )
                 ),

@@ -10,16 +10,15 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from recrl_lib import params, paths, runs
-from recrl_lib.params import Params
+from recrl_lib.params import parameters_cell
 from recrl_lib.pipeline import execute
-from recrl_lib.tests.conftest import code, markdown, notebook, parameters_source
+from recrl_lib.tests.conftest import code, markdown, notebook
 
 FILES = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 CHECKED = "nbval-check-output"
@@ -69,48 +68,16 @@ def numbered_title(nb: dict) -> list[str]:
 
 
 def belongs_to_a_stage(nb: dict) -> list[str]:
-    return [] if stage_of(nb) else [f"{nb['name']} is the notebook of no stage in config.STAGES"]
+    return [] if stage_of(nb) else [f"{nb['name']} is the notebook of no stage in params.STAGES"]
 
 
 def parameters_are_those_of_the_stage(nb: dict) -> list[str]:
+    """The parameters cell is ``params.parameters_cell``, word for word."""
     stage = stage_of(nb)
-    if stage is None:
+    found = [runs.source(cell) for cell in nb["cells"] if "parameters" in runs.tags(cell)]
+    if stage is None or found == [parameters_cell(stage.name)]:
         return []
-    try:
-        declared = execute.declared_parameters(nb, nb["name"])
-    except ValueError as error:
-        return [str(error)]
-    smoke = Params().as_dict()
-    expected = {name: smoke[name] for name in params.owned_by(stage.name)}
-    problems = (
-        [f"parameters {list(declared)} are not {list(expected)}"]
-        if list(declared) != list(expected)
-        else []
-    )
-    for name in expected.keys() & declared.keys():
-        if (type(declared[name]), declared[name]) != (type(expected[name]), expected[name]):
-            problems.append(
-                f"{name} = {declared[name]!r} is not the smoke default {expected[name]!r}"
-            )
-    return problems
-
-
-def parameters_are_explained(nb: dict) -> list[str]:
-    kinds = {field.name: field.type.__name__ for field in fields(Params)}
-    lines = [
-        line
-        for c in nb["cells"]
-        if "parameters" in runs.tags(c)
-        for line in runs.source(c).splitlines()
-        if "=" in line.partition("#")[0]
-    ]
-    names = [(line.partition("=")[0].strip(), line) for line in lines]
-    pattern = r"#\s*type:\s*{}\s+\w.+$"
-    return [
-        f"{line!r} needs '# type: {kinds.get(n)} help'"
-        for n, line in names
-        if not re.search(pattern.format(kinds.get(n)), line)
-    ]
+    return [f"the parameters cell is not params.parameters_cell({stage.name!r})"]
 
 
 def executed_in_order(nb: dict) -> list[str]:
@@ -283,7 +250,6 @@ RULES: tuple[Rule, ...] = (
     numbered_title,
     belongs_to_a_stage,
     parameters_are_those_of_the_stage,
-    parameters_are_explained,
     executed_in_order,
     no_errors_or_stderr,
     no_bars_or_widgets,
@@ -365,7 +331,7 @@ def test_every_path_in_the_readme_exists():
 def good() -> dict:
     nb = notebook(
         markdown("# 01 · Data\nThe share is 0.25, see arXiv:2601.03608 and `0.99`, version 1.2.3."),
-        code(parameters_source("data"), "parameters", count=1),
+        code(parameters_cell("data"), "parameters", count=1),
         code('from recrl_lib import runs\nstage = runs.start("data", globals())', count=2),
         markdown("Facts."),
         code("print(share)", CHECKED, output="share 0.250\n", count=3),
@@ -410,30 +376,8 @@ BROKEN: list[tuple[Rule, Callable[[dict], None], str]] = [
     (numbered_title, edit(0, source="## 01 · Data"), "# 01"),
     (numbered_title, lambda nb: nb["cells"].pop(0), "# 01"),
     (belongs_to_a_stage, lambda nb: nb.update(name="07_other.ipynb"), "no stage"),
-    (parameters_are_those_of_the_stage, edit_source(1, "ppo_users", "users"), "are not"),
-    (
-        parameters_are_those_of_the_stage,
-        edit_source(1, "ppo_users = 0.5", "ppo_users = 0.7"),
-        "smoke default 0.5",
-    ),
-    (
-        parameters_are_those_of_the_stage,
-        edit_source(1, "seed = 0", "seed = 0.0"),
-        "smoke default 0",
-    ),
-    (parameters_are_those_of_the_stage, edit(1, metadata={}), "exactly one"),
-    (
-        parameters_are_those_of_the_stage,
-        edit_source(1, "seed = 0", "seed = int(0)"),
-        "name = literal",
-    ),
-    (parameters_are_explained, edit_source(1, "# type: float", "# float"), "type: float"),
-    (parameters_are_explained, edit_source(1, "# type: float", "# type: int"), "type: float"),
-    (
-        parameters_are_explained,
-        edit_source(1, "# type: str name of the run folder under runs/", "# type: str"),
-        "type: str",
-    ),
+    (parameters_are_those_of_the_stage, edit_source(1, "0.5", "0.7"), "parameters cell"),
+    (parameters_are_those_of_the_stage, edit(1, metadata={}), "parameters cell"),
     (executed_in_order, edit(4, execution_count=7), "counts"),
     (executed_in_order, edit(4, execution_count=None), "counts"),
     (no_errors_or_stderr, edit(4, outputs=ERROR), "error"),

@@ -84,7 +84,7 @@ def train(
         else None
     )
     # Beside PPO's gradient a replay's is many times as large, and costs a tenth of the step; an arm that settles does without it there.
-    only_later = params.shield_settle and params.shield_mode != "penalty"
+    only_later = params.shield_replay_steps and params.shield_mode != "penalty"
 
     def guard(phase: str) -> Shield | None:
         if replay:
@@ -138,9 +138,9 @@ def train(
     tracker.finish()
     start = perf_counter()
     if (
-        shielded and params.shield_settle and not dist.is_initialized()
+        shielded and params.shield_replay_steps and not dist.is_initialized()
     ):  # in one process; a run that goes on settles anew
-        guard("settle").settle(params.shield_settle)
+        guard("settle").settle(params.shield_replay_steps)
     settle_seconds = perf_counter() - start
     intact = warm["intact"] and item_texts.weights_sha256(explainer) == before
     second = explainer.adapter_state()

@@ -1,7 +1,6 @@
 """MovieLens CSV, Steam and own tables: the exact formats, in lines as the real files have them."""
 
 import gzip
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -341,7 +340,7 @@ def test_the_columns_are_those_of_the_parameters(tmp_path):
     assert load_for(params).info["n_interactions"] == 6
     message = r"interactions.csv: no column 'wo' for user_column; .* did you mean 'who'\? Set user_column=who"
     with pytest.raises(ValueError, match=message):
-        load_for(replace(params, user_column="wo"))
+        load_for(params.replace(user_column="wo"))
 
 
 def test_own_tables_with_bad_rows(tmp_path):

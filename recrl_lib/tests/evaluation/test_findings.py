@@ -430,7 +430,7 @@ def test_the_price_of_the_shield_is_shown_beside_its_target():
     points = frontier.summarise(frontier.published())
     _, _, unsettled = findings.price_tables(replace(e, metrics=metrics, frontier=points))
     assert not unsettled[1]["cost"].str.contains("settling").any()
-    settled = replace(e.params, shield_penalty=1.0, shield_settle=9)
+    settled = e.params.replace(shield_penalty=1.0, shield_replay_steps=9)
     _, early, spent = findings.price_tables(
         replace(e, metrics=metrics, frontier=points, params=settled)
     )
@@ -442,7 +442,7 @@ def test_the_price_of_the_shield_is_shown_beside_its_target():
 
 def test_a_run_on_other_data_is_not_given_the_published_frontier(stage, monkeypatch):
     assert findings.gather(stage).frontier_source == findings.PUBLISHED
-    monkeypatch.setattr(stage, "params", replace(stage.params, dataset="csv"))
+    monkeypatch.setattr(stage, "params", stage.params.replace(dataset="csv"))
     assert findings.gather(stage).frontier is None
     own = frontier.published()
     own[own["seed"] == 0].to_csv(stage.folder / "curves" / "frontier.csv", index=False)

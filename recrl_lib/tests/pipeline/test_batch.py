@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import types
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,8 +50,8 @@ def test_arms_seeds_and_lists_are_crossed_and_what_is_to_be_skipped_is_not_there
     ]  # fmt: skip
     assert grid.jobs[1].changes == {"seed": 5, "eval_users": 12, "kl_coef": 0.0}
     assert grid.jobs[-1].changes == {"seed": 5, "eval_users": 13, "kl_coef": 0.1, "lora_rank": 3}
-    assert grid.jobs[-1].params == replace(
-        BASE, run="base-g-lora4-0.1-seed5", **grid.jobs[-1].changes
+    assert grid.jobs[-1].params == BASE.replace(
+        run="base-g-lora4-0.1-seed5", **grid.jobs[-1].changes
     )
     assert all(job.stages == ("shielded_ppo", "evaluation") for job in grid.jobs)
 
@@ -238,7 +237,7 @@ def toys(house, monkeypatch):
     class Toys:
         def __call__(self, *arms):
             jobs = tuple(
-                batch.Job(f"b-{arm}", arm, {}, replace(BASE, run=f"b-{arm}"), ("evaluation",))
+                batch.Job(f"b-{arm}", arm, {}, BASE.replace(run=f"b-{arm}"), ("evaluation",))
                 for arm in arms
             )
             return batch.Grid("toys", "base", jobs)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from dataclasses import replace
 
 import pytest
 
@@ -45,7 +44,7 @@ def test_a_derived_run_shares_files_and_entries_and_runs_the_rest(base):
     )
     for name in ("artifacts/subspaces.safetensors", "metrics/ranker.json"):
         assert (runs.run_folder("d") / name).samefile(runs.run_folder("base") / name)
-    assert runs.read_params("d") == params == replace(base, run="d", lora_rank=3, seed=5)
+    assert runs.read_params("d") == params == base.replace(run="d", lora_rank=3, seed=5)
     assert all(runs.up_to_date(name, params) for name in derive.PREPARING) and not runs.up_to_date(
         "shielded_ppo", params
     )
@@ -169,7 +168,7 @@ def test_a_changed_shared_parameter_of_another_kind_is_noticed(base):
     """Only what was changed on purpose is excused: a later edit of params.yaml makes the shared stages stale."""
     params = derive.derive("base", "d", lora_rank=3)
     assert runs.up_to_date("shield", params) and not runs.up_to_date(
-        "shield", replace(params, shield_energy=0.5)
+        "shield", params.replace(shield_energy=0.5)
     )
 
 

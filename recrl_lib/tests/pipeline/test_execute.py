@@ -8,15 +8,14 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import replace
 
 import pytest
 
 from recrl_lib import paths, runs
-from recrl_lib.params import PIPELINE, STAGES, Params, resolve
+from recrl_lib.params import PIPELINE, STAGES, Params, parameters_cell, resolve
 from recrl_lib.pipeline import execute
 from recrl_lib.runs import write_atomic
-from recrl_lib.tests.conftest import code, finish, markdown, notebook, parameters_source
+from recrl_lib.tests.conftest import code, finish, markdown, notebook
 
 ENVIRONMENT, DATA = STAGES[:2]
 FINISH = "from recrl_lib import runs\nstage = runs.start({!r}, globals())\nstage.metrics({!r})\nstage.finish()"
@@ -57,7 +56,7 @@ def test_there_is_one_parameters_cell(cells):
 
 def test_all_problems_of_all_notebooks_are_listed_before_anything_runs(house):
     house.write("data")
-    cell = parameters_source("ranker").replace("ranker_dim", "ranker_dimension")
+    cell = parameters_cell("ranker").replace("ranker_dim", "ranker_dimension")
     write_atomic(
         house.notebooks / "02_ranker.ipynb", json.dumps(notebook(code(cell, "parameters")))
     )
@@ -156,7 +155,7 @@ def test_a_stage_runs_once_and_is_then_kept_until_something_changes(house, monke
     assert run(params)[0] == "stage 1/1 data: unchanged, kept"
     assert "run r: all 1 stages unchanged, nothing to do" in run(params)
     assert executed == []
-    run(replace(params, ppo_users=0.6))
+    run(params.replace(ppo_users=0.6))
     run(params, force=True)
     assert executed == [("01_data.ipynb", 0.6), ("01_data.ipynb", 0.4)]
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 import types
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -170,11 +169,13 @@ def test_an_arm_that_settles_replays_before_and_after_ppo_and_settles_the_same_w
         ),
     )
     untouched = stage.params
-    stage.params = replace(untouched, shield_penalty=10.0, shield_settle=3, shield_mode="penalty")
+    stage.params = untouched.replace(
+        shield_penalty=10.0, shield_replay_steps=3, shield_mode="penalty"
+    )
     penalised = arms.train("shielded", stage, WORLD, spaces, red)  # this mode has nothing else
     stage.params = untouched
     plain = arms.train("shielded", stage, WORLD, spaces, red)
-    stage.params = replace(untouched, shield_penalty=10.0, shield_settle=3)
+    stage.params = untouched.replace(shield_penalty=10.0, shield_replay_steps=3)
     settled = arms.train("shielded", stage, WORLD, spaces, red)
     monkeypatch.setattr(warm_start, "fit", lambda *a: pytest.fail("the warm start was repeated"))
     again = arms.train("shielded", stage, WORLD, spaces, red)

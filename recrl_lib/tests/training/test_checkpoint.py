@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +66,7 @@ def build(reward=red, seed=0, **changes) -> ppo.PPO:
         explainer,
         reward,
         RECORDS,
-        replace(PARAMS, **changes),
+        PARAMS.replace(**changes),
         seed,
         projection.Shield(explainer, protected),
     )

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +20,14 @@ from recrl_lib.training import diagnostics, ppo
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["recrl_lib.training.ppo", "recrl_lib.tests.tiny"])
 # A small temperature-1 policy whose answers differ in length, so that the two halves hold unequal token counts.
-PARAMS = replace(
-    resolve(
-        "smoke",
-        lora_layers=1,
-        max_new_tokens=8,
-        temperature=1.0,
-        learning_rate=1e-2,
-        prompts_per_step=4,
-        micro_batch=3,
-    ),
+PARAMS = resolve(
+    "smoke",
+    lora_layers=1,
+    max_new_tokens=8,
+    temperature=1.0,
+    learning_rate=1e-2,
+    prompts_per_step=4,
+    micro_batch=3,
     kl_target=0.01,
     stop_kl=1.0,
 )

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -44,7 +42,7 @@ class WordReward:
 
 def trainer(reward=WordReward("red"), shield=None, seed=0, explainer=None, **changes):
     explainer = explainer or tiny_explainer(lora_layers=1)
-    return ppo.PPO(explainer, reward, RECORDS, replace(PARAMS, **changes), seed, shield)
+    return ppo.PPO(explainer, reward, RECORDS, PARAMS.replace(**changes), seed, shield)
 
 
 def ragged_mask(generator, rows=6, width=9):

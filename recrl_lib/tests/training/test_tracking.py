@@ -30,8 +30,7 @@ def write(kind, folder, monkeypatch):
 
 
 def test_kinds_are_those_of_the_parameter():
-    (field,) = (f for f in params.fields(params.Params) if f.name == "tracker")
-    assert field.metadata["choices"] == tracking.KINDS
+    assert params.choices("tracker") == tracking.KINDS
 
 
 def test_none_writes_nothing(tmp_path, monkeypatch):
