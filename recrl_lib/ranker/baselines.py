@@ -1,34 +1,32 @@
-"""Rankers without gradient training, on the same split: popularity, first-order Markov chain, EASE^R, and the last two as one.
+"""Rankers without gradient training, on the same split.
 
-Each yields scores in the form of ``ranker.score_chunks``, so that ``ranker.ranks_of`` ranks them all alike.
+Popularity, a first-order Markov chain, EASE^R (Steck 2019), and the sum of the last two ideas. Each
+yields scores in the form of ``ranking.score_chunks``, so that ``ranking.ranks_of`` ranks them all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from recrl_lib.paths import REFERENCE
+from recrl_lib.ranker.ranking import USERS
 
-RIVALS = {
-    "ease": "EASE^R",
-    "ease_chain": "EASE^R + chain",
-}  # those that a trained ranker is compared with, user by user
-EASE_ITEMS = 20_000  # the largest catalogue whose item-to-item matrices (3.2 GB each) fit an ordinary machine
+RIVALS = {"ease": "EASE^R", "ease_chain": "EASE^R + chain"}  # key in metrics: name in tables
+EASE_ITEMS = 20_000  # a larger catalogue's item-to-item matrices (3.2 GB each) do not fit
+Sequences = Sequence[np.ndarray]
+Scores = Iterator[tuple[int, Tensor]]  # (first user, scores (b, I+1) float32, column 0 = -inf)
 
 
-def closed_form(
-    train: Sequence[np.ndarray], n_items: int, sequences: Sequence[np.ndarray]
-) -> dict[str, Iterator[tuple[int, Tensor]]]:
-    """Every ranker here, by name, learned from ``train`` and asked about ``sequences``; EASE^R for up to ``EASE_ITEMS`` items.
+def closed_form(train: Sequences, n_items: int, sequences: Sequences) -> dict[str, Scores]:
+    """Every ranker here by name, learned from ``train`` and asked about ``sequences``.
 
-    Each computes when it is first read.
+    Each computes when it is first read. EASE^R needs at most ``EASE_ITEMS`` items.
     """
     rankers = {
-        "popularity": popularity_chunks(train, n_items, len(sequences)), "Markov chain": markov_chunks(train, n_items, sequences),
-    }  # fmt: skip
+        "popularity": popularity_chunks(train, n_items, sequences),
+        "Markov chain": markov_chunks(train, n_items, sequences),
+    }
     if n_items <= EASE_ITEMS:
         rankers |= {
             RIVALS["ease"]: ease_chunks(train, n_items, sequences),
@@ -37,47 +35,82 @@ def closed_form(
     return rankers
 
 
-def popularity_chunks(
-    train: Sequence[np.ndarray], n_items: int, n_users: int, chunk: int = 256
-) -> Iterator[tuple[int, Tensor]]:
+def popularity_chunks(train: Sequences, n_items: int, sequences: Sequences) -> Scores:
     """How often an item occurs in ``train``, for every user."""
-    row = _popularity(train, n_items)
-    for start in range(0, n_users, chunk):
-        yield start, row.repeat(min(chunk, n_users - start), 1)
+    counts = _popularity(train, n_items)
+    return _chunks(sequences, lambda part: np.tile(counts, (len(part), 1)))
 
 
-def markov_chunks(
-    train: Sequence[np.ndarray], n_items: int, sequences: Sequence[np.ndarray], chunk: int = 256
-) -> Iterator[tuple[int, Tensor]]:
+def markov_chunks(train: Sequences, n_items: int, sequences: Sequences) -> Scores:
     """How often an item followed, in ``train``, the last item of the user's sequence.
 
     Popularity, scaled below 1, breaks ties.
     """
-    popularity = _popularity(train, n_items)
+    counts = _popularity(train, n_items)
+    tie_break = counts / (counts.max() + 1)
     previous = np.concatenate([s[:-1] for s in train])
     following = np.concatenate([s[1:] for s in train])
     order = np.argsort(previous, kind="stable")
-    followers = np.split(
-        following[order], np.cumsum(np.bincount(previous, minlength=n_items + 1))[:-1]
-    )
-    for start in range(0, len(sequences), chunk):
-        last = [s[-1] for s in sequences[start : start + chunk]]
-        counts = np.stack([np.bincount(followers[item], minlength=n_items + 1) for item in last])
-        yield start, torch.from_numpy(counts).float() + popularity / (popularity.max() + 1)
+    ends = np.cumsum(np.bincount(previous, minlength=n_items + 1))[:-1]
+    followers = np.split(following[order], ends)
+
+    def score(part: Sequences) -> np.ndarray:
+        seen = [np.bincount(followers[s[-1]], minlength=n_items + 1)[1:] for s in part]
+        return np.stack(seen) + tie_break
+
+    return _chunks(sequences, score)
 
 
-def ease_weights(
-    train: Sequence[np.ndarray], n_items: int, regularisation: float, chunk: int = 1024
-) -> np.ndarray:
+def ease_chunks(
+    train: Sequences,
+    n_items: int,
+    sequences: Sequences,
+    regularisation: float = 1000.0,
+    window: int = 10,
+) -> Scores:
+    """EASE^R with the last ``window`` items of a user as the query.
+
+    The published model takes all items as the query and knows no order; recent items tell more
+    about the next one.
+    """
+    weights = ease_weights(train, n_items, regularisation)
+    recent = [s[-window:] for s in sequences]
+    yield from _chunks(recent, lambda part: _binary(part, n_items) @ weights)
+
+
+def ease_chain_chunks(
+    train: Sequences,
+    n_items: int,
+    sequences: Sequences,
+    regularisation: float = 1000.0,
+    chain: float = 0.15,
+    recency: float = 0.85,
+) -> Scores:
+    """EASE^R plus ``chain`` times the Markov chain, for a query that fades by ``recency`` an item.
+
+    The defaults are the best of a search on MovieLens-100K's validation events
+    (``runs/reference/ranker_search.csv``).
+    """
+    weights = ease_weights(train, n_items, regularisation) + chain * chain_weights(train, n_items)
+
+    def score(part: Sequences) -> np.ndarray:
+        query = np.zeros((len(part), n_items))
+        for row, items in zip(query, part):
+            np.maximum.at(row, items - 1, recency ** np.arange(len(items) - 1.0, -1.0, -1.0))
+        return query @ weights
+
+    yield from _chunks(sequences, score)
+
+
+def ease_weights(train: Sequences, n_items: int, regularisation: float) -> np.ndarray:
     """Item-to-item weights B (I, I) of EASE^R (Steck 2019, eq. 8): float64, diagonal 0.
 
-    B minimises ||X - XB||^2 + ``regularisation`` ||B||^2 under diag(B) = 0, for the binary matrix X of users x items:
-    with P = (X'X + regularisation I)^-1, B_ij = -P_ij / P_jj. Memory is a few I x I matrices, so this is for
-    catalogues of up to some 10,000 items.
+    B minimises ||X - XB||^2 + ``regularisation`` ||B||^2 under diag(B) = 0, for the binary matrix X
+    of users x items: with P = (X'X + regularisation I)^-1, B_ij = -P_ij / P_jj.
     """
     gram = np.diag(np.full(n_items, float(regularisation)))
-    for start in range(0, len(train), chunk):
-        seen = _binary(train[start : start + chunk], n_items)
+    for start in range(0, len(train), 1024):
+        seen = _binary(train[start : start + 1024], n_items)
         gram += seen.T @ seen
     inverse = np.linalg.inv(gram)
     weights = inverse / -np.diag(inverse)
@@ -85,37 +118,14 @@ def ease_weights(
     return weights
 
 
-def ease_chunks(
-    train: Sequence[np.ndarray],
-    n_items: int,
-    sequences: Sequence[np.ndarray],
-    regularisation: float = 1000.0,
-    window: int = 10,
-    chunk: int = 256,
-) -> Iterator[tuple[int, Tensor]]:
-    """EASE^R with the last ``window`` items of a user as the query.
-
-    The published model takes all items as the query and knows no order; recent items tell more about the next one.
-    """
-    weights = ease_weights(train, n_items, regularisation)
-    for start in range(0, len(sequences), chunk):
-        part = [s[-window:] for s in sequences[start : start + chunk]]
-        scores = np.full((len(part), n_items + 1), -np.inf, dtype=np.float32)
-        scores[:, 1:] = _binary(part, n_items) @ weights
-        yield start, torch.from_numpy(scores)
-
-
 def chain_weights(
-    train: Sequence[np.ndarray],
-    n_items: int,
-    window: int = 20,
-    decay: float = 0.9,
-    smoothing: float = 60.0,
+    train: Sequences, n_items: int, window: int = 20, decay: float = 0.9, smoothing: float = 60.0
 ) -> np.ndarray:
-    """Item-to-item weights (I, I) of a Markov chain that looks ``window`` steps ahead: float64, row i of item i + 1.
+    """Item-to-item weights (I, I) of a Markov chain that looks ``window`` steps ahead: float64.
 
-    Row i sums ``decay``^(d - 1) over all places where the column's item came d steps after item i, over the
-    occurrences of item i plus ``smoothing``, so that what followed a rare item once says little.
+    Row i - 1 sums ``decay``^(d - 1) over all places where the column's item came d steps after item
+    i, over the occurrences of item i plus ``smoothing``, so that what followed a rare item once
+    says little.
     """
     weights = np.zeros((n_items, n_items))
     for distance in range(1, window + 1):
@@ -126,32 +136,14 @@ def chain_weights(
     return weights / (occurrences + smoothing)[:, None]
 
 
-def ease_chain_chunks(
-    train: Sequence[np.ndarray],
-    n_items: int,
-    sequences: Sequence[np.ndarray],
-    regularisation: float = 1000.0,
-    chain: float = 0.15,
-    recency: float = 0.85,
-    chunk: int = 256,
-) -> Iterator[tuple[int, Tensor]]:
-    """EASE^R plus ``chain`` times the Markov chain, for a query of the whole history that fades by ``recency`` an item.
-
-    What goes together and what follows, as one matrix: the strongest ranker here that no gradient has trained. The
-    defaults are the best of a search on MovieLens-100K's validation events (``runs/reference/ranker_search.csv``).
-    """
-    weights = ease_weights(train, n_items, regularisation) + chain * chain_weights(train, n_items)
-    for start in range(0, len(sequences), chunk):
-        part = sequences[start : start + chunk]
-        query = np.zeros((len(part), n_items))
-        for row, items in zip(query, part):
-            np.maximum.at(row, items - 1, recency ** np.arange(len(items) - 1.0, -1.0, -1.0))
-        scores = np.full((len(part), n_items + 1), -np.inf, dtype=np.float32)
-        scores[:, 1:] = query @ weights
-        yield start, torch.from_numpy(scores)
+def _chunks(sequences: Sequences, score: Callable[[Sequences], np.ndarray]) -> Scores:
+    """``score(part)`` (b, I) for ``USERS`` sequences at a time, behind a column for padding."""
+    for start in range(0, len(sequences), USERS):
+        scores = torch.from_numpy(score(sequences[start : start + USERS])).float()
+        yield start, torch.nn.functional.pad(scores, (1, 0), value=-torch.inf)
 
 
-def _binary(sequences: Sequence[np.ndarray], n_items: int) -> np.ndarray:
+def _binary(sequences: Sequences, n_items: int) -> np.ndarray:
     """Which items are in each sequence: float64 (len(sequences), I), column i - 1 for item i."""
     out = np.zeros((len(sequences), n_items))
     rows = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
@@ -159,17 +151,6 @@ def _binary(sequences: Sequence[np.ndarray], n_items: int) -> np.ndarray:
     return out
 
 
-def _popularity(train: Sequence[np.ndarray], n_items: int) -> Tensor:
-    counts = torch.from_numpy(np.bincount(np.concatenate(train), minlength=n_items + 1)).float()
-    counts[0] = -torch.inf
-    return counts
-
-
-def published_seeds() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """``runs/reference/ranker_seeds.csv``, which ``bench_ranker.seeds`` explains: (a row a seed, the means over seeds and the rivals).
-
-    ``text`` is ``llm`` or ``none`` and, in the second table, its index; a rival's row is called by its key in ``RIVALS``.
-    """
-    table = pd.read_csv(REFERENCE / "ranker_seeds.csv", dtype={"seed": str})
-    one_seed = table["seed"].fillna("none").str.isdigit()
-    return table[one_seed].reset_index(drop=True), table[~one_seed].set_index("text")
+def _popularity(train: Sequences, n_items: int) -> np.ndarray:
+    """Occurrences (I,) of items 1..I."""
+    return np.bincount(np.concatenate(train), minlength=n_items + 1)[1:]

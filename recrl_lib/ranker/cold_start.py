@@ -1,7 +1,8 @@
 """Cold start: how well a ranker places items that it knows by their text alone.
 
-Some items are taken out of training altogether: out of the histories, the targets, the catalogue that the softmax
-runs over, and the constants of the text norm. The trained ranker then takes them in with ``ranker.add_items``.
+Some items are taken out of training altogether: out of the histories, the targets, the catalogue
+that the softmax runs over, and the constants of the text norm. The trained ranker then takes them
+in with ``ranker.add_items``.
 """
 
 from collections.abc import Callable
@@ -16,36 +17,42 @@ from recrl_lib.ranker import ranking, sasrec
 def cold_ranks(
     split: Split, text: Tensor, cold: np.ndarray, fit: Callable[[Split, Tensor], sasrec.SASRec]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks among all items of the test item, for every user whose test item is cold: (by its text, by a wrong text).
+    """Ranks of cold test items among all items, by their own text and by a wrong one.
 
-    ``text`` (I+1, d); ``cold`` (C,) the item ids to hold out, C >= 2, in random order: in the control each takes the
-    text of the one before it. ``fit(split, text)`` trains a ranker on the other items, renumbered from 1, and their
-    text vectors. Raises ``ValueError`` where no test item is cold.
+    Args:
+        split: The study's split; asked are the users whose test item is cold.
+        text: Text vectors (I+1, d).
+        cold: Ids (C,) of the items to hold out, C >= 2, in random order: in the control each takes
+            the text of the one before it.
+        fit: Trains a ranker on the other items, renumbered from 1, and their text vectors.
+
+    Raises:
+        ValueError: No test item is cold.
     """
     asked = np.flatnonzero(np.isin(split.test, cold))
     if len(cold) < 2 or len(asked) == 0:
-        raise ValueError(
-            f"cold_ranks: {len(cold)} items held out, {len(asked)} of them in the test; hold out more"
-        )
+        held = f"{len(cold)} items held out, {len(asked)} of them in the test"
+        raise ValueError(f"cold_ranks: {held}; hold out more")
     warm = np.setdiff1d(np.arange(1, len(text)), cold)
-    order = np.concatenate(
-        [[0], warm, cold]
-    )  # old ids in the new order: the cold last, where add_items puts them
+    order = np.concatenate([[0], warm, cold])  # old ids in the new order, as add_items has them
     new = np.argsort(order)
     known = text[order[: len(warm) + 1]]
-    model = fit(_warm_split(split, new, len(warm)), known)
-    seen = split.with_valid
-    histories, targets = [new[seen[user]] for user in asked], new[split.test[asked]]
-    right, wrong = (sasrec.add_items(model, known, text[rows]) for rows in (cold, np.roll(cold, 1)))
-    return tuple(
-        ranking.target_ranks(larger, histories, targets, rows) for larger, rows in (right, wrong)
+    model = fit(warm_split(split, new, len(warm)), known)
+    histories, targets = [new[split.with_valid[user]] for user in asked], new[split.test[asked]]
+    right, wrong = (
+        ranking.target_ranks(larger, histories, targets, rows)
+        for larger, rows in (
+            sasrec.add_items(model, known, text[which]) for which in (cold, np.roll(cold, 1))
+        )
     )
+    return right, wrong
 
 
-def _warm_split(split: Split, new: np.ndarray, n_warm: int) -> Split:
-    """The items before the test item without the cold ones, in new ids; the last of them for validation.
+def warm_split(split: Split, new: np.ndarray, n_warm: int) -> Split:
+    """The items before the test item without the cold ones, in new ids; the last one validates.
 
-    Users with fewer than two are left out. Training reads no test item, so the field repeats the validation item.
+    Users with fewer than two are left out. Training reads no test item, so that field repeats the
+    validation item.
     """
     kept = [
         [ids[ids <= n_warm] for ids in (new[items] for items in part)]

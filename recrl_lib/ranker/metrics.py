@@ -1,16 +1,17 @@
-"""Ranking metrics from ranks, churn between top-k lists, and diversity of texts.
+"""Ranking metrics from ranks, and how far top-k lists moved.
 
-One array entry a user, so that intervals can be taken over users (``stats``). With one relevant item, as in
-leave-one-out, NDCG and MRR are functions of its 1-based rank alone (Järvelin & Kekäläinen 2002).
+One array entry a user, so that intervals can be taken over users. With one relevant item, as in
+leave-one-out, NDCG and MRR are functions of its 1-based rank (Järvelin & Kekäläinen 2002).
 """
 
 import re
 
 import numpy as np
+from scipy.stats import kendalltau
 
 
 def ndcg_at(ranks: np.ndarray, k: int) -> np.ndarray:
-    """1 / log2(rank + 1) where rank <= k, else 0: float64 (U,). The ideal DCG of one relevant item is 1."""
+    """1 / log2(rank + 1) where rank <= k, else 0: float64 (U,). The ideal DCG of one item is 1."""
     ranks = _checked(ranks)
     return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
 
@@ -34,21 +35,24 @@ def _checked(ranks: np.ndarray) -> np.ndarray:
 
 
 def churn(base_top: np.ndarray, new_top: np.ndarray, p: float = 0.9) -> dict[str, np.ndarray]:
-    """How much top-k lists moved from ``base_top`` to ``new_top``, both (U, k), best first.
+    """How much top-k lists moved, user by user. Identical lists give 1 everywhere.
 
-    Returns one float64 (U,) array for each of
+    Args:
+        base_top: Items (U, k), best first.
+        new_top: Items (U, k) to compare with them.
+        p: Persistence of the rank-biased overlap.
 
-    - ``overlap``: |base ∩ new| / k;
-    - ``set_same``, ``exact``, ``top1_same``: 1 if the lists agree as sets, item by item, in the first item;
-    - ``rbo``: extrapolated rank-biased overlap with persistence ``p`` (Webber, Moffat & Zobel 2010);
-    - ``kendall_tau``: see ``kendall_tau_top_k``.
+    Returns:
+        One float64 (U,) array each: ``overlap`` |base ∩ new| / k; ``set_same``, ``exact`` and
+        ``top1_same``, 1 where the lists agree as sets, item by item, in the first item; ``rbo``,
+        extrapolated rank-biased overlap (Webber, Moffat & Zobel 2010); ``kendall_tau``.
 
-    Identical lists give 1 everywhere. Raises ``ValueError`` for unequal shapes or an item twice in a list.
+    Raises:
+        ValueError: Shapes differ, or an item occurs twice in a list.
     """
     base_top, new_top = _lists(base_top, new_top)
-    same = (
-        base_top[:, :, None] == new_top[:, None, :]
-    )  # (U, k, k): position i of base and j of new hold one item
+    # (U, k, k): position i of base and j of new hold one item
+    same = base_top[:, :, None] == new_top[:, None, :]
     overlap = same.sum((1, 2)) / base_top.shape[1]
     equal = base_top == new_top
     return {
@@ -62,7 +66,7 @@ def churn(base_top: np.ndarray, new_top: np.ndarray, p: float = 0.9) -> dict[str
 
 
 def _rbo(same: np.ndarray, p: float) -> np.ndarray:
-    """RBO_ext = A_k p^k + (1 - p)/p * sum_d A_d p^d, with A_d = |first d of one ∩ first d of the other| / d."""
+    """RBO_ext = A_k p^k + (1 - p)/p * sum_d A_d p^d; A_d: agreement of the first d items."""
     k = same.shape[1]
     depth = np.arange(1, k + 1)
     agreement = same.cumsum(1).cumsum(2)[:, depth - 1, depth - 1] / depth
@@ -72,37 +76,27 @@ def _rbo(same: np.ndarray, p: float) -> np.ndarray:
 def kendall_tau_top_k(base_top: np.ndarray, new_top: np.ndarray) -> np.ndarray:
     """Kendall's tau-b between top-k lists over the union of their items: float64 (U,).
 
-    Items missing from a list share rank k + 1 there, which is the reading of a top-k list of Fagin, Kumar &
-    Sivakumar (2003) with penalty 0 for a pair tied in one list. Identical lists give 1, reversed ones -1.
-    Disjoint lists give -2k / (3k - 1), not -1: how either list would order the other's items is unknown.
+    Items missing from a list share rank k + 1 there, which is the reading of a top-k list of Fagin,
+    Kumar & Sivakumar (2003) with penalty 0 for a pair tied in one list. Identical lists give 1,
+    reversed ones -1, disjoint ones -2k / (3k - 1): how a list would order the other's items is
+    unknown.
     """
     base_top, new_top = _lists(base_top, new_top)
-    k = base_top.shape[1]
-    same = base_top[:, :, None] == new_top[:, None, :]
-    position = np.broadcast_to(np.arange(1, k + 1), base_top.shape)
-    # One slot for each base item, then one for each new item; a new item that is also a base item is not counted again.
-    base_rank = np.hstack([position, np.where(same.any(1), same.argmax(1), k) + 1])
-    new_rank = np.hstack([np.where(same.any(2), same.argmax(2), k) + 1, position])
-    counted = np.hstack([np.ones_like(same[:, 0]), ~same.any(1)])
-    balance = np.zeros(len(base_top))  # concordant minus discordant pairs, each pair met twice
-    for slot in range(2 * k):  # one slot against all: memory U x 2k, not U x 2k x 2k
-        signs = np.sign(base_rank - base_rank[:, [slot]]) * np.sign(new_rank - new_rank[:, [slot]])
-        balance += (signs * counted).sum(1) * counted[:, slot]
-    n, missing = counted.sum(1), (~same.any(2)).sum(1)
-    ordered = n * (n - 1) - missing * (
-        missing - 1
-    )  # pairs without ties, twice; as many in either list
-    return np.where(
-        ordered > 0, balance / np.maximum(ordered, 1), 1.0
-    )  # no pair at all: one item, and it is the same
+    out = np.ones(len(base_top))
+    for user in np.flatnonzero((base_top != new_top).any(1)):
+        items = np.union1d(base_top[user], new_top[user])
+        ranks = np.full((2, len(items)), base_top.shape[1])
+        for row, top in zip(ranks, (base_top[user], new_top[user])):
+            row[np.searchsorted(items, top)] = np.arange(len(top))
+        out[user] = kendalltau(*ranks).statistic
+    return out
 
 
 def _lists(base_top: np.ndarray, new_top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     base_top, new_top = np.asarray(base_top), np.asarray(new_top)
     if base_top.ndim != 2 or base_top.shape != new_top.shape or base_top.size == 0:
-        raise ValueError(
-            f"top-k lists: need two non-empty (U, k) arrays, got {base_top.shape} and {new_top.shape}"
-        )
+        shapes = f"{base_top.shape} and {new_top.shape}"
+        raise ValueError(f"top-k lists: need two non-empty (U, k) arrays, got {shapes}")
     for lists in (base_top, new_top):
         ordered = np.sort(lists, axis=1)
         if (ordered[:, 1:] == ordered[:, :-1]).any():

@@ -1,15 +1,14 @@
-"""SASRec (Kang & McAuley 2018), its training, and ranking of all items.
+"""SASRec (Kang & McAuley 2018) with item texts, stored as safetensors.
 
-A causal transformer reads a user's history; the score of item i is the dot product of the last state with
-the item's vector, which is also the input embedding (tied). With item texts::
+A causal transformer reads a user's history. The score of item i is the dot product of the last
+state with the item's vector, which is also the input embedding (tied). With item texts::
 
     v_i = e_i + W norm(t_i)
 
-``t_i`` is the text vector of item i from the LLM. ``norm`` standardises each feature by mean and standard
-deviation over items 1..I of the *base* LLM's vectors, and divides by the root of the number of features: |norm(t)| is
-about 1, so that W and e start alike and learn at one rate. Those constants are stored in the model, so vectors of a
-tuned LLM are standardised by the same constants: a drift of the text vectors reaches the ranking unhidden.
-The ranker holds no text vectors: text is an argument, so one frozen ranker can be asked with either.
+``t_i`` is the LLM's vector of item i's text. ``norm`` standardises each feature over items 1..I of
+the *base* LLM's vectors and divides by the root of the number of features, so that |norm(t)| is
+about 1 and W and e learn at one rate. The constants are stored in the model: a drift of a tuned
+LLM's vectors reaches the ranking. Text vectors are an argument, not a part of the ranker.
 """
 
 import hashlib
@@ -29,11 +28,11 @@ from recrl_lib.runs import write_atomic
 class SASRec(nn.Module):
     """``layers`` pre-norm causal blocks of width ``dim`` over the last ``max_len`` items.
 
-    Order enters through distances, not places: attention to the item d places back has the bias ``distances[d, head]``
-    added (Shaw et al. 2018; the scalar form of Raffel et al. 2020, §2.1). It is learned from all positions alike. A vector
-    per place, as in the paper, leaves the last place, the only one that is ranked from, with one training target a window.
-    In training a share ``item_dropout`` of the items read is blanked. All weights are drawn from ``seed``. With
-    ``text_dim`` > 0 call ``fit_text`` before the first use.
+    Order enters as a learned attention bias by distance, ``distances[d, head]`` for the item d
+    places back (Raffel et al. 2020, §2.1), because all positions train it; the paper's vector per
+    place has one training target a window for the last place, the only one that is ranked from.
+    In training a share ``item_dropout`` of the items read is zeroed. All weights are drawn from
+    ``seed``. With ``text_dim`` > 0 call ``fit_text`` before the first use.
     """
 
     def __init__(
@@ -48,20 +47,10 @@ class SASRec(nn.Module):
         seed: int = 0,
         item_dropout: float = 0.0,
     ):
+        self.arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         if dim % heads:
             raise ValueError(f"SASRec: dim={dim} must be a multiple of heads={heads}")
-        self.arguments = dict(
-            n_items=n_items,
-            dim=dim,
-            layers=layers,
-            heads=heads,
-            max_len=max_len,
-            dropout=dropout,
-            text_dim=text_dim,
-            seed=seed,
-            item_dropout=item_dropout,
-        )
         self.n_items, self.max_len, self.item_dropout = n_items, max_len, item_dropout
         self.items = nn.Embedding(n_items + 1, dim, padding_idx=0)
         self.distances = nn.Parameter(torch.empty(max_len, heads))
@@ -83,12 +72,15 @@ class SASRec(nn.Module):
                     module.bias.zero_()
             self.items.weight[0] = 0.0
             max_len, heads = self.distances.shape
-            # As ALiBi (Press et al. 2022), from near to far sight; its exponent of 8, made for text, is too far here.
+            # As ALiBi (Press et al. 2022), from near to far sight; its exponent of 8, made for
+            # text, is too far here.
             slopes = 2.0 ** (-6.0 / heads * torch.arange(1, heads + 1))
             self.distances.copy_(-torch.arange(max_len)[:, None] * slopes)
 
     def fit_text(self, text: Tensor) -> None:
-        """Take the constants of ``norm`` from the base LLM's ``text``, (I+1, text_dim) with row 0 = padding."""
+        """Take the constants of ``norm`` from the base LLM's ``text``, (I+1, text_dim) with row 0 =
+        padding.
+        """
         self._check_text(text)
         rows = text[1:].double()
         self.text_mean.copy_(rows.mean(0))
@@ -96,7 +88,8 @@ class SASRec(nn.Module):
         self.text_scale.copy_(std * text.shape[1] ** 0.5)
 
     def item_table(self, text: Tensor | None, items: Tensor | None = None) -> Tensor:
-        """Item vectors (I+1, dim), row 0 zero. ``text=None`` leaves W norm(t) out: the ranking without the LLM.
+        """Item vectors (I+1, dim), row 0 zero. ``text=None`` leaves W norm(t) out: the ranking
+        without the LLM.
 
         With ``items``, int64 (n,) whose first is 0, only their rows: (n, dim).
         """
@@ -128,14 +121,15 @@ class SASRec(nn.Module):
             )
 
     def forward(self, histories: Tensor, table: Tensor) -> Tensor:
-        """States (B, L, dim) after each item of ``histories``, int64 (B, L) left-padded with 0, L <= max_len.
+        """States (B, L, dim) after each item of ``histories``, int64 (B, L) left-padded with 0, L
+        <= max_len.
 
         The state at position j has seen items 1..j only. Rows at padded positions are meaningless.
         """
         length = histories.shape[1]
         if length > self.max_len:
             raise ValueError(
-                f"SASRec: histories of length {length} exceed max_len={self.max_len}; see pad_sequences"
+                f"SASRec: histories of length {length} exceed max_len={self.max_len}; cut them"
             )
         real = histories > 0
         place = torch.arange(length, device=histories.device)
@@ -161,7 +155,9 @@ class SASRec(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm self-attention and feed-forward (of width ``dim``, as in the paper), each with a residual."""
+    """Pre-norm self-attention and feed-forward (of width ``dim``, as in the paper), each with a
+    residual.
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
@@ -185,15 +181,21 @@ class Block(nn.Module):
 
 
 def add_items(model: SASRec, text: Tensor, rows: Tensor) -> tuple[SASRec, Tensor]:
-    """A frozen copy of ``model`` that also ranks len(``rows``) items it never saw, and ``text`` with ``rows`` below it.
+    """Add items that training never saw: their behaviour part e is 0, their text part is known.
 
-    ``rows`` (n, text_dim) are the new items' text vectors from the base LLM; their ids follow on from I. With nothing
-    learned from behaviour, e = 0: a new item stands where its text puts it.
+    Args:
+        model: The ranker; it is copied.
+        text: Text vectors (I+1, text_dim) of the known items.
+        rows: Text vectors (n, text_dim) of the new items, whose ids are I+1..I+n.
+
+    Returns:
+        The frozen larger ranker, and ``text`` with ``rows`` appended.
     """
     model._check_text(text)
     if rows.ndim != 2 or rows.shape[1] != text.shape[1]:
         raise ValueError(
-            f"add_items: rows have shape {tuple(rows.shape)}, expected (n, text_dim) = (n, {text.shape[1]})"
+            f"add_items: rows have shape {tuple(rows.shape)}, "
+            f"expected (n, text_dim) = (n, {text.shape[1]})"
         )
     larger = SASRec(**{**model.arguments, "n_items": model.n_items + len(rows)})
     state = model.state_dict()
@@ -227,13 +229,16 @@ def save(model: SASRec, path: Path) -> None:
 
 
 def load(path: Path) -> SASRec:
-    """The model that ``save`` wrote, on the CPU, frozen. Raises ``FileNotFoundError`` or ``ValueError``."""
+    """The model that ``save`` wrote, on the CPU, frozen.
+
+    Raises ``FileNotFoundError`` or ``ValueError``.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; run the ranker notebook first")
+        raise FileNotFoundError(f"{path} is missing; run notebooks/02_ranker.ipynb first")
     try:
         with safe_open(path, framework="pt") as file:
             arguments = (file.metadata() or {}).get("sasrec")
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
         raise ValueError(
             f"{path}: not a whole safetensors file ({error}); run the ranker notebook again"

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from recrl_lib.data.splits import Split
+from recrl_lib.params import Params
 from recrl_lib.ranker import cold_start, sasrec, training
 
 N_ITEMS, TEXT_DIM = 24, 6
@@ -25,10 +26,17 @@ def clusters(n_users=120, seed=0):
 
 
 def fit(split, text):
-    model = sasrec.SASRec(len(text) - 1, 16, 1, 2, 6, 0.1, text_dim=TEXT_DIM)
-    model.fit_text(text)
-    training.train(model, split, text, lr=1e-2, batch=16, epochs=8, patience=8, seed=0)
-    return sasrec.freeze(model)
+    params = Params(
+        ranker_dim=16,
+        ranker_max_len=6,
+        ranker_dropout=0.1,
+        ranker_lr=1e-2,
+        ranker_epochs=8,
+        ranker_patience=8,
+        ranker_item_dropout=0.0,
+        ranker_average=0.0,
+    )
+    return training.fit(params, split, len(text) - 1, text, 0)[0]
 
 
 def test_text_places_items_that_training_never_saw(monkeypatch):
@@ -81,7 +89,7 @@ def test_users_who_only_train_keep_their_warm_items():
     new = np.arange(
         6
     )  # item 5 is cold, and the one item that is left of the last user is no history
-    warm = cold_start._warm_split(split, new, n_warm=4)
+    warm = cold_start.warm_split(split, new, n_warm=4)
     assert [ids.tolist() for ids in warm.others] == [[4, 1]] and [
         ids.tolist() for ids in warm.train
     ] == [[1, 2, 3]]

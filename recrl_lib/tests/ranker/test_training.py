@@ -1,0 +1,161 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recrl_lib.params import Params
+from recrl_lib.ranker import metrics, ranking, sasrec, training
+from recrl_lib.tests.ranker.toy import N_ITEMS, cycles, small, some_text
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("RECRL_PROGRESS", "off")
+
+
+def fit(split, text=None, seed=0, **changes):
+    values = {"dim": 8, "layers": 2, "max_len": 6, "lr": 1e-2, "batch": 8, "epochs": 4}
+    values |= {"item_dropout": 0.0, "average": 0.0, "patience": 20} | changes
+    params = Params(**{f"ranker_{name}": value for name, value in values.items()})
+    return training.fit(params, split, N_ITEMS, text, seed)
+
+
+@pytest.mark.parametrize("width", [2, 3, 5, 50])
+def test_windows_hold_every_transition_once(width):
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(1, 100, n) for n in (1, 2, 3, 4, 5, 9, 23)]
+    expected = sorted((int(a), int(b)) for s in sequences for a, b in zip(s[:-1], s[1:]))
+    cuts = set()
+    for _ in range(5):
+        windows = training.windows_of(sequences, width, rng).numpy()
+        assert windows.shape[1] == width
+        pairs = [(int(a), int(b)) for row in windows for a, b in zip(row[:-1], row[1:]) if a]
+        assert sorted(pairs) == expected
+        assert (np.diff((windows > 0).astype(int)) >= 0).all()  # padded on the left only
+        cuts.add(windows.tobytes())
+    assert (len(cuts) > 1) == (2 < width < 23)
+
+
+@pytest.mark.parametrize("text", [None, some_text()], ids=["plain", "text"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_training_learns_and_keeps_the_best_epoch(monkeypatch, text, sampled):
+    if sampled:
+        monkeypatch.setattr(training, "FULL_SOFTMAX_ITEMS", N_ITEMS - 1)
+        monkeypatch.setattr(training, "NEGATIVES", 6)
+    split = cycles()
+    model, curve = fit(split, text, epochs=12)
+    best = max(row["valid_ndcg@10"] for row in curve)
+    assert curve[-1]["loss"] < curve[0]["loss"] and best > 0.6
+    assert [row["epoch"] for row in curve] == list(range(1, len(curve) + 1))
+    ranks = ranking.target_ranks(model, split.train, split.valid, text)
+    assert metrics.ndcg_at(ranks, 10).mean() == best
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_users_who_are_not_evaluated_teach_too():
+    """The evaluated users' single training items hold no transition: all comes from the others."""
+    walks = cycles()
+    split = replace(walks, train=[w[-1:] for w in walks.train], others=tuple(walks.train))
+    model, _ = fit(split, epochs=12)
+    hits = metrics.hr_at(ranking.target_ranks(model, split.train, split.valid, None), 1)
+    assert hits.mean() > 0.5
+
+
+def test_training_stops_early():
+    _, curve = fit(cycles(), lr=0.0, epochs=20, patience=3)
+    assert len(curve) == 4  # epoch 1 is the best, then three without a better one
+
+
+def test_training_is_reproducible_whatever_the_global_state():
+    split, text, found = cycles(), some_text(), []
+    for global_seed, seed in ((1, 0), (2, 0), (2, 5)):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        model, curve = fit(split, text, seed, epochs=2)
+        assert torch.equal(before, torch.get_rng_state())
+        found.append((sasrec.state_sha256(model), str(curve)))
+    assert found[0] == found[1]
+    assert all(a != b for a, b in zip(found[1], found[2]))
+
+
+def test_the_average_by_hand():
+    """Decay .75; the first steps n are forgotten sooner, by n / (n + 9)."""
+    start, model = small(), small(seed=1)
+    expected = start.items.weight.detach().clone()
+    average = training.averaged(start, 0.25)
+    for decay in (1 / 10, 2 / 11, 3 / 12, 0.25):
+        average.update_parameters(model)
+        expected = decay * expected + (1 - decay) * model.items.weight
+        assert torch.allclose(average.module.items.weight, expected, atol=1e-6)
+
+
+def test_negatives_give_every_item_a_chance_and_padding_none():
+    drawn = training.negative_probabilities([np.array([1, 3]), np.array([3])], 4)
+    assert torch.allclose(drawn, torch.tensor([0, 2, 1, 3, 1]) / 7)
+
+
+# the losses
+
+ITEMS, DIM = 11, 4
+
+
+def drawn(seed=0, dtype=torch.float64, n=7):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(n, DIM, generator=generator, dtype=dtype, requires_grad=True)
+    table = torch.randn(ITEMS + 1, DIM, generator=generator, dtype=dtype)
+    table[0] = 50.0  # padding must never be scored
+    return states, table.requires_grad_(), torch.randint(1, ITEMS + 1, (n,), generator=generator)
+
+
+def plain(states, table, targets):
+    return F.cross_entropy(states @ table[1:].T, targets - 1)
+
+
+@given(block=st.integers(1, 100), seed=st.integers(0, 100))
+@settings(max_examples=30, deadline=None)
+def test_full_softmax_is_cross_entropy_in_blocks_of_any_size(block, seed):
+    inputs = drawn(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "BLOCK", block)
+        values = [f(*inputs) for f in (training.full_softmax, plain)]
+        ours, theirs = (torch.autograd.grad(3.0 * value, inputs[:2]) for value in values)
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-12)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert ours[1][0].abs().max() == 0  # padding learns nothing
+
+
+def test_full_softmax_stands_large_scores():
+    states, table, targets = drawn(dtype=torch.float32)
+    loss = training.full_softmax(states * 1e4, table, targets)
+    grads = torch.autograd.grad(loss, (states, table))
+    assert loss.isfinite() and all(g.isfinite().all() for g in grads)
+
+
+def test_sampled_sum_is_unbiased_whatever_the_draw():
+    states, table, targets = drawn(n=1)
+    chance = torch.arange(ITEMS + 1).double() / sum(range(ITEMS + 1))
+    exact = (states[0] @ table[1:].T).exp().sum().item()
+    own, generator, found = states[0] @ table[targets[0]], torch.Generator().manual_seed(0), []
+    for corrected in (chance, torch.full_like(chance, 1 / ITEMS)):  # the second is wrong
+        sums = []
+        for _ in range(3000):
+            negatives = torch.multinomial(chance, 5, replacement=True, generator=generator)
+            loss = training.sampled_softmax(
+                states, table, targets, negatives, (5 * corrected[negatives]).log()
+            )
+            sums.append((loss + own).exp().item())
+        found.append((np.mean(sums), np.std(sums) / len(sums) ** 0.5))
+    (mean, error), (wrong, _) = found
+    assert abs(mean - exact) < 4 * error < 0.4 * exact and abs(wrong - exact) > 8 * error
+
+
+def test_every_item_drawn_once_gives_the_full_softmax():
+    states, table, targets = drawn()
+    once = torch.zeros(ITEMS, dtype=torch.float64)
+    ours = training.sampled_softmax(states, table, targets, torch.arange(1, ITEMS + 1), once)
+    assert ours.item() == pytest.approx(plain(states, table, targets).item(), rel=1e-12)
