@@ -1,11 +1,13 @@
 """``make bench``: what costs the most, each beside another way to do it, in one run.
 
-``python -m recrl_lib.pipeline.bench [SECTION ...] [--json PATH]``; all sections by default. Times are CPU-seconds of one
-process (wall seconds on a GPU), so that other work on the machine weighs less; read the ratios, which carry over,
-rather than the seconds, which do not.
+``python -m recrl_lib.pipeline.bench [SECTION ...]``; all sections by default. Times are CPU-seconds
+of one process (wall seconds on a GPU), so that other work on the machine weighs less. Ratios carry
+over to other machines, seconds do not. The table is printed and kept in ``runs/bench/bench.csv``:
+work, against (empty for an absolute value), value, unit.
 """
 
 import argparse
+import gzip
 import json
 import os
 import subprocess
@@ -14,99 +16,65 @@ import sysconfig
 import tempfile
 import time
 import venv
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
-from recrl_lib import assets, params, paths, study
-from recrl_lib.data import load_for, tables
-from recrl_lib.explainer import item_texts, model
+from recrl_lib import assets, data, params, paths, runs, study
+from recrl_lib.explainer import item_texts, model, sampling
 from recrl_lib.explainer.prompts import build_records, messages, prompt_ids
-from recrl_lib.explainer.sampling import Rollout, token_logprobs
-from recrl_lib.explainer.sampling import sample as sample_sampling
-from recrl_lib.pipeline import bench_data, bench_ranker
-from recrl_lib.runs import write_atomic
+from recrl_lib.ranker import ranking, sasrec
 from recrl_lib.scoring.reward import Reward
 from recrl_lib.shield import projection, subspaces
-from recrl_lib.shield.replay import Replay
 from recrl_lib.training import diagnostics, ppo
 
 PROMPTS, SAMPLES, TOKENS, ITEMS, STEPS = 8, 4, 40, 320, 2
-PEER = "trl==1.12.0"  # the last with a PPOTrainer
+PEER = "trl==1.12.0"  # the last release with a PPOTrainer
+TRL = "trl_1.12"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """One comparison. ``ratio``: how many times better ours is; NaN where there is no other way to compare with."""
+    """One measurement; with ``against`` a ratio of ours to the other, else absolute."""
 
-    what: str
-    unit: str
-    ours: float
-    peer: float = float("nan")
-    peer_is: str = ""
-    more_is_better: bool = True
-
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.peer if self.more_is_better else self.peer / self.ours
-
-    def line(self) -> str:
-        peer = (
-            f"{self.peer:>10,.2f}{self.ratio:>8.2f} x   {self.peer_is}"
-            if self.peer == self.peer
-            else ""
-        )
-        return f"{self.what:<28}{self.unit:<20}{self.ours:>10,.2f}{peer}"
-
-
-def clocked(function: Callable, device: torch.device) -> tuple[float, object]:
-    """(seconds, result) of one call."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
-    result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start, result
+    work: str
+    against: str
+    value: float
+    unit: str = "ratio"
 
 
 class Bench:
-    """What the sections share, made when first asked for: the laptop profile's explainer and real prompts."""
+    """The laptop profile's explainer and real prompts, each made when first asked for."""
 
     def __init__(self):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.params = params.resolve(
-            "laptop", prompts_per_step=PROMPTS, samples_per_prompt=SAMPLES, max_new_tokens=TOKENS
-        )
+        sizes = {"prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES}
+        self.params = params.resolve("laptop", max_new_tokens=TOKENS, **sizes)
 
     @cached_property
-    def data(self) -> tables.Dataset:
-        return load_for(self.params)
+    def data(self) -> data.Dataset:
+        return data.load_for(self.params)
 
     @cached_property
     def reader(self) -> model.Explainer:
         return model.load_for(self.params, 0, self.device)
 
     @cached_property
+    def texts(self) -> item_texts.ItemTexts:
+        return item_texts.ItemTexts(self.reader, self.data.items["text"].tolist()[:ITEMS])
+
+    @cached_property
     def records(self) -> list[dict]:
         """The first users' histories and the most popular film."""
-        histories = [
-            g["item"].to_numpy() for _, g in self.data.interactions.groupby("user", sort=True)
-        ]
+        histories = [g["item"].to_numpy() for _, g in self.data.interactions.groupby("user")]
         popular = self.data.interactions["item"].value_counts().index[:10].to_numpy()
-        return build_records(
-            self.data.items,
-            histories,
-            np.tile(popular, (len(histories), 1)),
-            range(PROMPTS),
-            [1] * PROMPTS,
-            5,
-        )
+        top = np.tile(popular, (len(histories), 1))
+        return build_records(self.data.items, histories, top, range(PROMPTS), [1] * PROMPTS, 5)
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -114,322 +82,233 @@ class Bench:
 
     @cached_property
     def reward(self) -> Reward:
-        return Reward(self.params.reward, study.catalogue_of(self.data.items))
+        return Reward.of(self.params, study.catalogue_of(self.data.items))
 
-    def sample(self, tokens: int = TOKENS) -> Rollout:
-        return sample_sampling(
-            self.reader,
-            self.prompts,
-            SAMPLES,
-            tokens,
-            self.params.temperature,
-            torch.Generator().manual_seed(0),
-        )
+    def sample(self, tokens: int = TOKENS) -> sampling.Rollout:
+        generator = torch.Generator().manual_seed(0)
+        temperature = self.params.temperature
+        return sampling.sample(self.reader, self.prompts, SAMPLES, tokens, temperature, generator)
 
-    @cached_property
-    def rollout(self) -> Rollout:
-        return self.sample()
-
-    @cached_property
     def repeated(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, mask) of every row's own prompt."""
-        return model.left_pad(
-            [p for p in self.prompts for _ in range(SAMPLES)], self.reader.pad_id, self.device
-        )
+        rows = [p for p in self.prompts for _ in range(SAMPLES)]
+        return model.left_pad(rows, self.reader.pad_id, self.device)
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Of one call, after one that warms up."""
+        function()
+        clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+        start = clock()
+        function()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - start
 
 
 # --- sections -----------------------------------------------------------------------------------
 
 
-def sampling(bench: Bench) -> list[Row]:
-    reader, (ids, mask) = bench.reader, bench.repeated
-    bench.sample(2)  # packs the weights, once per model
-    settings = dict(
-        do_sample=True,
-        temperature=bench.params.temperature,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=reader.pad_id,
-    )
+def sampler(bench: Bench) -> Iterator[Row]:
+    ids, mask = bench.repeated()
+    settings = {"do_sample": True, "temperature": bench.params.temperature, "top_k": 0}
 
-    def generate(tokens: int) -> int:
-        out = reader.lm.generate(
-            input_ids=ids, attention_mask=mask.long(), max_new_tokens=tokens, **settings
+    def generate() -> None:
+        lm, pad = bench.reader.lm, bench.reader.pad_id
+        mask_ = mask.long()
+        lm.generate(
+            input_ids=ids,
+            attention_mask=mask_,
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            pad_token_id=pad,
+            **settings,
         )
-        return int((out[:, ids.shape[1] :] != reader.pad_id).sum())
 
-    def rates(run: Callable[[int], int]) -> tuple[float, float]:
-        """Tokens a second, (all in, decoding alone: less the time to the first token)."""
-        (first, n), (whole, total) = (
-            clocked(lambda: run(1), bench.device),
-            clocked(lambda: run(TOKENS), bench.device),
-        )
-        return total / whole, (total - n) / (whole - first)
-
-    ours, theirs = rates(lambda n: int(bench.sample(n).mask.sum())), rates(generate)
-    return [
-        Row(name, "tokens / s", a, b, "transformers' generate")
-        for name, a, b in zip(
-            (f"sample {PROMPTS} x {SAMPLES}, all in", "decoding alone"), ours, theirs
-        )
-    ]
+    tokens = int(bench.sample().mask.sum())
+    ours, theirs = tokens / bench.seconds(bench.sample), len(ids) * TOKENS / bench.seconds(generate)
+    yield Row("sampled_tokens_per_second", "", ours, "tokens/s")
+    yield Row("sampled_tokens_per_second", "transformers_generate", ours / theirs)
 
 
-def update(bench: Bench) -> list[Row]:
-    reader, rollout, (ids, prompt_mask) = bench.reader, bench.rollout, bench.repeated
-    full, full_mask = (
-        torch.cat([ids, rollout.response], 1)[:, :-1],
-        torch.cat([prompt_mask, rollout.mask[:, :-1]], 1),
-    )
+def update(bench: Bench) -> Iterator[Row]:
+    reader, rollout, (ids, prompt_mask) = bench.reader, bench.sample(), bench.repeated()
+    full = torch.cat([ids, rollout.response], 1)[:, :-1]
+    mask = torch.cat([prompt_mask, rollout.mask[:, :-1]], 1)
 
     def whole() -> None:
-        logits = reader.lm(
-            input_ids=full,
-            attention_mask=full_mask.long(),
-            position_ids=model.position_ids(full_mask),
-        ).logits
-        torch.log_softmax(logits[:, ids.shape[1] - 1 :].float(), -1).gather(
-            -1, rollout.response[..., None]
-        ).sum().backward()
+        positions = model.position_ids(mask)
+        logits = reader.lm(input_ids=full, attention_mask=mask.long(), position_ids=positions)
+        logp = torch.log_softmax(logits.logits[:, ids.shape[1] - 1 :].float(), -1)
+        logp.gather(-1, rollout.response[..., None]).sum().backward()
 
-    tokens = int(full_mask.sum())
-    ours, _ = clocked(
-        lambda: token_logprobs(reader, rollout, bench.params.temperature).sum().backward(),
-        bench.device,
-    )
-    plain, _ = clocked(whole, bench.device)
-    return [
-        Row(
-            "update, one pass",
-            "tokens / s",
-            tokens / ours,
-            tokens / plain,
-            "all layers, every position through the head",
-        )
-    ]
+    def ours() -> None:
+        sampling.token_logprobs(reader, rollout, bench.params.temperature).sum().backward()
+
+    ratio = bench.seconds(whole) / bench.seconds(ours)
+    yield Row("update_pass_per_second", "all_layers_all_positions", ratio)
 
 
-def items(bench: Bench) -> list[Row]:
-    texts = item_texts.ItemTexts(bench.reader, bench.data.items["text"].tolist()[:ITEMS])
-    texts.states()
-    ours, _ = clocked(texts.vectors, bench.device)
+def items(bench: Bench) -> Iterator[Row]:
+    bench.texts.states()
+    ours = bench.seconds(bench.texts.vectors)
 
     @torch.no_grad()
     def encode() -> None:
-        for _, part in texts.batches:
+        for _, part in bench.texts.batches:
             bench.reader.lm.model(input_ids=part.to(bench.device)).last_hidden_state.mean(1)
 
-    plain, _ = clocked(encode, bench.device)
-    return [Row("re-encode items", "items / s", ITEMS / ours, ITEMS / plain, "all layers")]
+    yield Row("item_texts_per_second", "", ITEMS / ours, "items/s")
+    yield Row("item_texts_per_second", "all_layers", bench.seconds(encode) / ours)
 
 
-def shield(bench: Bench) -> list[Row]:
-    """The projection alone, as PPO has it in an arm that settles, and with the profile's replay, which reads item texts at every update."""
-    texts = item_texts.ItemTexts(bench.reader, bench.data.items["text"].tolist()[:ITEMS])
-    protected = subspaces.subspaces(
-        subspaces.item_grams(bench.reader, texts)[0], bench.params.shield_energy
-    )
-    base, rows = texts.base_vectors(), []
-    width = base.shape[1]
-    replay = Replay(
-        bench.reader,
-        texts,
-        base,
-        torch.eye(width)[: bench.params.ranker_dim],
-        bench.params.shield_penalty,
-    )
-    for what, added in (("projection in a PPO step", None), ("projection and replay", replay)):
-        guard = projection.Shield(bench.reader, protected, replay=added)
-        line = ppo.PPO(bench.reader, bench.reward, bench.records, bench.params, 0, guard).step()
-        guard.detach()
-        rows.append(Row(what, "% of its time", 100 * line["shield_seconds"] / line["step_seconds"]))
-    return rows
+def shield(bench: Bench) -> Iterator[Row]:
+    """The projection's share of a PPO step."""
+    grams = subspaces.item_grams(bench.reader, bench.texts)[0]
+    protected = subspaces.subspaces(grams, bench.params.shield_energy)
+    guard = projection.Shield(bench.reader, protected)
+    line = ppo.PPO(bench.reader, bench.reward, bench.records, bench.params, 0, guard).step()
+    guard.detach()
+    yield Row("shield_seconds", "ppo_step", line["shield_seconds"] / line["step_seconds"])
 
 
-def reward(bench: Bench) -> list[Row]:
-    texts, records = (
-        bench.rollout.texts * 40,
-        [r for r in bench.records for _ in range(SAMPLES)] * 40,
-    )
-    seconds, _ = clocked(lambda: bench.reward(records, texts), torch.device("cpu"))
-    return [Row("reward", "texts / s", len(texts) / seconds)]
+def reward(bench: Bench) -> Iterator[Row]:
+    texts = bench.sample().texts * 40
+    records = [r for r in bench.records for _ in range(SAMPLES)] * 40
+    seconds = bench.seconds(lambda: bench.reward(records, texts))
+    yield Row("rewarded_texts_per_second", "", len(texts) / seconds, "texts/s")
 
 
-def trl(bench: Bench) -> list[Row]:
-    """Shielded PPO (no shield) and TRL's PPOTrainer, each in a process of its own, on equal work."""
-    if bench.device.type != "cpu":
-        raise RuntimeError(
-            "the comparison with TRL is for CPUs; hide the GPU (CUDA_VISIBLE_DEVICES=) to run it"
-        )
+def ranker(bench: Bench) -> Iterator[Row]:
+    """A random catalogue and an untrained model: the cost does not depend on the weights."""
+    n_items, users, length = 100_000, 2_000, 50
+    rng, ranker = np.random.default_rng(0), sasrec.freeze(sasrec.SASRec(100_000))
+    histories = list(rng.integers(1, n_items, (users, length)))
+    targets = np.full(users, n_items)  # the one item that no history holds
+    before = diagnostics.peak_memory_gb(torch.device("cpu"))
+    start = time.process_time()
+    ranking.target_ranks(ranker, histories, targets, None)
+    yield Row("ranked_users_per_second", "", users / (time.process_time() - start), "users/s")
+    more = diagnostics.peak_memory_gb(torch.device("cpu")) - before
+    yield Row("ranking_memory", "all_scores", more / (users * n_items * 4 / 2**30))
+
+
+def reading(bench: Bench, reviews: int = 1_000_000, books: int = 50_000) -> Iterator[Row]:
+    """Amazon Books in the form of 2018, generated."""
+    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        task = Path(folder) / "task.json"
-        task.write_text(json.dumps(ppo_task(bench, folder)), encoding="utf-8")
-        python = peer_environment(Path(folder) / "peer")
-        ours = _child([sys.executable, "-m", "recrl_lib.pipeline.bench", "--own-ppo", str(task)])
-        theirs = _child([python, "-P", str(Path(__file__).with_name("bench_trl.py")), str(task)])
-    rows = PROMPTS * SAMPLES
-    return [
-        Row(
-            "PPO step",
-            "episodes / cpu-s",
-            rows / ours["cpu_seconds"],
-            rows / theirs["cpu_seconds"],
-            f"PPOTrainer of {PEER}",
-        ),
-        Row(
-            "PPO step",
-            "episodes / wall s",
-            rows / ours["wall_seconds"],
-            rows / theirs["wall_seconds"],
-            f"PPOTrainer of {PEER}",
-        ),
-        Row(
-            "PPO peak memory",
-            "GiB",
-            ours["peak_gb"],
-            theirs["peak_gb"],
-            f"PPOTrainer of {PEER}",
-            more_is_better=False,
-        ),
-    ]
+        with gzip.open(Path(folder, "meta_Books.json.gz"), "wt", compresslevel=1) as out:
+            for n in range(books):
+                book = {
+                    "asin": f"{n:010d}",
+                    "title": f"Title {n}",
+                    "category": ["Books", "Fantasy"],
+                }
+                out.write(json.dumps(book) + "\n")
+        with gzip.open(Path(folder, "Books.json.gz"), "wt", compresslevel=1) as out:
+            draws = zip(rng.integers(0, reviews // 20, reviews), rng.integers(0, books, reviews))
+            for n, (user, book) in enumerate(draws):
+                review = {"overall": 5.0, "reviewerID": f"A{user:013d}", "asin": f"{book:010d}"}
+                out.write(json.dumps(review | {"unixReviewTime": 1_300_000_000 + n}) + "\n")
+        start = time.process_time()
+        data.load_for(params.Params(dataset="amazon-books-2018", data_dir=folder))
+    rate = (reviews + books) / (time.process_time() - start)
+    yield Row("read_lines_per_second", "", rate, "lines/s")
 
 
-SECTIONS = {f.__name__: f for f in (sampling, update, items, shield, reward, trl)}
-ELSEWHERE = {"ranker": bench_ranker.main, "data": bench_data.main}  # print tables of their own
-
-
-# --- the comparison with TRL --------------------------------------------------------------------
-
-
-def ppo_task(bench: Bench, folder: str) -> dict:
-    """What both trainers are to do: a batch of prompts, each as often as it is sampled, and all settings."""
+def trl(bench: Bench) -> Iterator[Row]:
+    """Our PPO and TRL's PPOTrainer, each in a process of its own, on equal work; for CPUs."""
     p, reader = bench.params, bench.reader
-    return dict(
-        model=str(assets.smollm2_folder()),
-        folder=folder,
-        prompts=[ids for ids in bench.prompts for _ in range(SAMPLES)],
-        tokens=TOKENS,
-        temperature=p.temperature,
-        epochs=p.ppo_epochs,
-        minibatches=p.minibatches,
-        learning_rate=p.learning_rate,
-        rank=p.lora_rank,
-        alpha=p.lora_alpha,
-        modules=list(model.ADAPTED),
-        layers=list(range(reader.cut, reader.n_layers)),
-        steps=STEPS,
-        threads=torch.get_num_threads(),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        task = {
+            "model": str(assets.smollm2_folder()),
+            "folder": folder,
+            "prompts": [ids for ids in bench.prompts for _ in range(SAMPLES)],
+            "tokens": TOKENS,
+            "temperature": p.temperature,
+            "epochs": p.ppo_epochs,
+            "minibatches": p.minibatches,
+            "learning_rate": p.learning_rate,
+            "rank": p.lora_rank,
+            "alpha": p.lora_alpha,
+            "modules": list(model.ADAPTED),
+            "layers": list(range(reader.cut, reader.n_layers)),
+            "steps": STEPS,
+            "threads": torch.get_num_threads(),
+        }
+        file = Path(folder, "task.json")
+        file.write_text(json.dumps(task), encoding="utf-8")
+        python = peer_environment(Path(folder, "peer"))
+        ours = _child([sys.executable, "-m", "recrl_lib.pipeline.bench", "--own-ppo", str(file)])
+        theirs = _child([python, "-P", str(Path(__file__).with_name("bench_trl.py")), str(file)])
+    episodes = PROMPTS * SAMPLES
+    yield Row("ppo_episodes_per_cpu_second", "", episodes / ours["cpu_seconds"], "episodes/s")
+    yield Row("ppo_episodes_per_cpu_second", TRL, theirs["cpu_seconds"] / ours["cpu_seconds"])
+    yield Row("ppo_peak_memory", TRL, ours["peak_gb"] / theirs["peak_gb"])
+
+
+SECTIONS = {f.__name__: f for f in (sampler, update, items, shield, reward, ranker, reading, trl)}
 
 
 def peer_environment(folder: Path) -> str:
-    """Python of a fresh environment with the peer's TRL before everything that this environment has."""
+    """Python of a fresh environment with the peer's TRL before what this environment has."""
     venv.create(folder, with_pip=False)
-    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    _output(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            str(python),
-            "install",
-            "--quiet",
-            "--no-deps",
-            PEER,
-        ]
-    )
-    packages = _output(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    ).strip()
-    Path(packages, "parent.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    return str(python)
+    python = str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    _output([*pip, "install", "--quiet", "--no-deps", PEER])
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    parent = Path(_output([python, "-c", ask]).strip(), "parent.pth")
+    parent.write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return python
 
 
 def own_ppo(path: str) -> None:
-    """Our side of ``trl``, in a process of its own; prints what ``bench_trl`` prints."""
+    """Our side of ``trl`` in a process of its own; prints what ``bench_trl`` prints."""
     task = json.loads(Path(path).read_text(encoding="utf-8"))
     torch.set_num_threads(task["threads"])
     bench = Bench()
     trainer = ppo.PPO(bench.reader, bench.reward, bench.records, bench.params, 0)
-    cpu, wall = time.process_time(), time.perf_counter()
+    start = time.process_time()
     trainer.train(task["steps"])
-    print(
-        json.dumps(
-            {
-                "steps": task["steps"],
-                "cpu_seconds": (time.process_time() - cpu) / task["steps"],
-                "wall_seconds": (time.perf_counter() - wall) / task["steps"],
-                "peak_gb": diagnostics.peak_memory_gb(bench.device),
-            }
-        )
-    )
+    seconds = (time.process_time() - start) / task["steps"]
+    peak = diagnostics.peak_memory_gb(bench.device)
+    print(json.dumps({"cpu_seconds": seconds, "peak_gb": peak}))
 
 
-def _child(command: list[str]) -> dict:
+def _child(command: list[str]) -> dict[str, float]:
     return json.loads(_output(command).splitlines()[-1])
 
 
 def _output(command: list[str]) -> str:
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(paths.ROOT)},
-    )
+    environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(paths.ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return done.stdout
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m recrl_lib.pipeline.bench", description="time the parts that cost the most"
-    )
-    parser.add_argument(
-        "sections", nargs="*", help=f"of {', '.join([*SECTIONS, *ELSEWHERE])}; default: all"
-    )
-    parser.add_argument("--json", type=Path, help="write the table here too")
+    parser = argparse.ArgumentParser(description="time the parts that cost the most")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--own-ppo", metavar="TASK", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if unknown := set(options.sections) - {*SECTIONS, *ELSEWHERE}:
-        parser.error(
-            f"no section is called {', '.join(sorted(unknown))}; sections: {', '.join([*SECTIONS, *ELSEWHERE])}"
-        )
+    if unknown := sorted(set(options.sections) - set(SECTIONS)):
+        parser.error(f"no section is called {', '.join(unknown)}; choose of {', '.join(SECTIONS)}")
     os.environ["RECRL_PROGRESS"] = "off"  # bars would cut the table
     if options.own_ppo:
         own_ppo(options.own_ppo)
         return 0
-    bench, table = Bench(), []
-    print(
-        f"{bench.device}, {torch.get_num_threads()} threads, {bench.params.llm}, adapters on the top {bench.params.lora_layers} layers"
-    )
-    print(f"{'':<48}{'ours':>10}{'peer':>10}{'ratio':>10}")
-    failed = []
-    for name, section in {**SECTIONS, **ELSEWHERE}.items():
-        if options.sections and name not in options.sections:
-            continue
+    bench, rows, failed = Bench(), [], []
+    print(f"{bench.device}, {torch.get_num_threads()} threads, {bench.params.llm}")
+    for name in options.sections or SECTIONS:
         try:
-            for row in section(bench) if name in SECTIONS else section() or ():
-                print(row.line(), flush=True)
-                table.append(
-                    {"section": name, **asdict(row)}
-                    | ({"ratio": row.ratio} if row.peer == row.peer else {"peer": None})
-                )
-        except Exception as error:  # one part that cannot run here must not hide the others
-            print(
-                f"{name}: FAILED: {type(error).__name__}: {error}{getattr(error, 'stderr', None) or ''}",
-                flush=True,
-            )
+            for row in SECTIONS[name](bench):
+                rows.append(row)
+                print(f"{row.work:<30}{row.against:<26}{row.value:>12,.3f} {row.unit}", flush=True)
+        except Exception as error:  # a part that cannot run here must not hide the others
             failed.append(name)
-    if options.json:
-        where = {
-            "device": str(bench.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "rows": table,
-        }
-        write_atomic(options.json, json.dumps(where, indent=1) + "\n")
+            print(f"{name}: FAILED: {type(error).__name__}: {error}", flush=True)
+    table = pd.DataFrame(rows, columns=["work", "against", "value", "unit"])
+    runs.write_atomic(paths.RUNS / "bench" / "bench.csv", table.to_csv(index=False))
     return 1 if failed else 0
 
 

@@ -1,11 +1,10 @@
-"""The peer of ``make bench``: TRL 1.12.0's ``PPOTrainer`` on the work that ``recrl_lib.bench`` gives it.
+"""TRL 1.12.0's ``PPOTrainer`` on the work that ``recrl_lib.pipeline.bench`` describes, as a script.
 
-Run as a script by the environment that the bench builds; imports of this library only how memory is measured. Reads the task
-(JSON, see ``bench.ppo_task``) from the file named on the command line and prints one line of JSON.
-
-As lean as TRL's trainer allows: no gradient checkpointing, no sample tables, one batch of rollouts. It insists on a
-value model and a reward model: the value model here is a linear head on the policy's own backbone (as ours is; TRL still
-runs that backbone a second time), the reward model a module that answers 0 for every token and costs nothing.
+It runs in an environment that the bench builds, reads the task (JSON) from the file named on the
+command line and prints one line of JSON. It is as lean as TRL's trainer allows: no gradient
+checkpointing, no sample tables, one batch of rollouts. TRL insists on a value model and a reward
+model: the value model is a linear head on the policy's own backbone, as ours is, and the reward
+model answers 0 for every token and costs nothing.
 """
 
 import json
@@ -20,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from recrl_lib.memory import peak_rss
+from recrl_lib.training.diagnostics import peak_memory_gb
 
 
 class Head(nn.Module):
@@ -42,11 +41,10 @@ class Nothing(nn.Module):
 
 class Clock(TrainerCallback):
     def __init__(self):
-        self.cpu, self.wall = [time.process_time()], [time.perf_counter()]
+        self.cpu = [time.process_time()]
 
     def on_step_end(self, args, state, control, **kwargs):
         self.cpu.append(time.process_time())
-        self.wall.append(time.perf_counter())
 
 
 def main(path: str) -> None:
@@ -103,16 +101,13 @@ def main(path: str) -> None:
     sys.stdout = sys.stderr  # the trainer prints its log
     trainer.train()
     sys.stdout = sys.__stdout__
-    cpu, wall = clock.cpu, clock.wall
+    cpu = clock.cpu
     steps = len(cpu) - 1
     print(
         json.dumps(
             {
-                "steps": steps,
                 "cpu_seconds": (cpu[-1] - cpu[0]) / steps,
-                "wall_seconds": (wall[-1] - wall[0]) / steps,
-                "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-                "peak_gb": peak_rss() / 2**30,
+                "peak_gb": peak_memory_gb(torch.device("cpu")),
             }
         )
     )
