@@ -1,29 +1,26 @@
-"""A stated click model: p = sigmoid(bias + alpha score + beta quality + u_user + position_weight / log2(1 + position)).
+"""Simulated clicks: a stated model, no evidence about people.
 
-``score`` is the ranker's, standardised over the user's candidates; ``quality`` the judge's, never the
-reward's. Arms share their random numbers (one ``Noise`` for all), and the lift is a ratio of *expected*
-clicks, so that nothing but score and quality differs between them. A synthetic model says how a gain in
-quality would show in clicks under stated assumptions; it is no evidence about people.
+A user u who sees item i at position k of the list with an explanation of quality q clicks with probability
+
+    p = sigmoid(bias + alpha z(s_ui) + beta q + b_u + gamma / log2(1 + k)),   b_u ~ Normal(0, user_std^2)
+
+where z(s_ui) is the *base* ranker's score, standardised over the items that u has not seen, q in [0, 1] the judge's
+quality (never the reward), and alpha, beta, gamma, bias and user_std are parameters (``sim_*``). All arms share the
+draw of b_u, so that nothing but the text differs between them. The lift of an arm is the ratio of its mean p to the
+base arm's: expected clicks, which have the mean of sampled clicks and less variance.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 
-from recrl_lib.evaluation.stats import bootstrap_ratio
+from recrl_lib.params import Params
 from recrl_lib.scoring.claims import words
 
-FACTORS = np.geomspace(0.5, 2.0, 5)  # of a weight, in the sensitivity table
-ASSUMPTIONS = (("alpha", "beta"), ("alpha", "user_std"), ("beta", "user_std"))  # its three panels
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What the arms share: each user's own bias (n,), and the uniform (n,) that turns a probability into a click."""
-
-    user_bias: np.ndarray
-    uniform: np.ndarray
+FACTORS = np.geomspace(0.5, 2.0, 5)  # by which the sensitivity table multiplies a weight
+ASSUMPTIONS = (("alpha", "beta"), ("alpha", "user_std"), ("beta", "user_std"))
 
 
 @dataclass(frozen=True)
@@ -37,41 +34,41 @@ class ClickModel:
     position_weight: float = 0.5
 
     def __post_init__(self):
-        if (
-            not np.isfinite(
-                [self.alpha, self.beta, self.bias, self.user_std, self.position_weight]
-            ).all()
-            or self.user_std < 0
-        ):
+        weights = [self.alpha, self.beta, self.bias, self.user_std, self.position_weight]
+        if not np.isfinite(weights).all() or self.user_std < 0:
             raise ValueError(f"{self}: weights must be finite and user_std not negative")
 
-    def draw(self, n_users: int, rng: np.random.Generator) -> Noise:
-        """One draw for all arms: entry i belongs to the same user in each of them."""
-        return Noise(rng.normal(0.0, self.user_std, n_users), rng.random(n_users))
+    @classmethod
+    def of(cls, params: Params) -> "ClickModel":
+        """The model that a run's ``sim_*`` parameters state."""
+        names = ("sim_alpha", "sim_beta", "sim_bias", "sim_user_std", "sim_position")
+        return cls(*(getattr(params, name) for name in names))
 
     def probabilities(
-        self, score: np.ndarray, quality: np.ndarray, position: np.ndarray, noise: Noise
+        self, score: np.ndarray, quality: np.ndarray, position: np.ndarray, user_noise: np.ndarray
     ) -> np.ndarray:
-        """Click probability (n,) of each user: standardised score, quality in [0, 1], 1-based position, (n,) each."""
-        score, quality, position = (np.asarray(a, np.float64) for a in (score, quality, position))
-        for name, array in (("score", score), ("quality", quality), ("position", position)):
-            if array.shape != noise.user_bias.shape or not np.isfinite(array).all():
+        """Click probability (n,) of each user.
+
+        Args:
+            score: the ranker's, standardised (n,).
+            quality: in [0, 1], (n,).
+            position: in the list, from 1, (n,).
+            user_noise: standard normal (n,), the same in every arm; ``user_std`` scales it.
+
+        Raises:
+            ValueError: naming the argument that is not finite, out of range or of another length.
+        """
+        given = {"score": score, "quality": quality, "position": position}
+        for name, values in given.items():
+            if np.shape(values) != user_noise.shape or not np.isfinite(values).all():
                 raise ValueError(
-                    f"click model: {name} must be finite, one a user ({len(noise.user_bias)}), "
-                    f"not of shape {array.shape}"
+                    f"click model: {name} must be finite, one a user ({len(user_noise)}), not of shape {np.shape(values)}"
                 )
-        if (quality < 0).any() or (quality > 1).any():
-            raise ValueError("click model: quality must lie in [0, 1]")
-        if (position < 1).any():
-            raise ValueError("click model: position counts from 1")
-        logit = (
-            self.bias
-            + self.alpha * score
-            + self.beta * quality
-            + noise.user_bias
-            + self.position_weight / np.log2(1 + position)
-        )
-        return sigmoid(logit)
+        if np.min(quality) < 0 or np.max(quality) > 1 or np.min(position) < 1:
+            raise ValueError("click model: quality must lie in [0, 1], and position counts from 1")
+        discount = self.position_weight / np.log2(1 + np.asarray(position))
+        weighted = self.alpha * np.asarray(score) + self.beta * np.asarray(quality)
+        return sigmoid(self.bias + weighted + self.user_std * user_noise + discount)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -79,98 +76,62 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * np.asarray(x, np.float64)))
 
 
-def clicks(probability: np.ndarray, noise: Noise) -> np.ndarray:
-    """bool (n,): the clicks of one draw. Under common noise a higher probability never loses a click."""
-    return noise.uniform < probability
-
-
 def standardised_score(scores: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """z-score (n,) of ``scores[i, items[i]]`` within row i; entries that are not finite (padding, seen) are skipped."""
-    scores = np.asarray(scores, np.float64)
-    candidates = np.isfinite(scores)
-    chosen = scores[np.arange(len(scores)), items]
-    if not np.isfinite(chosen).all():
+    """z-score (n,) of ``scores[i, items[i]]`` within row i; masked entries (-inf: padding, seen items) are left out."""
+    kept = np.ma.masked_invalid(np.asarray(scores, np.float64))
+    chosen = kept[np.arange(len(kept)), items]
+    if np.ma.getmaskarray(chosen).any():
         raise ValueError("standardised_score: an item is masked in its user's own scores")
-    count = candidates.sum(1)
-    kept = np.where(candidates, scores, 0.0)
-    mean = kept.sum(1) / count
-    std = np.sqrt((np.where(candidates, kept - mean[:, None], 0.0) ** 2).sum(1) / count)
-    return np.divide(chosen - mean, std, out=np.zeros(len(scores)), where=std > 0)
-
-
-def ctr_lift(
-    p_arm: np.ndarray, p_base: np.ndarray, n_boot: int, rng: np.random.Generator
-) -> tuple[float, float, float]:
-    """(lift, lo, hi): ratio of the arms' mean click probabilities, 95 % percentile interval, paired by user.
-
-    Probabilities, not sampled clicks: the expectation over the click's own coin has the same mean and less variance.
-    """
-    return bootstrap_ratio(p_arm, p_base, n_boot, rng)
+    std = kept.std(1).filled(0)
+    return np.divide((chosen - kept.mean(1)).filled(0), std, out=np.zeros(len(kept)), where=std > 0)
 
 
 def sensitivity(
-    model: ClickModel,
-    score: np.ndarray,
-    arm: np.ndarray,
-    base: np.ndarray,
-    position: np.ndarray,
-    noise: Noise,
-    factors: np.ndarray = FACTORS,
-) -> np.ndarray:
-    """Lift (3, F, F) over multiples of two of the model's assumptions at a time, the third as stated.
+    model: ClickModel, score: np.ndarray, user_noise: np.ndarray, table: pd.DataFrame, arm: str
+) -> pd.DataFrame:
+    """Lift of ``arm`` with two assumptions at a time multiplied by each of ``FACTORS``.
 
-    Entry [0, i, j]: alpha times ``factors[i]``, beta times ``factors[j]``; [1]: alpha and the users' spread;
-    [2]: beta and the spread. ``arm`` and ``base`` are qualities (n,); all else as in ``ClickModel.probabilities``.
+    ``table``: rows with arm, quality and position, in the base arm's order of users. Returns 75 rows with columns arm,
+    first, second, first_factor, second_factor, lift.
     """
-    fixed = model.bias + model.position_weight / np.log2(1 + np.asarray(position, np.float64))
-    f = np.asarray(factors, np.float64)
-    one = np.ones_like(f)
-    grids = [
-        (f[:, None], f[None], one[None]),
-        (f[:, None], one[None], f[None]),
-        (one[None], f[:, None], f[None]),
-    ]
-
-    def clicked(quality: np.ndarray, a, b, u) -> np.ndarray:
-        logit = (
-            fixed
-            + (model.alpha * a)[..., None] * np.asarray(score)
-            + (model.beta * b)[..., None] * np.asarray(quality)
-            + u[..., None] * noise.user_bias
-        )
-        return sigmoid(logit).mean(-1)
-
-    return np.stack([clicked(arm, *grid) / clicked(base, *grid) for grid in grids])
+    base, mine = (table[table["arm"] == name] for name in ("base", arm))
+    rows = []
+    for first, second in ASSUMPTIONS:
+        for i in FACTORS:
+            for j in FACTORS:
+                changed = {first: i * getattr(model, first), second: j * getattr(model, second)}
+                clicked = [
+                    replace(model, **changed)
+                    .probabilities(score, part["quality"], base["position"], user_noise)
+                    .mean()
+                    for part in (mine, base)
+                ]
+                rows.append((arm, first, second, i, j, clicked[0] / clicked[1]))
+    return pd.DataFrame(
+        rows, columns=["arm", "first", "second", "first_factor", "second_factor", "lift"]
+    )
 
 
-# --- the published account's variant ------------------------------------------------------------------
+# --- the published account's click model (arXiv 2601.03608), where quality is length alone -------------
 
 
 def paper_quality(text: str) -> float:
-    """min(words / 40, 1): the quality of the published account's simulated click is length alone."""
+    """min(words / 40, 1)."""
     return min(len(words(text)) / 40, 1.0)
 
 
-def paper_lift(
-    texts: Sequence[str], before: Sequence[str], base_click: float = 0.5, beta: float = 0.5
-) -> float:
-    """Lift of ``texts`` over ``before`` in the published account's click model, where quality is length alone.
-
-    mean sigmoid(logit(``base_click``) + beta q) of the one over that of the other, ``base_click`` being the click without a word.
-    """
+def paper_lift(texts: Sequence[str], before: Sequence[str], base_click=0.5, beta=0.5) -> float:
+    """Ratio of mean sigmoid(logit(``base_click``) + beta q), ``base_click`` being the click without a text."""
     bias = np.log(base_click / (1 - base_click))
-    clicked = [
+    after, first = (
         sigmoid(bias + beta * np.array([paper_quality(t) for t in side])).mean()
         for side in (texts, before)
-    ]
-    return float(clicked[0] / clicked[1])
+    )
+    return float(after / first)
 
 
 def paper_ceiling(base_click: float = 0.5, beta: float = 0.5) -> float:
-    """Largest lift that quality can give when it goes from 0 to 1 at ``base_click``: sigmoid(logit(p) + beta) / p.
-
-    At the published settings sigmoid(.5) / .5 = 1.245, so a lift of 1.225 needs length alone.
-    """
+    """Largest lift that q from 0 to 1 can give: sigmoid(logit(p) + beta) / p, 1.245 at the published settings."""
     if not 0 < base_click < 1:
         raise ValueError(f"base_click={base_click}: must lie between 0 and 1")
     return float(sigmoid(np.log(base_click / (1 - base_click)) + beta) / base_click)

@@ -528,6 +528,8 @@ def measure(lab: Lab, point: Point, invoke=None) -> dict:
         table["ndcg"].to_numpy(), lab.base["ndcg"].to_numpy(), lab.n_boot, rng
     )
     reward, error = _reward(lab, invoke)
+    groups = {"seen": lab.seen, "held": lab.held}
+    changed = ranking_change.change_by_group(study, text, top, groups)
     return {
         "loss_base": lab.loss_base,
         "loss": _loss(lab, invoke),
@@ -544,7 +546,11 @@ def measure(lab: Lab, point: Point, invoke=None) -> dict:
         "ndcg_change_lo": lo,
         "ndcg_change_hi": hi,
         **ranking_change.score_change(study, text),
-        **ranking_change.change_by_group(study, text, top, lab.held),
+        **{
+            f"{name}_{group}": value
+            for group, found in changed.items()
+            for name, value in found.items()
+        },
     }
 
 

@@ -2,23 +2,21 @@
 
 import copy
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from recrl_lib.evaluation import stats
 from recrl_lib.explainer.item_texts import ItemTexts
 from recrl_lib.explainer.model import Explainer
 from recrl_lib.ranker import metrics
 from recrl_lib.ranker.ranking import score_chunks, target_ranks, top_k
-from recrl_lib.runs import write_atomic
 from recrl_lib.study import TOP_K, Study
-
-MEASURES = ("ndcg", "hr", "overlap", "set_same", "exact", "kendall_tau", "rbo", "top1_same")
 
 
 def ranking_table(study: Study, text: Tensor | None) -> tuple[pd.DataFrame, np.ndarray]:
@@ -26,91 +24,107 @@ def ranking_table(study: Study, text: Tensor | None) -> tuple[pd.DataFrame, np.n
     history = study.split.with_valid
     ranks = target_ranks(study.ranker, history, study.split.test, text)
     top = top_k(study.ranker, history, text, TOP_K)
-    table = pd.DataFrame(
+    return ranking_rows(study, ranks, top), top
+
+
+def ranking_rows(study: Study, ranks: np.ndarray, top: np.ndarray) -> pd.DataFrame:
+    """``ranking_table`` of known ranks (U,) and lists (U, 10)."""
+    return pd.DataFrame(
         {
-            "user": np.arange(len(history)),
+            "user": np.arange(len(ranks)),
             "rank": ranks,
             "ndcg": metrics.ndcg_at(ranks, TOP_K),
             "hr": metrics.hr_at(ranks, TOP_K),
-            **metrics.churn(study.top, top),
+            **{name: values.astype(float) for name, values in metrics.churn(study.top, top).items()},
         }
-    )
-    return table.astype({m: float for m in MEASURES}), top
+    )  # fmt: skip
 
 
 def score_change(study: Study, text: Tensor | None) -> dict[str, float]:
     """Largest and mean |score - base score| over all users x items, and the relative change of the item vectors."""
-    history, largest, total, count = study.split.with_valid, 0.0, 0.0, 0
+    found = _changes(study, text, {"all": range(1, len(study.items) + 1)})["all"]
+    return {"item_vector_change" if k == "item_change" else k: v for k, v in found.items()}
+
+
+def change_by_group(
+    study: Study, text: Tensor, top: np.ndarray, groups: Mapping[str, Iterable[int]]
+) -> dict[str, dict[str, float]]:
+    """What moved among groups of items (item numbers).
+
+    For each group: relative change of the item vectors (``item_change``), max and mean |score - base score| over all
+    users x the group's items, and ``overlap``, the share of the group's places in the base top 10 that it kept in
+    ``top`` (U, 10); 1 for a group that has none.
+    """
+    out = _changes(study, text, groups)
+    for name, (kept, places) in places_kept(study, top, groups).items():
+        out[name]["overlap"] = float(kept.sum() / places.sum()) if places.any() else 1.0
+    return out
+
+
+def group_rows(
+    study: Study,
+    text: Tensor,
+    top: np.ndarray,
+    groups: Mapping[str, Iterable[int]],
+    resamples: int,
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    """``change_by_group`` as rows of results; ``top10_overlap`` with its interval over users."""
+    rows = []
+    kept = places_kept(study, top, groups)
+    for group, found in change_by_group(study, text, top, groups).items():
+        names = {"item_change": "item_vector_change", "overlap": "top10_overlap"}
+        rows += [{"group": group, "measure": names.get(m, m), "value": v} for m, v in found.items()]
+        if kept[group][1].any():
+            overlap = stats.bootstrap(*kept[group], resamples, rng)
+            rows[-1] |= {"low": overlap.low, "high": overlap.high, "n": len(top)}
+    return pd.DataFrame(rows)
+
+
+def places_kept(
+    study: Study, top: np.ndarray, groups: Mapping[str, Iterable[int]]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For each group of items: (places of it in each user's base top 10 that are still in ``top``, places) (U,)."""
+    stayed = (study.top[:, :, None] == top[:, None, :]).any(2)
+    theirs = {name: np.isin(study.top, list(items)) for name, items in groups.items()}
+    return {name: ((stayed & mask).sum(1), mask.sum(1)) for name, mask in theirs.items()}
+
+
+def _changes(
+    study: Study, text: Tensor | None, groups: Mapping[str, Iterable[int]]
+) -> dict[str, dict[str, float]]:
+    history = study.split.with_valid
+    rows = {name: torch.tensor(sorted(items)) for name, items in groups.items()}
+    largest, total = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
     pairs = zip(
         score_chunks(study.ranker, history, study.text),
         score_chunks(study.ranker, history, text),
         strict=True,
     )
     for (_, before), (_, after) in pairs:
-        delta = (after[:, 1:] - before[:, 1:]).abs()
-        largest, total, count = (
-            max(largest, float(delta.max())),
-            total + float(delta.double().sum()),
-            count + delta.numel(),
-        )
-    moved = 0.0 if text is None else float((text - study.text).norm() / study.text.norm())
+        delta = (after - before).abs()
+        for name, items in rows.items():
+            part = delta[:, items]
+            largest[name] = max(largest[name], float(part.max()))
+            total[name] += float(part.double().sum())
     return {
-        "max_abs_score_delta": largest,
-        "mean_abs_score_delta": total / count,
-        "item_vector_change": moved,
-    }
-
-
-def change_by_group(
-    study: Study, text: Tensor, top: np.ndarray, held: set[int]
-) -> dict[str, float]:
-    """What moved among items that bases were built from (``seen``) and those kept out (``held``, item numbers).
-
-    For both groups: relative change of the item vectors, max and mean |score - base score| over all users x the
-    group's items, and the share of the group's places in the base top 10 that it kept in ``top`` (U, 10).
-    """
-    mask = torch.zeros(len(study.items) + 1, dtype=torch.bool)
-    mask[sorted(held)] = True
-    groups = {"seen": ~mask, "held": mask}
-    groups["seen"][0] = False
-    history, out = study.split.with_valid, {}
-    largest, total = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0.0)
-    for (_, before), (_, after) in zip(
-        score_chunks(study.ranker, history, study.text),
-        score_chunks(study.ranker, history, text),
-        strict=True,
-    ):
-        for name, rows in groups.items():
-            delta = (after[:, rows] - before[:, rows]).abs()
-            largest[name], total[name] = (
-                max(largest[name], float(delta.max())),
-                total[name] + float(delta.double().sum()),
-            )
-    stayed = _stayed(study, top)
-    for name, rows in groups.items():
-        entries = rows.numpy()[study.top]
-        out |= {
-            f"item_change_{name}": float(
-                (text[rows] - study.text[rows]).norm() / study.text[rows].norm()
-            ),
-            f"max_abs_score_delta_{name}": largest[name],
-            f"mean_abs_score_delta_{name}": total[name] / (len(history) * int(rows.sum())),
-            f"overlap_{name}": float(stayed[entries].mean()) if entries.any() else 1.0,
+        name: {
+            "item_change": 0.0
+            if text is None
+            else float((text[items] - study.text[items]).norm() / study.text[items].norm()),
+            "max_abs_score_delta": largest[name],
+            "mean_abs_score_delta": total[name] / (len(history) * len(items)),
         }
-    return out
-
-
-def _stayed(study: Study, top: np.ndarray) -> np.ndarray:
-    """bool (U, 10): the places of the base top 10 whose item is anywhere in ``top`` (U, 10)."""
-    return (study.top[:, :, None] == top[:, None, :]).any(2)
+        for name, items in rows.items()
+    }
 
 
 @torch.no_grad()
 def served_vectors(tuned: Explainer, fresh: Explainer, items: ItemTexts) -> Tensor:
     """Item vectors (I+1, d) by ``fresh`` after it has read ``tuned``'s weights, adapters merged, from a safetensors file.
 
-    ``fresh``: the same base model without adapters, changed in place. ``items`` belong to ``tuned``; their trunk
-    states are used again, since no adapter lies below them.
+    ``fresh``: the same base model without adapters, changed in place. ``items`` belong to ``tuned``; their hidden
+    states below the adapters are used again.
     """
     merged = {
         f"{name}.weight": module.base_layer.weight + module.get_delta_weight("default")
@@ -119,9 +133,9 @@ def served_vectors(tuned: Explainer, fresh: Explainer, items: ItemTexts) -> Tens
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "merged.safetensors"
-        write_atomic(path, safetensors_bytes({k: v.cpu().contiguous() for k, v in merged.items()}))
-        for key, weight in load_file(path).items():
-            fresh.lm.get_parameter(key).copy_(weight)
+        save_file({name: weight.cpu().contiguous() for name, weight in merged.items()}, path)
+        for name, weight in load_file(path).items():
+            fresh.lm.get_parameter(name).copy_(weight)
     fresh.cut = tuned.cut
     fresh.forget_hash()
     items.states()
@@ -130,19 +144,11 @@ def served_vectors(tuned: Explainer, fresh: Explainer, items: ItemTexts) -> Tens
     return again.vectors()
 
 
-def top_frame(tops: dict[str, np.ndarray]) -> pd.DataFrame:
+def top_frame(tops: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Each arm's top lists (U, k) as rows: arm, user, position (from 1), item."""
     frames = []
     for arm, top in tops.items():
-        users, k = top.shape
-        frames.append(
-            pd.DataFrame(
-                {
-                    "arm": arm,
-                    "user": np.repeat(np.arange(users), k),
-                    "position": np.tile(np.arange(1, k + 1), users),
-                    "item": top.ravel(),
-                }
-            )
-        )
+        user, position = np.indices(top.shape)
+        columns = {"user": user.ravel(), "position": position.ravel() + 1, "item": top.ravel()}
+        frames.append(pd.DataFrame({"arm": arm, **columns}))
     return pd.concat(frames, ignore_index=True)
