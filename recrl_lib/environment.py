@@ -14,7 +14,7 @@ import psutil
 import torch
 import yaml
 
-from recrl_lib import paths, runs
+from recrl_lib import paths, provenance, runs
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 GIB = 2**30
@@ -87,7 +87,7 @@ def check_packages(pins: dict[str, str | None] | None = None) -> list[Check]:
 
 
 def _check_package(name: str, pin: str | None) -> Check:
-    found = runs.package_version(name)
+    found = provenance.package_version(name)
     if found is None:
         return Check(name, "missing", pin or "any version", FAIL, "make env")
     public = found.partition("+")[0]  # 2.13.0+cpu is 2.13.0

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from recrl_lib import environment, runs
+from recrl_lib import environment, provenance
 from recrl_lib.environment import FAIL, GIB, OK, WARN
 
 
@@ -32,7 +32,7 @@ def test_pins_come_from_the_one_list():
 
 
 def test_packages_are_compared_with_their_pins():
-    numpy = runs.package_version("numpy")
+    numpy = provenance.package_version("numpy")
     summary, *bad = environment.check_packages(
         {"numpy": numpy, "pandas": "0.1", "no-such-package": "1", "pytest": None}
     )
@@ -46,7 +46,7 @@ def test_packages_are_compared_with_their_pins():
     [("2.10.2", FAIL), ("2.11.0+cu128", OK), ("2.13.1", OK), ("2.14.0", FAIL), ("3.0", FAIL)],
 )
 def test_a_range_of_torch_is_accepted(monkeypatch, version, ok):
-    monkeypatch.setattr(runs, "package_version", lambda name: version)
+    monkeypatch.setattr(provenance, "package_version", lambda name: version)
     rows = environment.check_packages({"torch": "2.13.0"})
     assert [row.ok for row in rows[1:]] == ([] if ok == OK else [FAIL])
 

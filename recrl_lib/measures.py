@@ -1,0 +1,138 @@
+"""The table of results that a stage writes, ``metrics/<stage>.csv``: one row a number."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from recrl_lib import paths
+from recrl_lib.params import stage_named
+from recrl_lib.provenance import display
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ARMS = ("base", "separate", "unshielded", "shielded")
+AUDITED = "toxicity_mean toxicity_p95 gini_base gini_after parity_gap privacy_leak_rate".split()
+# Measures that a stage's results must hold: other tools rely on them. A stage may write more.
+REQUIRED_MEASURES = {
+    "data": "n_users n_items n_interactions".split(),
+    "ranker": "ndcg@10 hr@10 mrr@10 valid_ndcg@10 train_seconds text_free_ndcg@10".split(),
+    "explainer": "trainable_parameters total_parameters".split(),
+    "shield": "rank_mean energy overlap leak_before leak_after".split(),
+    "shielded_ppo": (
+        "steps episodes reward_first reward_last kl_last ratio_first_minibatch_max_dev "
+        "shield_seconds step_seconds peak_memory_gb"
+    ).split(),
+    "evaluation": (
+        "reward grounding_precision grounding_recall ctr ctr_lift kl ndcg@10 hr@10 top10_overlap "
+        "top10_set_same top10_exact kendall_tau rbo max_abs_score_delta distinct_2 tokens finished"
+    ).split(),
+    "audit": AUDITED,
+}
+# Arms that must have every one of them that is not about the stage as a whole.
+REQUIRED_ARMS = {"shielded_ppo": ARMS[2:], "evaluation": ARMS}
+
+
+class Result(BaseModel):
+    """One row of a stage's table of results, ``metrics/<stage>.csv``: one number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    arm: str = ""  # arm, method or setting; empty for the stage as a whole
+    against: str = ""  # the arm that the value is a paired difference to
+    group: str = "all"  # users or items it covers, such as new_items
+    measure: str  # what was measured, such as ndcg@10
+    value: float  # finite; yes and no are 1 and 0
+    low: float | None = None  # bounds of the 95 % interval
+    high: float | None = None
+    n: int | None = None  # users behind the value
+    seeds: int | None = None  # trainings behind the value
+    passed: int | None = None  # audit only: 1 within the limit, 0 outside
+
+    @field_validator("low", "high", "n", "seeds", "passed", mode="before")
+    @classmethod
+    def _nan_is_empty(cls, given: Any) -> Any:
+        return None if given is None or given != given else given
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells one result from another."""
+        return self.arm, self.against, self.group, self.measure
+
+
+KEY = ("arm", "against", "group", "measure")
+COLUMNS = tuple(name for name in Result.model_fields if name != "passed")
+
+
+def parsed(given: Mapping[str, Any]) -> Result:
+    """A row from a mapping of column names to values. ``ValueError`` names row and column."""
+    try:
+        return Result(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"result {dict(given)}: {first['loc'][0]}: {first['msg']}") from None
+
+
+def missing(stage: str, rows: Iterable[Result]) -> list[str]:
+    """Measures that ``stage`` must write and that ``rows`` lack."""
+    arms: dict[str, set[str]] = {}
+    for row in rows:
+        arms.setdefault(row.measure, set()).add(row.arm)
+    wanted = REQUIRED_MEASURES.get(stage, ())
+    lacking = [name for name in wanted if name not in arms]
+    for name in wanted:
+        if name in arms and "" not in arms[name]:
+            without = [arm for arm in REQUIRED_ARMS.get(stage, ()) if arm not in arms[name]]
+            lacking += [f"{name} of {arm}" for arm in without]
+    return lacking
+
+
+def as_csv(rows: Iterable[Result], audit: bool = False) -> str:
+    """The table as text. Floats are written by ``repr`` (whole ones as integers), so they are exact."""
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    columns = (*COLUMNS, "passed") if audit else COLUMNS
+    table.writerow(columns)
+    for row in rows:
+        cells = [getattr(row, name) for name in columns]
+        table.writerow([int(x) if isinstance(x, float) and x == x // 1 else x for x in cells])
+    return out.getvalue()
+
+
+def read_results(run: str, stage: str) -> pd.DataFrame:
+    """The table of results that a stage wrote.
+
+    Returns:
+        The columns of ``Result``: text (``""`` where empty) and floats (NaN where empty); ``passed``
+        for the audit only.
+
+    Raises:
+        RuntimeError: The file is missing or lacks a column.
+    """
+    import pandas as pd
+
+    path = paths.RUNS / run / "metrics" / f"{stage}.csv"
+    remedy = f"run notebooks/{stage_named(stage).notebook} with run={run!r}"
+    if not path.is_file():
+        raise RuntimeError(f"{display(path)} is missing: {remedy}, or correct the run's name")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if lacking := [name for name in COLUMNS if name not in table]:
+        raise RuntimeError(f"{display(path)} lacks {', '.join(lacking)}: {remedy} again")
+    numbers = [name for name in table if name not in KEY]
+    return table.assign(**{name: [float(x or "nan") for x in table[name]] for name in numbers})
+
+
+def value(
+    table: pd.DataFrame, measure: str, arm: str = "", against: str = "", group: str = "all"
+) -> float:
+    """The value with this key in a table of results. ``ValueError`` unless there is exactly one."""
+    key = dict(zip(KEY, (arm, against, group, measure)))
+    rows = table[[tuple(row) == tuple(key.values()) for row in table[list(key)].to_numpy()]]
+    if len(rows) != 1:
+        raise ValueError(f"{key}: {len(rows)} results have this key, one is needed")
+    return float(rows["value"].iloc[0])
