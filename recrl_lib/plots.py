@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -19,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
@@ -81,6 +81,35 @@ INTERVAL = "95 % interval over users"
 def style() -> None:
     """Set the study's style; every figure function does so itself, a notebook does for figures of its own."""
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc=STYLE)
+
+
+def plain(text: str) -> str:
+    """``text`` as matplotlib shows it literally: it would read dollar signs as a formula's ends."""
+    return text.replace("$", r"\$")
+
+
+def dot(arm: str) -> dict[str, str]:
+    """Colour and marker of an arm, as keywords of ``Axes.errorbar``."""
+    return {"color": LOOKS[arm].colour, "fmt": LOOKS[arm].marker}
+
+
+def bar(arm: str) -> dict[str, str]:
+    """Colour and hatch of an arm's bars, as keywords of ``Axes.bar``."""
+    return {"facecolor": LOOKS[arm].colour, "hatch": LOOKS[arm].hatch}
+
+
+def save(fig: Figure, run: str, name: str, alt: str) -> Image:
+    """Write ``figures/<run>/<name>.svg`` and return the figure as an image with alternative text.
+
+    Equal numbers give an equal SVG file: it carries no date and no random ids.
+    """
+    drawn, shown = io.StringIO(), io.BytesIO()
+    with mpl.rc_context({key: STYLE[key] for key in ("svg.hashsalt", "svg.fonttype")}):
+        fig.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Title": alt})
+    fig.savefig(shown, format="png", dpi=120)
+    plt.close(fig)  # or a notebook would show it a second time
+    write_atomic(paths.FIGURES / run / f"{name}.svg", drawn.getvalue())
+    return Image(shown.getvalue(), alt=alt)
 
 
 def _axes(rows: int, columns: int, width: float, height: float, **kwargs) -> tuple[Figure, Any]:
@@ -271,60 +300,6 @@ def genre_shares(interactions: pd.DataFrame, items: pd.DataFrame) -> pd.DataFram
     ratings = pairs["item"].map(rated).fillna(0).groupby(pairs["genre"]).sum() / len(interactions)
     table = pd.DataFrame({"items": among, "ratings": ratings}).rename_axis("genre").reset_index()
     return table.sort_values(["ratings", "genre"], ascending=[False, True]).set_index("genre")
-
-
-def ranker_training(curve: pd.DataFrame | list[dict]) -> Figure:
-    """Training loss and validation NDCG@10 by epoch, with a mark at the epoch that is kept."""
-    curve = _columns(curve, "curves/ranker.csv", "epoch", "loss", "valid_ndcg@10")
-    fig, (loss, valid) = _axes(1, 2, 9, 3.2)
-    best = curve.loc[curve["valid_ndcg@10"].idxmax()]
-    loss.plot(curve["epoch"], curve["loss"], "o-", color=_PALETTE[0], markersize=4)
-    loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
-    valid.plot(curve["epoch"], curve["valid_ndcg@10"], "s--", color=_PALETTE[1], markersize=4)
-    valid.plot(
-        best["epoch"],
-        best["valid_ndcg@10"],
-        "*",
-        color="black",
-        markersize=13,
-        label=f"best: epoch {best['epoch']:g}",
-    )
-    valid.set(title="Validation", xlabel="epoch", ylabel="NDCG@10")
-    valid.legend(loc="lower right")
-    for ax in (loss, valid):
-        _whole_ticks(ax.xaxis)
-    return fig
-
-
-def ranker_comparison(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Test NDCG@10 of several rankers: rows of name, ndcg, lo, hi."""
-    if not rows:
-        raise ValueError("ranker_comparison: no rows to draw")
-    fig, ax = _axes(1, 1, 7.5, 1.2 + 0.45 * len(rows))
-    _dots(ax, rows, "ndcg", f"test NDCG@10 ({INTERVAL})")
-    ax.set_xlim(left=0)
-    ax.set_title("Rankers on the same protocol: all items ranked, seen ones masked")
-    return fig
-
-
-def ranker_spread(values: Mapping[str, Sequence[float]], reference: Mapping[str, float]) -> Figure:
-    """Test NDCG@10 of trained rankers, a dot a seed and a bar at their mean, beside ``reference`` rankers without seeds."""
-    if not values or not all(len(seeds) for seeds in values.values()):
-        raise ValueError("ranker_spread: every ranker needs the value of at least one seed")
-    fig, ax = _axes(1, 1, 7.5, 1.4 + 0.5 * len(values))
-    for y, (seeds, look) in enumerate(zip(values.values(), _looks(list(values)))):
-        ax.plot(
-            seeds, np.full(len(seeds), y), look.marker, color=look.colour, markersize=8, alpha=0.7
-        )
-        ax.plot([np.mean(seeds)] * 2, [y - 0.3, y + 0.3], "-", color="black", linewidth=2)
-    for (name, value), dash in zip(reference.items(), (":", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))):
-        ax.axvline(value, color="black", linestyle=dash, linewidth=1.2, label=name)
-    ax.set_yticks(range(len(values)), values)
-    ax.set_ylim(len(values) - 0.5, -0.5)
-    ax.set(title="Spread over seeds (bar: mean)", xlabel="test NDCG@10")
-    ax.grid(axis="y", visible=False)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return fig
 
 
 # --- 04 shield ---------------------------------------------------------------------------------------
@@ -880,34 +855,6 @@ def _percent(share: float) -> str:
     return text if share in (0.0, 1.0) or text not in ("0", "100") else f"{share * 100:.1f}"
 
 
-def tradeoff(metrics: Mapping[str, Any]) -> Figure:
-    """Reward (with its interval) against the share of the base top 10 that is kept: up and to the right is better."""
-    arms = _arms_in(metrics, "reward", base=True)
-    fig, ax = _axes(1, 1, 6, 3.8)
-    for arm, look in zip(arms, _looks(arms)):
-        x, y = _metric(metrics, f"{arm}/top10_overlap"), metrics[f"{arm}/reward"]
-        errors = _errors(y, metrics.get(f"{arm}/reward_lo"), metrics.get(f"{arm}/reward_hi"))
-        ax.errorbar(
-            x,
-            y,
-            yerr=errors,
-            fmt=look.marker,
-            color=look.colour,
-            capsize=4,
-            markersize=9,
-            label=arm,
-        )
-    ax.set(
-        title="Reward against a ranking that stays",
-        xlabel="share of the base top 10 kept",
-        ylabel="mean reward, in [0, 1]",
-    )
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.margins(0.12)
-    ax.legend(loc="best")
-    return fig
-
-
 def sensitivity(table: pd.DataFrame, arm: str = "shielded") -> Figure:
     """Simulated lift of one arm with two assumptions of the click model multiplied at a time: three heat maps.
 
@@ -982,115 +929,7 @@ def controls(metrics: Mapping[str, Any], arm: str = "shielded") -> Figure:
 # --- 07 ablations ------------------------------------------------------------------------------------
 
 
-def ablations(table: pd.DataFrame) -> Figure:
-    """Mean reward of each arm, with its interval, against the KL from the base model and against the top ten lost.
-
-    ``table``: one row an arm, from ``ablations.compare``.
-    """
-    table = _columns(
-        table,
-        "ablations",
-        "arm",
-        "reward",
-        "reward_lo",
-        "reward_hi",
-        "kl",
-        "kl_lo",
-        "kl_hi",
-        "top10_overlap",
-    )
-    fig, (drift, lost) = _axes(1, 2, 10, 4, sharey=True)
-    shown = {
-        "main": "shielded",
-        "no_projection": "unshielded",
-    }  # the arms' looks in every other figure
-    looks = _looks([shown.get(arm, arm) for arm in table["arm"]])
-    for row, look in zip(table.to_dict("records"), looks):
-        errors = _errors(row["reward"], row["reward_lo"], row["reward_hi"])
-        across = _errors(row["kl"], row["kl_lo"], row["kl_hi"])
-        for ax, x, xerr in ((drift, row["kl"], across), (lost, 1 - row["top10_overlap"], None)):
-            ax.errorbar(
-                x,
-                row["reward"],
-                yerr=errors,
-                xerr=xerr,
-                fmt=look.marker,
-                color=look.colour,
-                capsize=3,
-                markersize=8,
-                alpha=0.8,
-            )
-            ax.annotate(
-                row["arm"],
-                (x, row["reward"]),
-                xytext=(6, 5),
-                textcoords="offset points",
-                fontsize=8,
-            )
-    drift.set(
-        title="Reward against drift",
-        xlabel=f"KL from the base model, nats a text\n({INTERVAL})",
-        ylabel="mean reward, in [0, 1]",
-    )
-    lost.set(title="Reward against the ranking moved", xlabel="share of the base top 10 lost")
-    lost.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for ax in (drift, lost):
-        ax.margins(x=0.25, y=0.15)  # room for the names
-    return fig
-
-
 # --- 08 audit ----------------------------------------------------------------------------------------
 
 
-def recommendation_concentration(
-    base_top: np.ndarray, after_top: np.ndarray, n_items: int
-) -> Figure:
-    """Lorenz curves of how often each of ``n_items`` items is in the lists (U, k), before and after tuning.
-
-    Twice the area between a curve and the diagonal is the Gini coefficient.
-    """
-    fig, ax = _axes(1, 1, 5.2, 3.8)
-    share = np.arange(n_items + 1) / n_items
-    for top, look, name in (
-        (base_top, LOOKS["base"], "base"),
-        (after_top, LOOKS["shielded"], "shielded"),
-    ):
-        counts = np.sort(np.bincount(np.asarray(top).ravel(), minlength=n_items + 1)[1:])
-        curve = np.append(0, counts.cumsum()) / counts.sum()
-        ax.plot(
-            share,
-            curve,
-            look.line,
-            color=look.colour,
-            marker=look.marker,
-            markevery=(0.05, 0.1),
-            label=name,
-        )
-    ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--", label="all items alike")
-    ax.set(
-        title="How few items take the recommendations",
-        xlabel="items, least recommended first",
-        ylabel="share of recommendations",
-    )
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.legend(loc="upper left")
-    return fig
-
-
 # --- files -------------------------------------------------------------------------------------------
-
-
-def svg(fig: Figure) -> str:
-    """The figure as an SVG document; equal numbers give equal text."""
-    buffer = io.StringIO()
-    with mpl.rc_context({key: STYLE[key] for key in ("svg.hashsalt", "svg.fonttype")}):
-        fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
-def save(fig: Figure, run: str, name: str) -> Path:
-    """Write ``figures/<run>/<name>.svg``; called by notebook 09 only."""
-    path = paths.FIGURES / run / f"{name}.svg"
-    write_atomic(path, svg(fig))
-    return path

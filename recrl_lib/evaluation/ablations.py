@@ -1,218 +1,154 @@
-"""RQ4: the finished runs of a batch side by side, each against ``main``, and what becomes of the paper's claims.
+"""RQ4: the finished runs of a batch side by side, and what becomes of published claims.
 
-A row is a policy under one setting: ``main`` and every other arm of the grid is the shielded policy of its runs, and
-``no_projection`` is the unshielded policy that the runs of ``main`` train beside it. Arms are paired: at one seed they
-explain the same films to the same users with the same random numbers. Where the batch has no ``main`` at the base
-run's seed, the base run itself is it.
+An arm is a policy under one setting: ``main`` and every other arm of the grid is the shielded
+policy of its runs, ``no_projection`` the unshielded policy that runs of ``main`` train too.
+Where the batch has no ``main`` at the base run's seed, the base run is it. At one seed, arms
+explain the same items to the same users, so differences are paired.
 
-Intervals are over seeds and users resampled together (``stats.crossed_mean``): of one seed they are over users alone,
-of three still too narrow, so the lowest and the highest mean of a seed stand beside them. With a dozen arms, about one
-interval in twenty excludes 0 by chance.
+Intervals are over seeds and users resampled together (``stats.crossed_mean``): of one seed they are
+over users alone, of three still too narrow. With a dozen arms, one in twenty excludes 0 by chance.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from recrl_lib import runs
 from recrl_lib.evaluation import stats
+from recrl_lib.evaluation.findings import Finding, rows_of, share, side, words
 from recrl_lib.params import Params
 from recrl_lib.scoring import reward
 
 MAIN, NO_PROJECTION = "main", "no_projection"
-PAIRED = (
-    "reward",
-    "quality",
-    "kl",
-)  # columns of the explanations; kl is the published account's "drift"
-OF_RUN = (
-    "ctr_lift",
-    "top10_overlap",
-    "ndcg@10",
-    "max_abs_score_delta",
-)  # from metrics/evaluation.json
+PAIRED = ("reward", "quality", "kl")  # columns of the explanations
+OF_RUN = (("ctr_lift", "base"), ("top10_overlap", ""), ("ndcg@10", ""), ("max_abs_score_delta", ""))
 
 
-@dataclass(frozen=True)
-class Finished:
-    """One policy of one finished run: ``texts`` has a row a user, ``metrics`` the run's evaluation of that policy."""
+class Policy(NamedTuple):
+    """One policy of one finished run: a row of ``texts`` a user, ``OF_RUN`` by measure."""
 
     run: str
     arm: str
     seed: int
     texts: pd.DataFrame
-    metrics: dict[str, float]
+    values: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Claim:
-    """``held``: yes, no, not shown, where an interval includes 0, or not tested, where the arm has no finished run."""
-
-    claim: str
-    held: str
-    numbers: str
-
-
-def collect(params: Params) -> tuple[list[Finished], list[str]]:
-    """(policies of the base run ``params.run`` and of its batch ``params.batch``, runs left out as unfinished or stale)."""
+def collect(params: Params) -> tuple[list[Policy], list[str]]:
+    """The policies of the base run and its batch, and the runs left out as unfinished or stale."""
     prefix = f"{params.run}-{params.batch}-"
-    names = {path.split("/")[0] for path in runs.batch_files(params)}
     found, left_out = [], []
-    for run in sorted(names):
+    for run in sorted({path.split("/")[0] for path in runs.batch_files(params)}):
         stored = runs.read_params(run)
         arm = re.fullmatch(r"(.+)-seed\d+", run.removeprefix(prefix))
         if stored is None or arm is None or not runs.up_to_date("evaluation", stored):
             left_out.append(run)
         else:
             found += _policies(run, arm[1], stored)
-    if not any(f.arm == MAIN and f.seed == params.seed for f in found):
+    if not any(p.arm == MAIN and p.seed == params.seed for p in found):
         found = _policies(params.run, MAIN, params) + found
     return found, left_out
 
 
-def _policies(run: str, arm: str, params: Params) -> list[Finished]:
+def _policies(run: str, arm: str, params: Params) -> list[Policy]:
     table = pd.read_parquet(runs.run_folder(run) / "artifacts" / "explanations.parquet")
-    metrics = runs.read_metrics(run, "evaluation")
-    # An arm without a part of the reward was tuned for another sum: all are compared by the same one.
+    # An arm without a part of the reward was tuned for another sum: all are compared by the same.
     table["reward"] = sum(
-        w * table[f"reward_{part}"].astype(float)
-        for w, part in zip(reward.WEIGHTS, reward.PARTS, strict=True)
+        weight * table[f"reward_{part}"].astype(float)
+        for weight, part in zip(reward.WEIGHTS, reward.PARTS, strict=True)
     )
+    results = runs.read_results(run, "evaluation")
     named = {arm: "shielded"} | ({NO_PROJECTION: "unshielded"} if arm == MAIN else {})
     return [
-        Finished(
+        Policy(
             run,
             name,
             params.seed,
             table[table["arm"] == policy],
-            {m: float(metrics[f"{policy}/{m}"]) for m in OF_RUN},
+            {m: runs.value(results, m, policy, against) for m, against in OF_RUN},
         )
         for name, policy in named.items()
     ]
 
 
-def compare(found: Iterable[Finished], n_boot: int, rng: np.random.Generator) -> pd.DataFrame:
-    """One row an arm, ``main`` first: means over users and seeds with intervals, and the paired difference to ``main``.
+def compare(found: Sequence[Policy], n_boot: int, rng: np.random.Generator) -> pd.DataFrame:
+    """The arms as results, ``main`` first: ``PAIRED``, also against ``main``, and ``OF_RUN``.
 
-    For each of ``PAIRED``: ``<m> <m>_lo <m>_hi``, ``<m>_low_seed <m>_high_seed``, ``<m>_diff <m>_diff_lo <m>_diff_hi``
-    (NaN where no user is shared with ``main``, as when arms were judged at other seeds). For each of ``OF_RUN`` the
-    mean over runs. ``ValueError`` without ``main``.
+    Columns are those of ``runs.read_results``. With several seeds the groups ``lowest_seed`` and
+    ``highest_seed`` hold the least and the greatest mean of a seed. An arm that shares no user with
+    ``main`` has no difference to it. ``ValueError`` without ``main``.
     """
-    by_arm: dict[str, list[Finished]] = {}
+    by_arm: dict[str, list[Policy]] = {}
     for one in found:
         by_arm.setdefault(one.arm, []).append(one)
     if MAIN not in by_arm:
-        raise ValueError(f"no run of the arm {MAIN!r} is finished: everything is compared with it")
+        raise ValueError(f"no run of the arm {MAIN!r} is finished: run make batch with that arm")
     main = _pooled(by_arm[MAIN])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for arm in sorted(by_arm, key=lambda name: (name != MAIN, name != NO_PROJECTION, name)):
         texts = _pooled(by_arm[arm])
-        paired = texts.join(main.add_suffix("_main"), how="inner")
-        seeds = {f.seed for f in by_arm[arm]}
-        row: dict[str, float | str | int] = {
-            "arm": arm,
-            "seeds": len(seeds),
-            "texts": len(texts),
-            "paired": len(paired),
-        }
-        for m in PAIRED:
-            row[m], row[f"{m}_lo"], row[f"{m}_hi"] = _over_seeds_and_users(texts[m], n_boot, rng)
-            means = texts[m].groupby("seed").mean()
-            row[f"{m}_low_seed"], row[f"{m}_high_seed"] = float(means.min()), float(means.max())
-            change = paired[m] - paired[f"{m}_main"]
-            interval = _over_seeds_and_users(change, n_boot, rng) if len(change) else (np.nan,) * 3
-            row[f"{m}_diff"], row[f"{m}_diff_lo"], row[f"{m}_diff_hi"] = interval
-        rows.append(row | {m: float(np.mean([f.metrics[m] for f in by_arm[arm]])) for m in OF_RUN})
-    return pd.DataFrame(rows)
+        for values, against in ((texts, ""), ((texts - main).dropna(), MAIN)):
+            seeds, users = (values.index.get_level_values(name) for name in ("seed", "user"))
+            for measure in PAIRED if len(values) else ():
+                x = values[measure]
+                mean, low, high = stats.crossed_mean(x.to_numpy(), seeds, users, n_boot, rng)
+                row = {"arm": arm, "against": against, "measure": measure, "group": "all"}
+                row |= {"n": len(x), "seeds": seeds.nunique()}
+                rows.append(row | {"value": mean, "low": low, "high": high})
+                if row["seeds"] > 1 and not against:
+                    means = x.groupby("seed").mean()
+                    rows.append(row | {"group": "lowest_seed", "value": means.min()})
+                    rows.append(row | {"group": "highest_seed", "value": means.max()})
+        for measure, against in OF_RUN:
+            mean = float(np.mean([p.values[measure] for p in by_arm[arm]]))
+            rows.append({"arm": arm, "against": against, "measure": measure, "value": mean})
+    return pd.DataFrame(rows).fillna({"group": "all"})
 
 
-def _over_seeds_and_users(
-    values: pd.Series, n_boot: int, rng: np.random.Generator
-) -> tuple[float, float, float]:
-    seeds, users = (values.index.get_level_values(name).to_numpy() for name in ("seed", "user"))
-    return stats.crossed_mean(values.to_numpy(), seeds, users, n_boot, rng)
-
-
-def _pooled(of_arm: list[Finished]) -> pd.DataFrame:
+def _pooled(policies: list[Policy]) -> pd.DataFrame:
     """The texts of an arm's runs, indexed by what pairs them: seed, user, item."""
-    key = ["seed", "user", "item"]
-    return (
-        pd.concat([f.texts.assign(seed=f.seed)[[*key, *PAIRED]] for f in of_arm])
-        .set_index(key)
-        .astype(float)
-    )
+    texts = pd.concat([p.texts.assign(seed=p.seed) for p in policies])
+    return texts.set_index(["seed", "user", "item"])[list(PAIRED)].astype(float)
 
 
-# ------------------------------------------------------------------------------------- the paper's claims
-
-# (claim, arm, measure, the sign that the published account gives to arm minus main)
-DIRECTIONS = (
-    ("without the KL penalty the policy drifts further", "kl0", "kl", 1),
-    ("more steps drift less", "more_steps", "kl", -1),
-    ("a lower learning rate drifts less", "low_lr", "kl", -1),
-)
+# The published account's claims about drift: arm, the sign it gives to the arm's KL minus main's.
+DRIFT = {
+    "without the KL penalty the policy drifts further": ("kl0", "up"),
+    "more steps drift less": ("more_steps", "down"),
+    "a lower learning rate drifts less": ("low_lr", "down"),
+}
 
 
-def claims(table: pd.DataFrame, evaluations: Sequence[dict[str, float]]) -> list[Claim]:
-    """The published claims, each with a verdict built from ``table`` (see ``compare``) and the ``evaluations`` of the runs of ``main``.
+def claims(table: pd.DataFrame, mains: Sequence[pd.DataFrame]) -> list[Finding]:
+    """The published claims with verdicts, from ``compare`` and the results of each run of ``main``.
 
-    A difference counts if its interval excludes 0. Clicks and NDCG are intervals of single runs: a claim about them held if it
-    did at every seed.
+    A claim about clicks or NDCG, whose intervals are those of single runs, held if it did in each.
     """
-    row = table.set_index("arm")
-
-    def ends(key: str) -> list[tuple[float, float]]:
-        return [(e[f"shielded/{key}_lo"], e[f"shielded/{key}_hi"]) for e in evaluations]
-
-    lifts = [stats.bracketed(e, "shielded/ctr_lift", ".3f") for e in evaluations]
-    held = "yes" if all(lo <= 1.225 <= hi for lo, hi in ends("ctr_lift")) else "no"
-    out = [
-        Claim(
-            "simulated clicks rise 1.225-fold",
-            held,
-            f"{', '.join(lifts)} under this study's click model",
-        )
-    ]
-    kept = row.loc[MAIN, "top10_overlap"]
-    free = row.loc[NO_PROJECTION, "top10_overlap"]
-    changes = ends("ndcg@10_change")
-    spans = ", ".join(f"[{lo:+.4f}, {hi:+.4f}]" for lo, hi in changes)
-    words = (
-        f"{kept:.1%} of the top ten kept, NDCG@10 changes by {spans}; asked for: 95 %, and 0 inside"
-    )
-    unchanged = kept >= 0.95 and all(lo <= 0 <= hi for lo, hi in changes)
-    out.append(Claim("the ranking is virtually unchanged", "yes" if unchanged else "no", words))
-    out.append(
-        Claim(
-            "it is the projection that keeps it",
-            "yes" if kept > free else "no",
-            f"{kept:.1%} kept with it, {free:.1%} without",
-        )
-    )
-    for claim, arm, measure, sign in DIRECTIONS:
-        if arm not in row.index or np.isnan(row.loc[arm, f"{measure}_diff"]):
-            out.append(Claim(claim, "not tested", f"the arm {arm} has no finished run"))
-            continue
-        diff, lo, hi = (row.loc[arm, f"{measure}_diff{end}"] for end in ("", "_lo", "_hi"))
-        words = stats.bracketed(row.loc[arm], f"{measure}_diff", "+.2f")
-        held = "not shown" if lo <= 0 <= hi else "yes" if np.sign(diff) == sign else "no"
-        out.append(Claim(claim, held, f"KL differs from main's by {words} nats a text"))
-    return out
+    source = "metrics/ablations.csv"
+    lifts = [rows_of(t, "ctr_lift", "shielded", "base") for t in mains]
+    held = all(t.iloc[0]["low"] <= 1.225 <= t.iloc[0]["high"] for t in lifts)
+    text = ", ".join(map(words, lifts)) + " under this study's click model"
+    found = [Finding("simulated clicks rise 1.225-fold", _yes(held), text, source)]
+    kept, free = (runs.value(table, "top10_overlap", arm) for arm in (MAIN, NO_PROJECTION))
+    changes = [rows_of(t, "ndcg@10", "shielded", "base") for t in mains]
+    same = kept >= 0.95 and all(side(change) == "undecided" for change in changes)
+    text = f"{share(kept)} of the top ten kept (asked for: 95 %), change of NDCG@10 "
+    text += ", ".join(words(change, "+.4f") for change in changes)
+    found.append(Finding("the ranking is virtually unchanged", _yes(same), text, source))
+    text = f"{share(kept)} kept with it, {share(free)} without"
+    found.append(Finding("it is the projection that keeps it", _yes(kept > free), text, source))
+    for claim, (arm, direction) in DRIFT.items():
+        rows = rows_of(table, "kl", arm, MAIN)
+        answer, text = "not tested", f"the arm {arm} has no finished run"
+        if len(rows):
+            answer = {"undecided": "not shown", direction: "yes"}.get(side(rows), "no")
+            text = f"KL against main: {words(rows, '+.2f')} nats a text"
+        found.append(Finding(claim, answer, text, source))
+    return found
 
 
-def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The table for reading: ``mean [lo, hi]`` and the paired difference to ``main``."""
-
-    def cell(r, name: str, sign: str = "") -> str:
-        return "" if np.isnan(r[name]) else stats.bracketed(r, name, f"{sign}.3f")
-
-    columns = {"arm": table["arm"], "seeds": table["seeds"], "texts": table["texts"]}
-    for m in PAIRED:
-        columns[m] = [cell(r, m) for _, r in table.iterrows()]
-        columns[f"{m} - main"] = [
-            "" if r["arm"] == MAIN else cell(r, f"{m}_diff", "+") for _, r in table.iterrows()
-        ]
-    return pd.DataFrame(columns | {m: table[m].round(4) for m in OF_RUN}).set_index("arm")
+def _yes(held: bool) -> str:
+    return "yes" if held else "no"

@@ -1,1082 +1,333 @@
-"""The report: one self-contained HTML page on a run, ``runs/<run>/report.html``.
+"""Verdicts: fixed rules that turn a run's tables of results into findings, the bad news included.
 
-Every number on it is read from the run folder, and every verdict is a rule applied to those numbers here,
-so the page cannot say what the run did not show. Titles and texts are untrusted: the template escapes them.
+``findings`` answers the study's questions, ``not_shown`` lists what must not be concluded, and
+``target_table`` holds the shield against its target. Notebook 09 shows them. Every rule reads the
+tables of ``runs.read_results`` and names the file it read, so that no verdict is typed by hand.
 """
 
-from __future__ import annotations
-
-import json
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-from recrl_lib import paths, plots, runs, study
-from recrl_lib.data import splits
-from recrl_lib.evaluation import audit, clicks, results
-from recrl_lib.evaluation.frontier import (
-    FIRST,
-    GAIN,
-    HELD,
-    NDCG,
-    published,
-    stopped_early,
-    summarise,
-)
-from recrl_lib.params import COMMON, PROFILES, STAGES, Params, owned_by
-from recrl_lib.runs import write_atomic
-from recrl_lib.shield import subspaces
+from recrl_lib import runs
+from recrl_lib.evaluation import results, stats
+from recrl_lib.params import Params
+from recrl_lib.scoring.claims import Catalogue
 
-METRICS = ("data", "ranker", "explainer", "shield", "ppo", "evaluation", "audit")
-EVALUATION = "metrics/evaluation.json"
-PPO = "metrics/ppo.json"
-PUBLISHED = "runs/reference/frontier/frontier.csv"
-SHARED = ("unshielded", "shielded")
-TUNED = ("separate", *SHARED)
-SEALED = 1e-6  # a leak below this is rounding of float32 adapters
+SHARED = ("unshielded", "shielded")  # the arms in which one model serves both towers
+LEAST_USERS = 10  # a bootstrap over fewer says nothing
 FEW_USERS = 100
-LEAST_USERS = 10  # in a group of users, to answer a question about it
-CHANCE = 0.1  # own-item retrieval among ten candidates
+Tables = Mapping[str, pd.DataFrame]  # results by stage
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """All that the page is made from. ``metrics``: by name of the file; ``protected``: the shield's subspaces."""
+class Finding(NamedTuple):
+    """An answer (yes, no, not shown, ...), the numbers behind it, and the file they stand in."""
 
-    params: Params
-    manifest: dict[str, Any]
-    metrics: dict[str, dict[str, Any]]
-    curves: dict[str, pd.DataFrame]
-    interactions: pd.DataFrame
-    items: pd.DataFrame
-    users: pd.DataFrame
-    explanations: pd.DataFrame
-    overlap: pd.DataFrame
-    top10: pd.DataFrame
-    protected: dict[str, subspaces.Subspace]
-    # Tables that a run may lack
-    sensitivity: pd.DataFrame | None = None
-    frontier: pd.DataFrame | None = (
-        None  # one row a setting: ``frontier.summarise``; the run's own, or the published one
-    )
-    frontier_source: str = "curves/frontier.csv"
-    ablations: pd.DataFrame | None = None  # one row an arm: ``ablations.compare``
-
-    @property
-    def evaluation(self) -> dict[str, Any]:
-        return self.metrics["evaluation"]
-
-    @property
-    def smoke(self) -> bool:
-        """Whether the run is as small as the smoke profile in steps or users: too small to show anything."""
-        least = Params()
-        return (
-            self.params.ppo_steps <= least.ppo_steps or self.params.eval_users <= least.eval_users
-        )
-
-
-def gather(stage: runs.StageRun) -> Evidence:
-    """Read the run. ``RuntimeError`` names a file that is missing and the notebook that writes it."""
-    run = stage.params.run
-    tables = ("interactions", "items", "users", "explanations", "overlap", "top10")
-    there = [
-        name
-        for name in ("sensitivity", "ablations")
-        if (stage.folder / "artifacts" / f"{name}.parquet").is_file()
-    ]
-    points, source = _frontier(stage)
-    return Evidence(
-        params=stage.params,
-        manifest=runs.read_manifest(run),
-        metrics={
-            name: json.loads(stage.input(f"{name}.json", "metrics").read_text(encoding="utf-8"))
-            for name in METRICS
-        },
-        curves={
-            name: pd.read_csv(stage.input(f"{file}.csv", "curves"))
-            for name, file in (("ranker", "ranker"), ("ppo", "shielded_ppo"))
-        },
-        protected=subspaces.from_tensors(stage.load_tensors("subspaces")),
-        **{name: stage.load_table(name) for name in (*tables, *there)},
-        frontier=points,
-        frontier_source=source,
-    )
-
-
-def _frontier(stage: runs.StageRun) -> tuple[pd.DataFrame | None, str]:
-    """The run's own frontier and its file; a run without one shows the published, if its data and model are the same."""
-    own = Evidence.frontier_source
-    if (stage.folder / own).is_file():
-        return summarise(pd.read_csv(stage.input("frontier.csv", "curves"))), own
-    default = Params()
-    if (stage.params.dataset, stage.params.llm, stage.params.text) != (
-        default.dataset,
-        default.llm,
-        default.text,
-    ):
-        return None, own
-    return summarise(published()), PUBLISHED
-
-
-# --- words for numbers ---------------------------------------------------------------------------------
-
-
-def number(value: float, digits: int = 3) -> str:
-    """Fixed digits; what is not zero never reads as zero."""
-    value = value + 0.0  # -0.0 becomes 0.0
-    text = f"{value:.{digits}f}"
-    if value and not float(text):
-        text = f"{value:.1e}"
-    return text.replace("-", "−")
+    question: str
+    answer: str
+    evidence: str
+    source: str = "metrics/evaluation.csv"
 
 
 def share(value: float) -> str:
     """Per cent with one digit; "100 %" and "0 %" mean exactly that."""
     if value in (0.0, 1.0):
         return f"{value:.0%}".replace("%", " %")
-    text = f"{100 * value:.1f}".replace("-", "−")
-    return {"0.0": "< 0.1 %", "−0.0": "< 0.1 %", "100.0": "> 99.9 %"}.get(text, f"{text} %")
+    text = f"{100 * value:.1f}"
+    return {"0.0": "< 0.1 %", "-0.0": "< 0.1 %", "100.0": "> 99.9 %"}.get(text, f"{text} %")
 
 
-def with_interval(metrics: Mapping[str, Any], key: str, digits: int = 3) -> str:
-    """ "0.743 [0.720, 0.761]", or the value alone where the stage gives no interval."""
-    value = number(_get(metrics, key), digits)
-    if f"{key}_lo" not in metrics:
-        return value
-    return f"{value} [{number(metrics[f'{key}_lo'], digits)}, {number(_get(metrics, f'{key}_hi'), digits)}]"
+def rows_of(
+    table: pd.DataFrame, measure: str, arm: str = "", against: str = "", group: str = "all"
+) -> pd.DataFrame:
+    """The rows of ``table`` with this key: one, or none where the run did not measure it."""
+    key = (table["measure"] == measure) & (table["arm"] == arm)
+    return table[key & (table["against"] == against) & (table["group"] == group)]
 
 
-def verdict(metrics: Mapping[str, Any], key: str, null: float) -> str:
-    """ "up", "down" or "undecided": on which side of ``null`` the whole interval of ``key`` lies."""
-    if _get(metrics, f"{key}_lo") > null:
-        return "up"
-    return "down" if _get(metrics, f"{key}_hi") < null else "undecided"
+def words(rows: pd.DataFrame, spec: str = ".3f") -> str:
+    """The one row of results as "0.743 [0.720, 0.761]"; "" without a row."""
+    found = rows[["value", "low", "high"]].to_numpy(float)
+    return stats.interval(*found[0], spec) if len(found) else ""
 
 
-def _get(metrics: Mapping[str, Any], key: str, file: str = EVALUATION) -> Any:
-    if key not in metrics:
-        raise ValueError(f"{file} lacks {key!r}: run the notebook that writes it again")
-    return metrics[key]
+def side(rows: pd.DataFrame, null: float = 0.0) -> str:
+    """ "up", "down" or "undecided": on which side of ``null`` the interval of the one row lies."""
+    low, high = rows.iloc[0]["low"], rows.iloc[0]["high"]
+    return "up" if low > null else "down" if high < null else "undecided"
 
 
-# --- what the run shows --------------------------------------------------------------------------------
+# --- findings --------------------------------------------------------------------------------
 
 
-class Claim(NamedTuple):
-    question: str
-    answer: str
-    evidence: str
+class Rule(NamedTuple):
+    """A question that an interval answers: on which side of ``null`` does the whole of it lie?"""
+
+    question: str  # {arm} is filled in
+    measure: str
+    against: str = "base"  # {arm} is filled in
+    group: str = "all"
+    null: float = 0.0
 
 
-def headline(evaluation: Mapping[str, Any]) -> pd.DataFrame:
-    """The main table as text, one row an arm; brackets hold 95 % intervals over users."""
-    rows = []
-    for arm in runs.ARMS:
-        rows.append(
-            {
-                "arm": arm,
-                "reward": with_interval(evaluation, f"{arm}/reward"),
-                "CTR lift": "1 (reference)"
-                if arm == "base"
-                else with_interval(evaluation, f"{arm}/ctr_lift"),
-                "judged quality": with_interval(evaluation, f"{arm}/quality"),
-                "KL (nats)": number(_get(evaluation, f"{arm}/kl"), 2),
-                "NDCG@10": with_interval(evaluation, f"{arm}/ndcg@10", 4),
-                "top 10 kept": share(_get(evaluation, f"{arm}/top10_overlap")),
-                "same ten": share(_get(evaluation, f"{arm}/top10_set_same")),
-                "same order": share(_get(evaluation, f"{arm}/top10_exact")),
-                "max |Δscore|": f"{_get(evaluation, f'{arm}/max_abs_score_delta'):.3g}",
-            }
-        )
-    return pd.DataFrame(rows)
+RULES = (
+    Rule("Did tuning raise the reward of held-out users ({arm})?", "reward"),
+    Rule("Did PPO add reward to its own warm start ({arm})?", "reward", "{arm}_warm"),
+    Rule("Does a tuned text earn more than a composed template ({arm})?", "reward", "reference"),
+    Rule("Did it rise on items that PPO never explained ({arm})?", "reward", group="new_items"),
+    Rule("Does the judge, which training never saw, agree ({arm})?", "quality"),
+    Rule("Did PPO add judged quality to its warm start ({arm})?", "quality", "{arm}_warm"),
+    Rule("Are more of its claims true ({arm})?", "grounding_precision"),
+    Rule("Do the texts read more fluently to the base model ({arm})?", "fluency"),
+    Rule("Do simulated clicks rise ({arm})?", "ctr_lift", null=1.0),
+)
+ANSWERS = {"up": "yes", "down": "no, it fell", "undecided": "not shown"}
 
 
-def claims(evaluation: Mapping[str, Any]) -> list[Claim]:
-    """The study's questions, each answered by a rule from the numbers of ``metrics/evaluation.json``."""
-    equal = bool(_get(evaluation, "separate/scores_sha256_equal"))
+def findings(evaluation: pd.DataFrame) -> list[Finding]:
+    """The study's questions, answered from the results of stage ``evaluation``."""
+    equal = runs.value(evaluation, "scores_equal", "separate") == 1
+    moved = runs.value(evaluation, "max_abs_score_delta", "unshielded") > 0
+    exact = "sha256 over all users × items " + ("equal" if equal else "differs")
     found = [
-        Claim(
+        Finding(
             "Separate towers: are the ranker's scores bit-identical after tuning?",
             "yes" if equal else "no",
-            "sha256 over all users × items " + ("equal" if equal else "differs"),
+            exact,
         ),
-        Claim(
+        Finding(
             "Shared backbone: did tuning without a shield move the ranking?",
-            "yes" if _moved(evaluation, "unshielded") else "no",
+            "yes" if moved else "no",
             _ranking_words(evaluation, "unshielded"),
         ),
-        Claim(
+        Finding(
             "Did the shield hold the ranking?",
             _held(evaluation),
             _ranking_words(evaluation, "shielded"),
         ),
+        Finding(
+            "Does it need a shield to hold the ranking exactly?",
+            "no" if equal else "not shown",
+            f"a second copy of the adapted weights does, as arm separate: {exact}",
+        ),
+        _gain_kept(evaluation),
     ]
-    found += _gains(
-        evaluation, "reward_change", "Did tuning raise the reward of held-out users", "change"
-    )
-    found.append(
-        Claim("How much of the reward gain was kept under the shield?", *_kept(evaluation))
-    )
-    found += _gains(
-        evaluation,
-        "quality_change",
-        "Did the judge, which training never saw, agree",
-        "change of quality",
-    )
-    for arm in TUNED:
-        side = verdict(evaluation, f"{arm}/ctr_lift", 1.0)
-        answer = {"up": "yes, a gain", "down": "yes, a loss", "undecided": "no"}[side]
-        found.append(
-            Claim(
-                f"Does the interval of the simulated CTR lift exclude 1 ({arm})?",
-                answer,
-                "lift " + with_interval(evaluation, f"{arm}/ctr_lift"),
-            )
-        )
-    return [*found, *_more_claims(evaluation)]
-
-
-def _more_claims(m: Mapping[str, Any]) -> list[Claim]:
-    """Questions that runs made before they were asked cannot answer."""
-    found = []
-    for arm in SHARED:
-        if f"{arm}/reward_by_ppo" in m:
-            words = f"reward {with_interval(m, f'{arm}/reward_by_ppo')}, quality {with_interval(m, f'{arm}/quality_by_ppo')}"
-            found.append(
-                Claim(
-                    f"Did PPO add reward to the warm start ({arm})?",
-                    _rose_in_group(m, arm, "by_ppo"),
-                    words,
-                )
-            )
-        if f"{arm}/reward_new_items" in m:
-            words = f"change {with_interval(m, f'{arm}/reward_new_items')}, users: {m[f'{arm}/users_new_items']:g}"
-            question = f"Did the reward rise on items that PPO never explained ({arm})?"
-            found.append(Claim(question, _rose_in_group(m, arm, "new_items"), words))
-        if (survives := m.get(f"{arm}/lift_sign_survives")) is not None:
-            words = f"lift between {number(m[f'{arm}/lift_lowest'])} and {number(m[f'{arm}/lift_highest'])}"
-            question = f"Does the sign of the lift survive half and double the click model's weights ({arm})?"
-            found.append(Claim(question, "yes" if survives else "no", words))
-        if losers := results.losers(m, arm):
-            won = [name.replace("_", " ") for name, lost in losers.items() if not lost]
-            question = f"Do all texts composed to fool the measures lose to the policy ({arm})?"
-            answer = (
-                "not shown"
-                if won
-                else "yes"
-                if m["users_controls"] >= LEAST_USERS
-                else "too few users to say"
-            )
-            found.append(
-                Claim(
-                    question,
-                    answer,
-                    f"not below it by a whole interval: {', '.join(won) or 'none'}, users: {m['users_controls']:g}",
-                )
-            )
-    return found
-
-
-def _gains(m: Mapping[str, Any], change: str, question: str, words: str) -> list[Claim]:
-    """One claim an arm: did ``change`` go up beyond its interval?"""
-    keys = {arm: f"{arm}/{change}" for arm in SHARED}
-    return [
-        Claim(f"{question} ({arm})?", _rose(m, key), f"{words} {with_interval(m, key)}")
-        for arm, key in keys.items()
-    ]
-
-
-def _rose(evaluation: Mapping[str, Any], key: str) -> str:
-    return {"up": "yes", "down": "no, it fell", "undecided": "not shown"}[
-        verdict(evaluation, key, 0.0)
-    ]
-
-
-def _rose_in_group(m: Mapping[str, Any], arm: str, group: str) -> str:
-    """A bootstrap over a handful of users knows nothing: one user has an interval of no width."""
-    return (
-        _rose(m, f"{arm}/reward_{group}")
-        if _get(m, f"{arm}/users_{group}") >= LEAST_USERS
-        else "too few users to say"
-    )
-
-
-def _moved(evaluation: Mapping[str, Any], arm: str) -> bool:
-    return _get(evaluation, f"{arm}/max_abs_score_delta") > 0
-
-
-def _held(evaluation: Mapping[str, Any]) -> str:
-    if not _moved(evaluation, "shielded"):
-        return "yes, exactly"
-    if _get(evaluation, "shielded/top10_exact") == 1:
-        return "yes, every top 10 is the same"
-    lost = {arm: 1 - _get(evaluation, f"{arm}/top10_overlap") for arm in SHARED}
-    if lost["shielded"] >= lost["unshielded"]:
-        return "no"
-    return "nearly" if _get(evaluation, "shielded/top10_overlap") >= HELD else "in part"
-
-
-def _ranking_words(evaluation: Mapping[str, Any], arm: str) -> str:
-    replaced = 1 - _get(evaluation, f"{arm}/top10_overlap")
-    return (
-        f"{share(replaced)} of top-10 entries replaced, {share(_get(evaluation, f'{arm}/top10_exact'))} of lists "
-        f"unchanged in order; NDCG@10 {number(_get(evaluation, 'base/ndcg@10'), 4)} → "
-        f"{number(_get(evaluation, f'{arm}/ndcg@10'), 4)}, "
-        f"change {with_interval(evaluation, f'{arm}/ndcg@10_change', 4)}"
-    )
-
-
-def _kept(evaluation: Mapping[str, Any]) -> tuple[str, str]:
-    """A ratio of gains means something only where the gain below the line is one."""
-    free, held = (_get(evaluation, f"{arm}/reward_change") for arm in SHARED)
-    words = f"gain {number(held)} with the shield, {number(free)} without"
-    if verdict(evaluation, "unshielded/reward_change", 0.0) != "up":
-        return "cannot be said", words + ": no gain without it to compare with"
-    if held < 0:
-        return "nothing: it lost reward", words
-    ends = [evaluation.get(f"shielded/gain_kept{end}") for end in ("_lo", "_hi")]
-    return share(held / free) + (
-        f" [{share(ends[0])}, {share(ends[1])}]" if None not in ends else ""
-    ), words
-
-
-def summary(evaluation: Mapping[str, Any]) -> str:
-    """The answers in one paragraph."""
-    identical = (
-        "are bit-identical"
-        if _get(evaluation, "separate/scores_sha256_equal")
-        else "are NOT identical"
-    )
-    lost = {arm: 1 - _get(evaluation, f"{arm}/top10_overlap") for arm in SHARED}
-    held = {
-        "yes, exactly": "left the ranking exactly as it was",
-        "yes, every top 10 is the same": "left every top 10 as it was",
-        "nearly": "nearly held the ranking",
-        "in part": "held the ranking in part",
-        "no": "did not hold the ranking",
-    }[_held(evaluation)]
-    kept, gain = _kept(evaluation)
-    shown = [arm for arm in TUNED if verdict(evaluation, f"{arm}/ctr_lift", 1.0) == "up"]
-    lift = f"lies above 1 for {', '.join(shown)}" if shown else "lies above 1 for no arm"
-    return (
-        f"With separate towers the ranker's scores {identical} before and after tuning. With a shared backbone, tuning "
-        f"without a shield replaced {share(lost['unshielded'])} of the top-10 entries; the shield {held}: "
-        f"{share(lost['shielded'])} replaced. Reward gain kept under the shield: {kept} ({gain}). The interval of the "
-        f"simulated click lift {lift}."
-    )
-
-
-# --- what it does not show -----------------------------------------------------------------------------
-
-
-class Doubt(NamedTuple):
-    text: str
-    source: str
-
-
-def not_shown(e: Evidence) -> list[Doubt]:
-    """What a reader must not conclude from this run: rules over its numbers, then the limits of any one run."""
-    return [
-        *_doubts_about_ranking(e),
-        *_doubts_about_price(e),
-        *_doubts_about_explanations(e),
-        *_doubts_about_procedure(e),
-        *_limits(e),
-    ]
-
-
-def _doubts_about_ranking(e: Evidence) -> list[Doubt]:
-    m, found = e.evaluation, []
-    if not _get(m, "separate/scores_sha256_equal"):
-        found.append(
-            "The scores of the separate arm are not those from before tuning: something that must not change did."
-        )
-    if _moved(m, "shielded") and _get(m, "shielded/top10_overlap") < HELD:
-        found.append(
-            f"That the shield keeps the ranking: {share(1 - m['shielded/top10_overlap'])} of top-10 entries differ."
-        )
-    elif _get(m, "shielded/top10_exact") < 1:
-        found.append(
-            f"That the shielded ranking is the same: {share(1 - m['shielded/top10_exact'])} of users see another list."
-        )
-    if (side := verdict(m, "shielded/ndcg@10_change", 0.0)) != "undecided":
-        found.append(
-            f"That the shielded ranking is as good as before: its NDCG@10 went {side}, beyond its interval."
-        )
-    doubts = [Doubt(text, EVALUATION) for text in found]
-    leak = e.metrics["ppo"].get("shielded/leak")
-    if leak is not None and leak > SEALED:
-        doubts.append(
-            Doubt(
-                f"That the shield is sealed: {leak:.2g} of the shielded update lies in protected directions.",
-                "metrics/ppo.json",
-            )
-        )
-    full, bare = e.metrics["ranker"]["ndcg@10"], e.metrics["ranker"]["text_free_ndcg@10"]
-    if bare > 0.9 * full:
-        doubts.append(
-            Doubt(
-                "That there was much to protect: without the LLM's item vectors the ranker has NDCG@10 "
-                f"{number(bare, 4)}, with them {number(full, 4)}.",
-                "metrics/ranker.json",
-            )
-        )
-    return doubts
-
-
-def _doubts_about_price(e: Evidence) -> list[Doubt]:
-    """How near the frontier comes to the target: 90 % of the unshielded learning with 99 % of the top 10, adapters merged."""
-    if e.frontier is None:
-        return []
-    learned = e.frontier[
-        (e.frontier["gain_loss"] >= GAIN) & ~e.frontier["mode"].isin(["none", "alora"])
-    ]
-    if learned.empty:
-        return [
-            Doubt(
-                f"That a shield can keep {share(GAIN)} of the learning: no setting of the frontier did.",
-                e.frontier_source,
-            )
-        ]
-    best = learned.loc[learned["overlap"].idxmax()]
-    if best["overlap"] >= HELD:
-        return []
-    return [
-        Doubt(
-            f"That {share(GAIN)} of the learning can be had with {share(HELD)} of the top 10: of the settings tried that learn as much, "
-            f"the nearest ({best['curve']}) keeps {share(best['overlap'])} of the places and {share(best['top1_same'])} of the first ones. "
-            f"Learning is measured by likelihood there; of the gain in reward it has {share(best['gain_reward'])}.",
-            e.frontier_source,
-        )
-    ]
-
-
-def _doubts_about_explanations(e: Evidence) -> list[Doubt]:
-    m, found = e.evaluation, []
-    for arm in SHARED:
-        for key, what in (
-            ("reward_change", "the reward of held-out users"),
-            ("quality_change", "the judged quality"),
-        ):
-            if verdict(m, f"{arm}/{key}", 0.0) != "up":
+    for rule in RULES:
+        for arm in SHARED:
+            against = rule.against.format(arm=arm)
+            rows = rows_of(evaluation, rule.measure, arm, against, rule.group)
+            if len(rows):
+                users = rows.iloc[0]["n"]
+                verdict = ANSWERS[side(rows, rule.null)]
                 found.append(
-                    f"That tuning ({arm}) raised {what}: change {with_interval(m, f'{arm}/{key}')}."
+                    Finding(
+                        rule.question.format(arm=arm),
+                        verdict if users >= LEAST_USERS else "too few users to say",
+                        f"{rule.measure} against {against}: {words(rows)}, {users:.0f} users",
+                    )
                 )
-    for arm in TUNED:
-        if verdict(m, f"{arm}/ctr_lift", 1.0) != "up":
-            found.append(
-                f"A gain in simulated clicks ({arm}): the interval of the lift, {with_interval(m, f'{arm}/ctr_lift')}, "
-                "does not lie above 1."
-            )
-    for arm in SHARED:
-        if not m.get(f"{arm}/beats_controls", True):
-            found.append(
-                f"That no text composed by rule scores as well as the tuned policy ({arm}), by the whole interval: see the controls."
-            )
-    for arm in ("base", *SHARED):
-        if _get(m, f"{arm}/own_item_retrieval@10") <= CHANCE:
-            found.append(
-                f"That the explanations ({arm}) are about their own item and viewer: they pick theirs among ten "
-                f"in {share(m[f'{arm}/own_item_retrieval@10'])} of cases, and chance is {share(CHANCE)}."
-            )
-    return [Doubt(text, EVALUATION) for text in found]
+    return found + [one for arm in SHARED for one in _controls(evaluation, arm)]
 
 
-def _doubts_about_procedure(e: Evidence) -> list[Doubt]:
-    ppo, checks, found = e.metrics["ppo"], e.metrics["audit"], []
-    m = e.evaluation
-    shown = [
-        arm
-        for arm in SHARED
-        if f"{arm}/reward_by_ppo" in m and _rose_in_group(m, arm, "by_ppo") == "yes"
-    ]
-    if e.params.warm_start and len(shown) < len(SHARED):
-        rewards = "; ".join(
-            f"{arm} {number(_get(ppo, f'{arm}/reward_first', PPO))} before PPO's first step, "
-            f"{number(_get(ppo, f'{arm}/reward_last', PPO))} at its last"
-            for arm in SHARED
-        )
-        found.append(
-            Doubt(
-                "That the gain is PPO's: a supervised warm start under the same shield came first. Mean reward of the "
-                f"texts that PPO sampled: {rewards}.",
-                PPO,
-            )
-        )
-    if ppo["ratio_first_minibatch_max_dev"] > 1e-3:
-        found.append(
-            Doubt(
-                "That sampling and training agree: the first probability ratios are off by "
-                f"{ppo['ratio_first_minibatch_max_dev']:.2g}.",
-                "metrics/ppo.json",
-            )
-        )
-    if ppo.get("warnings"):
-        found.append(
-            Doubt(
-                f"That training was healthy throughout: notebook 05 gave {ppo['warnings']:g} warnings about its statistics.",
-                PPO,
-            )
-        )
-    failed = [name for name in runs.AUDITED if not checks[f"{name}_ok"]]
-    if failed:
-        found.append(
-            Doubt(
-                f"That the explanations are safe to show: the audit failed on {', '.join(failed)}.",
-                "metrics/audit.json",
-            )
-        )
-    if e.manifest.get("git_dirty") is not False or not e.manifest.get("git_commit"):
-        found.append(
-            Doubt(
-                "That the named commit gives these numbers: the code differed from it, or there was none.",
-                "manifest.json",
-            )
-        )
-    return found
+def _held(table: pd.DataFrame) -> str:
+    if runs.value(table, "max_abs_score_delta", "shielded") == 0:
+        return "yes, exactly"
+    if runs.value(table, "top10_exact", "shielded") == 1:
+        return "yes, every top 10 is the same"
+    free, held = (runs.value(table, "top10_overlap", arm) for arm in SHARED)
+    if held <= free:
+        return "no"
+    return "nearly" if held >= KEPT else "in part"
 
 
-def _limits(e: Evidence) -> list[Doubt]:
-    n = len(e.explanations["user"].unique())
-    few = (
-        ", which is few: intervals are wide and effects of useful size can hide in them"
-        if n < FEW_USERS
-        else ""
+def _ranking_words(table: pd.DataFrame, arm: str) -> str:
+    overlap, exact = (runs.value(table, m, arm) for m in ("top10_overlap", "top10_exact"))
+    change = words(rows_of(table, "ndcg@10", arm, "base"), "+.4f")
+    return (
+        f"{share(1 - overlap)} of top-10 places replaced, {share(exact)} of lists the same in "
+        f"order; change of NDCG@10 {change}"
     )
+
+
+def _gain_kept(table: pd.DataFrame) -> Finding:
+    """A share of a gain means something only where there is a gain."""
+    question = "How much of the gain in reward was kept under the shield?"
+    free, held = (rows_of(table, "reward", arm, "base") for arm in SHARED)
+    gains = f"gain {words(held)} with the shield, {words(free)} without"
+    if side(free) != "up":
+        return Finding(question, "cannot be said", f"{gains}: no gain to keep a share of")
+    kept = held.iloc[0]["value"] / free.iloc[0]["value"]
+    interval = words(rows_of(table, "gain_kept", "shielded", "unshielded"))
+    return Finding(question, share(kept), f"{gains}; share {interval or 'without an interval'}")
+
+
+def _controls(table: pd.DataFrame, arm: str) -> list[Finding]:
+    beaten = results.beaten_controls(table, arm)
+    if not beaten:
+        return []
+    equal = [name.replace("_", " ") for name, below in beaten.items() if not below]
+    few = rows_of(table, "reward", arm, f"control_{min(beaten)}").iloc[0]["n"] < LEAST_USERS
     return [
-        Doubt(
-            f"That another seed agrees: this page is one run, seed {e.params.seed}; its intervals are over users only.",
-            "params.yaml",
-        ),
-        Doubt(
-            "That people would click more: clicks come from a stated model, whose quality term is the judge's opinion.",
-            EVALUATION,
-        ),
-        Doubt(
-            f"That the gains hold for every viewer: explanations of {n} held-out users were judged{few}.",
-            "artifacts/explanations.parquet",
-        ),
-        Doubt(
-            f"That it carries over: one data set ({e.params.dataset}) and one language model ({e.params.llm}).",
-            "params.yaml",
-        ),
-        Doubt(
-            "That nothing harmful is said: a passed audit means that these checks found nothing.",
-            "metrics/audit.json",
-        ),
+        Finding(
+            f"Do all texts composed to fool the measures lose to the policy ({arm})?",
+            "not shown" if equal else "too few users to say" if few else "yes",
+            f"of {len(beaten)}, not below it by a whole interval: {', '.join(equal) or 'none'}",
+        )
     ]
 
 
-# --- examples, audit, provenance -------------------------------------------------------------------------
+# --- the target of the shield ----------------------------------------------------------------
+
+GAIN, KEPT, FIRST, NDCG = 0.9, 0.99, 0.99, 0.01
+TARGETS = (  # what, measure, group, least
+    ("reward gain, as a share of the unshielded one", "gain_kept", "all", GAIN),
+    ("places of the top 10 kept", "top10_overlap", "all", KEPT),
+    ("places kept of items that no basis had seen", "top10_overlap", "held_out_items", KEPT),
+    ("users whose first item is the same", "top1_same", "all", FIRST),
+    ("users with the same ten (beyond the target)", "top10_set_same", "all", KEPT),
+    ("users with the same list (beyond the target)", "top10_exact", "all", KEPT),
+)
+
+
+def target_table(evaluation: pd.DataFrame) -> pd.DataFrame:
+    """The study's target, line by line: measure, target, unshielded, shielded, met.
+
+    "by its mean": the value is there, and its interval over users reaches to where it is not.
+    """
+    rows = []
+    for what, measure, group, least in TARGETS:
+        against = "unshielded" if measure == "gain_kept" else ""
+        held = rows_of(evaluation, measure, "shielded", against, group)
+        if len(held):
+            value, low = held.iloc[0]["value"], held.iloc[0]["low"]
+            met = "no" if value < least else "by its mean" if low < least else "yes"
+            free = words(rows_of(evaluation, measure, "unshielded", "", group)) or "1"
+            rows.append((what, f"at least {share(least)}", free, words(held), met))
+    limit = NDCG * runs.value(evaluation, "ndcg@10", "base")
+    moved = [rows_of(evaluation, "ndcg@10", arm, "base") for arm in SHARED]
+    value, *ends = moved[1][["value", "low", "high"]].abs().to_numpy()[0]
+    met = "no" if value >= limit else "yes" if max(ends) < limit else "by its mean"
+    cells = (words(change, "+.4f") for change in moved)
+    rows.append(("change of NDCG@10, up or down", f"below {limit:.4f}", *cells, met))
+    return pd.DataFrame(rows, columns=["measure", "target", *SHARED, "met"])
+
+
+# --- what the run does not show ----------------------------------------------------------------
+
+
+CHECKS = (  # stage, measure, arm, the most that is sound, what more of it means
+    ("shielded_ppo", "leak", "shielded", 1e-6,  # rounding of float32 adapters
+     "That the shield is sealed: {:.2g} of the update lies in protected directions."),
+    ("shielded_ppo", "ratio_first_minibatch_max_dev", "shielded", 1e-3,
+     "That sampling and training agree: the first probability ratios are off by {:.2g}."),
+    ("shielded_ppo", "warnings", "", 0,
+     "That training was healthy throughout: {:g} warnings about its statistics."),
+)  # fmt: skip
+LIMITS = {  # text: the file it rests on
+    "That another seed agrees: this is one run, seed {seed}; intervals are over users only.":
+        "params.yaml",
+    "That people would click more: clicks come from a model that believes the judge.":
+        "metrics/evaluation.csv",
+    "That the gains hold for every viewer: texts of {users} held-out users were judged{few}.":
+        "artifacts/explanations.parquet",
+    "That it carries over: one data set ({dataset}) and one language model ({llm}).":
+        "params.yaml",
+    "That nothing harmful is said: a passed audit means that these checks found nothing.":
+        "metrics/audit.csv",
+}  # fmt: skip
+SHOWN = ("yes", "yes, exactly", "yes, every top 10 is the same")
+
+
+def not_shown(tables: Tables, params: Params, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader must not conclude, each with the file it rests on; the last hold for any run.
+
+    Args:
+        tables: Results of the stages ranker, shielded_ppo, evaluation and audit.
+        params: Parameters of the run.
+        manifest: ``runs.read_manifest`` of the run.
+    """
+    evaluation, found = tables["evaluation"], []
+    for one in findings(evaluation):
+        if one.answer not in SHOWN and not one.answer.endswith("%"):
+            answer = one.answer[0].upper() + one.answer[1:]
+            found.append((f"{one.question} {answer}: {one.evidence}.", one.source))
+    for stage, measure, arm, most, text in CHECKS:
+        rows = rows_of(tables[stage], measure, arm)
+        if len(rows) and rows.iloc[0]["value"] > most:
+            found.append((text.format(rows.iloc[0]["value"]), f"metrics/{stage}.csv"))
+    full, bare = (rows_of(tables["ranker"], m, "sasrec") for m in ("ndcg@10", "text_free_ndcg@10"))
+    if bare.iloc[0]["value"] > 0.9 * full.iloc[0]["value"]:
+        text = f"NDCG@10 is {words(bare, '.4f')} without item vectors, {words(full, '.4f')} with"
+        found.append((f"That there was much to protect: {text}.", "metrics/ranker.csv"))
+    if failed := tables["audit"].query("passed == 0")["measure"].tolist():
+        text = f"That the texts are safe to show: the audit failed on {', '.join(failed)}."
+        found.append((text, "metrics/audit.csv"))
+    if manifest.get("git_dirty") is not False or not manifest.get("git_commit"):
+        text = "That the named commit gives these numbers: the code differed, or there was none."
+        found.append((text, "manifest.json"))
+    users = int(rows_of(evaluation, "reward", "shielded").iloc[0]["n"])
+    few = ", too few to see small effects" if users < FEW_USERS else ""
+    values = params.as_dict() | {"users": users, "few": few}
+    return found + [(text.format(**values), source) for text, source in LIMITS.items()]
+
+
+def too_small(params: Params) -> bool:
+    """Whether the run is as small as the smoke profile in steps or users: it shows nothing."""
+    smoke = Params()
+    return params.ppo_steps <= smoke.ppo_steps or params.eval_users <= smoke.eval_users
+
+
+# --- examples ----------------------------------------------------------------------------------
 
 PERCENTILES = (4, 12, 21, 29, 38, 46, 54, 62, 71, 79, 88, 96)
 
 
 def chosen_users(explanations: pd.DataFrame) -> list[tuple[int, int]]:
-    """(percentile, user): the users nearest each of ``PERCENTILES`` of the quality gain, shielded - base.
+    """(percentile, user): the users nearest ``PERCENTILES`` of the quality gain, shielded - base.
 
     Ties go to the lower user number; nobody is chosen twice.
     """
     quality = explanations.pivot(index="user", columns="arm", values="quality")
     gain = (quality["shielded"] - quality["base"]).sort_index()
-    chosen: list[tuple[int, int]] = []
+    chosen: dict[int, int] = {}
     for percentile in PERCENTILES[: len(gain)]:
-        distance = (gain - np.percentile(gain, percentile)).abs().drop([user for _, user in chosen])
-        chosen.append((percentile, int(distance.idxmin())))
-    return chosen
+        distance = (gain - np.percentile(gain, percentile)).abs().drop(chosen.values())
+        chosen[percentile] = int(distance.idxmin())
+    return list(chosen.items())
 
 
-def examples(e: Evidence) -> list[dict[str, Any]]:
-    """The chosen users: percentile, user, history (titles), film (with year), genres, position, texts by arm."""
-    histories = splits.split(e.interactions, len(e.users), e.params.split).with_valid
-    items = e.items.set_index("item")
-    catalogue = study.catalogue_of(e.items)
-    found = []
-    for percentile, user in chosen_users(e.explanations):
-        rows = e.explanations[e.explanations["user"] == user].set_index("arm")
-        film = items.loc[rows["item"].iloc[0]]
-        watched = items.loc[histories[user][-e.params.history_length :]]
-        record = {
-            "user": user, "title": film["title"], "year": int(film["year"]), "genres": film["genres"].split("|"),
-            "history_titles": watched["title"].tolist(), "history_genres": [g.split("|") for g in watched["genres"]],
-        }  # fmt: skip
-        found.append(
-            {
-                "percentile": percentile,
-                "user": user,
-                "history": record["history_titles"],
-                "film": film["title"] + (f" ({film['year']})" if film["year"] else ""),
-                "genres": film["genres"].replace("|", ", "),
-                "position": int(rows["position"].iloc[0]),
-                "texts": [
-                    {
-                        "arm": arm,
-                        "text": rows.loc[arm, "text"],
-                        "marked": marked(
-                            rows.loc[arm, "text"], catalogue.marks(record, rows.loc[arm, "text"])
-                        ),
-                        "reward": number(rows.loc[arm, "reward"], 2),
-                        "quality": number(rows.loc[arm, "quality"], 2),
-                    }
-                    for arm in ("base", *SHARED)
-                ],
-            }
+def example(
+    percentile: int, record: Mapping[str, Any], said: pd.DataFrame, catalogue: Catalogue
+) -> Markup:
+    """One viewer's recommendation and what each arm says of it, as escaped HTML with marked claims.
+
+    Args:
+        percentile: Where the viewer stands by gain in judged quality.
+        record: What the texts are about (``study`` builds it).
+        said: The viewer's rows of the explanations: arm, text, reward, quality.
+        catalogue: Knows which words of a text are claims, and which claims are true.
+    """
+    parts = [
+        Markup("<h3>Percentile {}: {}</h3><p>Watched last: {}.</p>").format(
+            percentile, record["title"], "; ".join(record["history_titles"])
         )
-    return found
+    ]
+    for arm in ("base", *SHARED):
+        row = said[said["arm"] == arm].iloc[0]
+        text = marked(row["text"], catalogue.marks(record, row["text"])) or "(no text)"
+        scores = f"reward {row['reward']:.2f}, judged quality {row['quality']:.2f}"
+        parts.append(Markup("<b>{}</b>, {}<blockquote>{}</blockquote>").format(arm, scores, text))
+    return Markup("<article>{}</article>").format(Markup("").join(parts))
 
 
-def marked(text: str, marks: list[tuple[int, int, bool]]) -> Markup:
-    """``text`` as HTML, escaped, with what it claims marked as true or false (``claims.Catalogue.marks``)."""
+def marked(text: str, marks: Sequence[tuple[int, int, bool]]) -> Markup:
+    """``text``, escaped, with its claims marked as true or false: (start, end, whether true)."""
     out, at = Markup(""), 0
     for start, end, true in marks:
-        claim = Markup('<mark class="{}" title="{}">{}</mark>').format(
-            "true" if true else "false",
-            "true by the metadata" if true else "not supported by the metadata",
-            text[start:end],
-        )
+        kind = ("true", "true by the metadata") if true else ("false", "not supported by it")
+        claim = Markup('<mark class="{}" title="{}">{}</mark>').format(*kind, text[start:end])
         out, at = out + text[at:start] + claim, end
     return out + text[at:]
-
-
-def evidence_tables(m: Mapping[str, Any]) -> list[tuple[str, pd.DataFrame]]:
-    """(caption, table as text) of what section "The measures themselves" shows; those that the run has numbers for."""
-    found = []
-    if "reference/fcr" in m:
-        shown = results.judge_table(m).rename_axis("measure").reset_index()
-        found.append(("The judge beside its controls: the same texts shuffled among the records, and explanations composed from metadata. "
-                      "LOWER div is more varied; chance is one in ten for own_item and own_film.", shown))  # fmt: skip
-    if f"shielded/{results.JUDGED[0]}_change" in m:
-        shown = results.judged_gain_table(m).rename_axis("measure").reset_index()
-        found.append(("The judge's measures: the base, and each policy's change from it, user by user, with 95 % intervals, on all items "
-                      "and on those that PPO never explained.", shown))  # fmt: skip
-    if "reference/reward" in m:
-        shown = results.control_table(m).rename_axis("texts").reset_index()
-        found.append(
-            (
-                "Texts composed by rule, and the arms on the same users. Each control must lose to the tuned arms: their reward above "
-                "its reward, and their clicks over its clicks, user by user with 95 % intervals.",
-                shown,
-            )
-        )
-        found.append(("Gains with 95 % intervals: over the base on all items, on items of the training and on new ones, "
-                      "and over the warm start.", results.gain_table(m)))  # fmt: skip
-    if "shielded/reward_p_holm" in m:
-        rows = [{"question": f"{arm}: {what} differs from the base", "p": m[f"{arm}/{what}_p"], "p (Holm)": m[f"{arm}/{what}_p_holm"]}
-                for arm in SHARED for what in ("reward", "quality", "click", "ndcg")]  # fmt: skip
-        found.append(
-            (
-                "Eight questions at once: p of a paired bootstrap, and corrected for their number (Holm).",
-                pd.DataFrame(rows),
-            )
-        )
-    if "mde/smoke/reward" in m:
-        rows = [{"profile": profile, **{name: m[f"mde/{profile}/{name}"] for name in (*results.GAINS, "ctr_lift")}}
-                for profile in PROFILES if f"mde/{profile}/reward" in m]  # fmt: skip
-        found.append(
-            (
-                "Smallest gain that each profile's users show four times out of five, given this run's spread.",
-                pd.DataFrame(rows),
-            )
-        )
-    return [
-        (
-            caption,
-            frame.map(lambda v: "" if v != v else number(v) if isinstance(v, float) else str(v)),
-        )
-        for caption, frame in found
-    ]
-
-
-def price_tables(e: Evidence) -> list[tuple[str, pd.DataFrame, str]]:
-    """(caption, table as text, source) of section "The price of the shield"; those that the run has numbers for."""
-    m, cost, ppo, found = e.evaluation, e.metrics["shield"], e.metrics["ppo"], []
-    if "shielded/overlap_held" in m:
-        found.append(("The two arms that share one model, beside the target. They differ in the shield alone; what each learned is "
-                      "the first row.", _target_table(m), EVALUATION))  # fmt: skip
-    if e.frontier is not None:
-        points = e.frontier.assign(free=stopped_early(e.frontier)).sort_values(
-            "overlap", ascending=False
-        )
-        rows = [{"setting": p.curve, "strength": (f"rank {p.rank}" if p.rank else f"energy {p.energy:g}") if p.rank_mean else "", "replay weight": f"{p.penalty:g}",
-                 "steps": f"{p.steps}", "learning kept (likelihood)": share(p.gain_loss), "reward gain kept": share(p.gain_reward),
-                 "top 10 kept": share(p.overlap),
-                 "top 10 kept by unshielded training that learned as much": share(p.free)}
-                for p in points.itertuples()]  # fmt: skip
-        found.append(("Short trainings at equal learning: an unshielded training stopped early moves less, too (the last column "
-                      "lies on straight lines between nothing learned and where it was stopped)." + _elsewhere(e), pd.DataFrame(rows), e.frontier_source))  # fmt: skip
-    if "build_seconds" in cost:
-        rows = [
-            (
-                "reading the item texts for the bases, beside the encoding of all items",
-                f"{cost['gram_seconds']:.1f} s",
-            ),
-            (
-                "building the bases, those of the frontier's settings too",
-                f"{cost['build_seconds']:.1f} s",
-            ),
-            (
-                "memory of the bases and their complements while training",
-                f"{cost['basis_mb']:.1f} MB",
-            ),
-            *(
-                [("memory of the replay", f"{cost['replay_mb']:.1f} MB")]
-                if cost.get("replay_mb")
-                else []
-            ),
-            (
-                "the shield's share of a PPO step, with its replay if it has one there",
-                share(ppo["shield_seconds"] / ppo["step_seconds"]),
-            ),
-            *(
-                [("settling after the training", f"{ppo['shielded/settle_seconds']:.1f} s")]
-                if e.params.shield_replay_steps
-                else []
-            ),
-            (
-                "`separate` instead: memory of a second copy of the model",
-                f"{cost['second_copy_mb']:.1f} MB",
-            ),
-            (
-                "`separate` instead: memory of a second copy of the adapted matrices",
-                f"{cost['second_copy_adapted_mb']:.1f} MB",
-            ),
-            ("`separate` instead: reading all items once more", f"{cost['encode_seconds']:.1f} s"),
-        ]
-        found.append(
-            (
-                "What it takes, on this machine.",
-                pd.DataFrame(rows, columns=["cost", "measured"]),
-                f"metrics/shield.json, {PPO}",
-            )
-        )
-    return found
-
-
-def _elsewhere(e: Evidence) -> str:
-    """What a caption must add where the frontier is not the run's own."""
-    return (
-        " Not measured in this run: it is the published frontier, of a laptop run."
-        if e.frontier_source == PUBLISHED
-        else ""
-    )
-
-
-def _target_table(m: Mapping[str, Any]) -> pd.DataFrame:
-    """The study's target, line by line. "by its mean": the value is there, and its interval over users reaches to where it is not."""
-
-    if (
-        verdict(m, "unshielded/reward_change", 0.0) == "up"
-    ):  # the share of the gain has no interval where a resample has no gain
-        m = {
-            "shielded/gain_kept": _get(m, "shielded/reward_change")
-            / _get(m, "unshielded/reward_change")
-        } | dict(m)
-
-    def shown(key: str) -> str:
-        if key not in m:
-            return "no gain"
-        return (
-            f"{share(m[key])} [{share(m[f'{key}_lo'])}, {share(m[f'{key}_hi'])}]"
-            if f"{key}_lo" in m
-            else share(m[key])
-        )
-
-    def met(key: str, least: float) -> str:
-        value = m.get(key, 0.0)
-        return (
-            "no"
-            if value < least
-            else "yes"
-            if m.get(f"{key}_lo", value) >= least
-            else "by its mean"
-        )
-
-    rows = []
-    for words, key, least in (
-        ("reward gain, as a share of the unshielded one", "gain_kept", GAIN), ("places of the top 10 kept", "top10_overlap", HELD),
-        ("places kept that items held out from the bases had", "overlap_held", HELD), ("users whose first item is the same", "top1_same", FIRST),
-        ("users with the same ten (beyond the target)", "top10_set_same", HELD), ("users with the same list (beyond the target)", "top10_exact", HELD),
-    ):  # fmt: skip
-        free = (
-            "100 %" if key == "gain_kept" and f"shielded/{key}" in m else shown(f"unshielded/{key}")
-        )
-        rows.append({"measure": words, "target": f"at least {share(least)}", "unshielded": free, "shielded": shown(f"shielded/{key}"),
-                     "met": met(f"shielded/{key}", least)})  # fmt: skip
-    rows.insert(
-        4,
-        {
-            "measure": "relative change of NDCG@10, up or down",
-            "target": f"below {share(NDCG)}",
-            **_ndcg_moved(m),
-        },
-    )
-    return pd.DataFrame(rows)
-
-
-def _ndcg_moved(m: Mapping[str, Any]) -> dict[str, str]:
-    """NDCG@10 after tuning, relative to the base's, and the ends of its interval likewise."""
-    base = _get(m, "base/ndcg@10")
-    moved = {
-        arm: [_get(m, f"{arm}/ndcg@10_change{end}") / base for end in ("", "_lo", "_hi")]
-        for arm in SHARED
-    }
-    value, *ends = map(abs, moved["shielded"])
-    verdict = "no" if value >= NDCG else "yes" if max(ends) < NDCG else "by its mean"
-    signed = {
-        arm: [share(v) if v == 0 or share(v)[0] in "−<" else f"+{share(v)}" for v in values]
-        for arm, values in moved.items()
-    }
-    return {arm: f"{v} [{lo}, {hi}]" for arm, (v, lo, hi) in signed.items()} | {"met": verdict}
-
-
-def audit_table(found: Mapping[str, Any]) -> pd.DataFrame:
-    """The shielded arm's measures beside the thresholds of ``policy.yaml``: measure, value, passes if, verdict."""
-    policy = audit.load_policy()
-    limits = {
-        "gini_base": "not judged: the ranker before tuning",
-        "gini_after": f"within {policy.gini_change:g} of gini_base",
-    }
-    return pd.DataFrame(
-        [
-            {
-                "measure": name,
-                "value": number(found[name], 4),
-                "passes if": limits.get(name) or f"at most {getattr(policy, name):g}",
-                "verdict": "shown only"
-                if name == "gini_base"
-                else "pass"
-                if found[f"{name}_ok"]
-                else "FAIL",
-            }
-            for name in runs.AUDITED
-        ]
-    )
-
-
-def parameter_table(params: Params) -> pd.DataFrame:
-    """All parameters beside the smoke defaults; columns stage, parameter, value, smoke default, changed."""
-    smoke, given = Params().as_dict(), params.as_dict()
-    stages = {name: stage.name for stage in reversed(STAGES) for name in owned_by(stage.name)}
-    return pd.DataFrame(
-        [
-            {
-                "stage": COMMON if name in owned_by("environment") else stages[name],
-                "parameter": name,
-                "value": str(value),
-                "smoke default": str(smoke[name]),
-                "changed": value != smoke[name],
-            }
-            for name, value in given.items()
-        ]
-    )
-
-
-def provenance(e: Evidence) -> list[tuple[str, str]]:
-    """Commit, machine, seed and versions, as the manifest has them."""
-    m = e.manifest
-    state = {True: " with uncommitted changes", False: ""}.get(
-        m.get("git_dirty"), " (state of the tree unknown)"
-    )
-    versions = ", ".join(
-        f"{name} {version}" for name, version in (m.get("versions") or {}).items() if version
-    )
-    return [
-        (
-            "commit",
-            f"{m['git_commit']}{state}"
-            if m.get("git_commit")
-            else "none: not run from a repository with a commit",
-        ),
-        ("device", str(m.get("device"))),
-        ("processor", f"{m.get('cpu')}, {m.get('threads')} threads"),
-        ("seed", str(e.params.seed)),
-        ("versions", versions),
-    ]
-
-
-def stage_table(manifest: Mapping[str, Any]) -> pd.DataFrame:
-    """Seconds and time of each finished stage, and the start of the sha256 of its metrics file."""
-    rows = []
-    for name, entry in manifest["stages"].items():
-        file = f"metrics/{runs.metrics_name(name)}.json"
-        rows.append(
-            {
-                "stage": name,
-                "seconds": f"{entry['seconds']:.1f}",
-                "finished (UTC)": entry["finished_at"],
-                "metrics file": file,
-                "sha256": entry["outputs"].get(file, "")[:12],
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-# --- figures and the page --------------------------------------------------------------------------------
-
-CAPTIONS = {  # in the order of the page: (caption, source)
-    "ranking_moved": (
-        "What is left of the base top 10 after tuning, over all users, and the ranking's quality.",
-        EVALUATION,
-    ),
-    "tradeoff": (
-        "Reward of held-out users against the share of the base top 10 that is kept.",
-        EVALUATION,
-    ),
-    "reward_parts": (
-        "Reward, its three parts and the judge's quality; error bars are ±1.96 standard errors.",
-        "artifacts/explanations.parquet",
-    ),
-    "ctr_lift": (
-        "Simulated click rate relative to the base arm. The dotted line is the most that the published account's "
-        "click model can give, where length alone is quality.",
-        EVALUATION,
-    ),
-    "sensitivity": (
-        "The shielded arm's lift with two of the click model's assumptions multiplied at a time; outlined where it is below 1.",
-        "artifacts/sensitivity.parquet",
-    ),
-    "controls": (
-        "Texts composed by rule against the shielded policy, on the same users.",
-        EVALUATION,
-    ),
-    "frontier": (
-        "What each way of shielding keeps of the ranking and of the reward.",
-        "curves/frontier.csv",
-    ),
-    "ablations": (
-        "What becomes of reward and ranking when one thing is changed.",
-        "artifacts/ablations.parquet",
-    ),
-    "ppo_curves": (
-        "PPO by step. Every step has new prompts, so single steps are noisy.",
-        "curves/shielded_ppo.csv",
-    ),
-    "spectrum": (
-        "Energy of the item texts' activations outside the protected directions.",
-        "artifacts/subspaces.safetensors",
-    ),
-    "overlap_by_layer": (
-        "Share of the explanation prompts' energy that lies inside the protected subspace.",
-        "artifacts/overlap.parquet",
-    ),
-    "ranker_training": ("Training of the ranker, which is frozen afterwards.", "curves/ranker.csv"),
-    "data_overview": (
-        "The data: popularity, history lengths, genres.",
-        "artifacts/interactions.parquet",
-    ),
-    "recommendation_concentration": (
-        "How unevenly items are recommended before and after tuning.",
-        "artifacts/top10.parquet",
-    ),
-}
-
-
-def figures(e: Evidence) -> dict[str, Figure]:
-    """The figures drawn from this run's numbers, by name."""
-    more = {}
-    if e.frontier is not None:
-        more["frontier"] = plots.frontier(e.frontier)
-    if e.ablations is not None:
-        more["ablations"] = plots.ablations(e.ablations)
-    if e.sensitivity is not None:
-        more["sensitivity"] = plots.sensitivity(e.sensitivity)
-    if any(key.startswith(results.CONTROL) for key in e.evaluation):
-        more["controls"] = plots.controls(e.evaluation)
-    base, after = (study.top_array(e.top10, arm) for arm in ("base", "shielded"))
-    return {
-        "ranking_moved": plots.ranking_moved(e.evaluation),
-        "tradeoff": plots.tradeoff(e.evaluation),
-        "reward_parts": plots.reward_parts(e.explanations),
-        "ctr_lift": plots.ctr_lift(e.evaluation, clicks.paper_ceiling()),
-        "ppo_curves": plots.ppo_curves(e.curves["ppo"]),
-        "spectrum": plots.spectrum(e.protected),
-        "overlap_by_layer": plots.overlap_by_layer(e.overlap),
-        "ranker_training": plots.ranker_training(e.curves["ranker"]),
-        "data_overview": plots.data_overview(e.interactions, e.items),
-        "recommendation_concentration": plots.recommendation_concentration(
-            base, after, len(e.items)
-        ),
-        **more,
-    }
-
-
-def inline_svg(svg: str, name: str, label: str) -> Markup:
-    """An SVG document as an element of the page: scalable, labelled, its ids made unique by ``name``."""
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'\bid="', f'id="{name}-', body)
-    body = re.sub(r'(xlink:href="|href="|url\()#', rf"\g<1>#{name}-", body)
-    head, _, rest = body.partition(">")
-    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
-    width = float(re.search(r'viewBox="0 0 ([\d.]+)', head)[1])
-    return Markup(
-        f'{head} role="img" style="max-width:{math.ceil(width * 4 / 3)}px" '
-        + f'aria-label="{Markup.escape(label)}">'
-    ) + Markup(rest)
-
-
-def render(e: Evidence, pictures: Mapping[str, str]) -> str:
-    """The page from the evidence and the figures' SVG documents by name; of ``CAPTIONS``, those that there are."""
-    environment = Environment(
-        loader=FileSystemLoader(paths.LIBRARY / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    captions = CAPTIONS | {"frontier": (CAPTIONS["frontier"][0] + _elsewhere(e), e.frontier_source)}
-    shown = [
-        {
-            "svg": inline_svg(pictures[name], name, caption),
-            "caption": caption,
-            "source": source,
-            "number": i,
-        }
-        for i, (name, (caption, source)) in enumerate(
-            ((n, c) for n, c in captions.items() if n in pictures), 1
-        )
-    ]
-    return environment.get_template("report.html.j2").render(
-        run=e.params.run,
-        smoke=e.smoke,
-        seed=e.params.seed,
-        n_users=len(e.users),
-        n_judged=e.explanations["user"].nunique(),
-        summary=summary(e.evaluation),
-        claims=claims(e.evaluation),
-        headline=headline(e.evaluation),
-        doubts=not_shown(e),
-        figures=shown,
-        examples=examples(e),
-        percentiles=PERCENTILES,
-        measures=evidence_tables(e.evaluation),
-        prices=price_tables(e),
-        audit=audit_table(e.metrics["audit"]),
-        parameters=parameter_table(e.params),
-        provenance=provenance(e),
-        stages=stage_table(e.manifest),
-    )
-
-
-def build(stage: runs.StageRun) -> Path:
-    """Write ``runs/<run>/report.html`` and ``figures/<run>/*.svg``; returns the page's path, an output of ``stage``."""
-    import matplotlib.pyplot as plt
-
-    e = gather(stage)
-    pictures = {}
-    for name, fig in figures(e).items():
-        pictures[name] = plots.save(fig, e.params.run, name).read_text(encoding="utf-8")
-        plt.close(fig)  # or a notebook would show it a second time
-    path = stage.output("report.html", folder="")
-    write_atomic(path, render(e, pictures))
-    return path

@@ -1,227 +1,200 @@
-"""Published runs: ``make sync-reference RUN=laptop`` copies a run's small files, and refreshes the README from them.
+"""Publishing: notebook 09 as one HTML page, and a finished run's small files for the repository.
 
-``runs/reference/<run>/`` holds parameters, manifest, metrics and curves; ``figures/reference/<run>/`` the
-report's figures. ``make sync-frontier RUN=front`` publishes the full frontier of a run, however few of its other stages
-have run: ``runs/reference/frontier/`` holds its rows, parameters and manifest (``notes.json`` there is about the files of other
-origin beside them). The README's two tables stand between marker lines and are never typed by hand.
+``make sync-reference RUN=laptop`` copies parameters, manifest, metrics, curves and notebooks to
+``runs/reference/laptop/`` and the figures to ``figures/reference/laptop/``, and writes the README's
+table of results. ``make sync-frontier RUN=front`` copies the rows of a full frontier.
 """
 
 import argparse
+import html
+import json
+import re
 import shutil
 from pathlib import Path
-
-import pandas as pd
+from typing import Any
 
 from recrl_lib import paths, runs
-from recrl_lib.evaluation import frontier
-from recrl_lib.params import PIPELINE
+from recrl_lib.evaluation.findings import rows_of, words
+from recrl_lib.params import PIPELINE, stage_named
 from recrl_lib.runs import sha256_file, write_atomic
 
-COLUMNS = {  # README heading: metric, decimals
-    "reward": ("reward", 3),
-    "CTR lift (95 % interval)": ("ctr_lift", 3),
-    "judged quality": ("quality", 3),
-    "NDCG@10": ("ndcg@10", 4),
-    "top-10 overlap": ("top10_overlap", 3),
-    "top-1 same": ("top1_same", 3),
-    "max abs. score change": ("max_abs_score_delta", 3),
+NOTEBOOK_BYTES = 3_000_000  # the most that the executed notebooks of a published run may weigh
+MARKER = "<!-- results -->"  # stands before and after the README's table
+COLUMNS = {  # heading in the README: measure, against
+    "reward": ("reward", ""),
+    "simulated clicks, times base": ("ctr_lift", "base"),
+    "NDCG@10": ("ndcg@10", ""),
+    "top-10 places kept": ("top10_overlap", ""),
+    "largest score change": ("max_abs_score_delta", ""),
 }
-SETTINGS = {  # the rows of the README's frontier: fields of ``frontier.Point``
-    "no shield": {"mode": "none"},
-    "random directions, 311 of 576": {"basis": "random", "rank": 311},
-    "the gradient projected (the published method)": {"mode": "gradient"},
-    "the update projected, textbook basis": {"energy": 0.99},
-    "the update projected, contrastive basis": frontier.CONTRASTIVE,
-    "that, with a replay penalty": frontier.REPLAYED,
-    "that, with the replay, energy .999 in place of .99": {**frontier.REPLAYED, "energy": 0.999},
-    "that, with the replay, which favours the boundary of the top ten": {
-        **frontier.REPLAYED,
-        "replay": "boundary",
-    },
-    "that, with the replay, settled afterwards": {**frontier.REPLAYED, "settle": 150},
-    "a replay penalty alone, weight 1": {"mode": "penalty", "penalty": 1.0},
-    "a replay penalty alone, weight 10": {"mode": "penalty", "penalty": 10.0},
-    "a replay penalty alone, weight 100": {"mode": "penalty", "penalty": 100.0},
-    "activated LoRA, never merged": {"mode": "alora"},
-}
-SHARES = {
-    "top-10 places kept": "overlap",
-    "of items no basis had seen": "overlap_held",
-    "first places kept": "top1_same",
-    "learning kept": "gain_loss",
-}
+TAGS = (
+    "a article b blockquote br caption code dd div dl dt em h1 h2 h3 h4 hr i img li mark ol p pre "
+    "span strong table tbody td th thead tr ul"
+)
+DROPPED = ["script", "style", "iframe", "object", "embed", "form", "link", "meta", "base", "svg"]
+ATTRIBUTES = "alt class colspan height rowspan scope start title width"
+
+
+def render_report(run: str) -> Path:
+    """Write ``runs/<run>/report.html`` from the executed notebook 09 and return its path.
+
+    Code is hidden, what could load or run anything is removed, and images are embedded, so that the
+    page needs no network. Raises ``RuntimeError`` if the notebook has not been executed.
+    """
+    from bs4 import BeautifulSoup
+    from nbconvert import HTMLExporter
+
+    source = runs.run_folder(run) / "notebooks" / stage_named("report").notebook
+    if not source.is_file():
+        raise RuntimeError(f"{runs.display(source)} is missing: make all RUN={run}")
+    shown = {f"exclude_{part}": True for part in ("input", "input_prompt", "output_prompt")}
+    exporter = HTMLExporter(template_name="basic", exclude_anchor_links=True, **shown)
+    page = BeautifulSoup(_sanitised(exporter.from_filename(str(source))[0]), "html.parser")
+    entries = []
+    for number, heading in enumerate(page.find_all("h2"), 1):
+        heading["id"] = f"section-{number}"
+        entries.append(f'<li><a href="#section-{number}">{html.escape(heading.text)}</a></li>')
+    for picture in page.select("img:not([src])"):
+        picture.decompose()
+    for wide in page.select("div.output_html"):
+        wide["tabindex"] = "0"  # so that a keyboard can scroll it
+    contents = f'<nav aria-label="Contents"><ul>{"".join(entries)}</ul></nav>'
+    page.h1.insert_after(BeautifulSoup(contents, "html.parser"))
+    skeleton = (paths.LIBRARY / "report.html").read_text(encoding="utf-8")
+    parts = {"title": html.escape(f"{page.h1.text}: run {run}"), "body": str(page)}
+    target = runs.run_folder(run) / "report.html"
+    write_atomic(target, re.sub("{{(title|body)}}", lambda name: parts[name[1]], skeleton))
+    return target
+
+
+def _sanitised(body: str) -> str:
+    """``body`` with harmless tags and attributes, embedded images and local links only."""
+    import bleach
+    from bs4 import BeautifulSoup
+
+    def allowed(tag: str, name: str, value: str) -> bool:
+        if name == "src":
+            return tag == "img" and value.startswith("data:image/")
+        if name == "href":
+            return tag == "a" and re.fullmatch(r"[\w./#%-]*", value) is not None
+        return name in ATTRIBUTES.split()
+
+    soup = BeautifulSoup(body, "html.parser")
+    for tag in soup(DROPPED):
+        tag.decompose()
+    return bleach.clean(str(soup), TAGS.split(), allowed, protocols=["data", "http"], strip=True)
 
 
 def sync(run: str) -> Path:
-    """Copy ``run``'s small files to the reference folders and refresh the README's table.
+    """Copy the small files of ``run`` to ``runs/reference/<run>/`` and write the README's table.
 
-    Raises ``RuntimeError`` if a stage is missing or out of date, or ran on a dirty git tree, or if the tree is dirty now.
+    Raises ``RuntimeError`` if a stage is missing, out of date or ran on uncommitted changes, if the
+    tree has such changes now, or if the notebooks are too large.
     """
-    params = runs.read_params(run)
+    params, manifest = runs.read_params(run), runs.read_manifest(run)
+    again = f"make all RUN={run}, with the run's profile and seed"
     if params is None:
-        raise RuntimeError(f"runs/{run} does not exist: make all RUN={run}")
-    stale = [stage.name for stage in PIPELINE if not runs.up_to_date(stage.name, params)]
-    if stale:
+        raise RuntimeError(f"runs/{run} does not exist: {again}")
+    if stale := [stage.name for stage in PIPELINE if not runs.up_to_date(stage.name, params)]:
+        raise RuntimeError(f"runs/{run}: {', '.join(stale)} unfinished or out of date: {again}")
+    _check_source(manifest, f"{again} and FORCE=1")
+    if runs.git_state()[1] is not False:
         raise RuntimeError(
-            f"runs/{run}: stages {', '.join(stale)} are missing, failed or out of date: make all RUN={run}, with the run's profile and seed"
-        )
-    manifest = runs.read_manifest(run)
-    drawn = sorted((paths.FIGURES / run).glob("*.svg"))
-    if not drawn:
-        raise RuntimeError(
-            f"figures/{run} holds no figure: make all RUN={run} FORCE=1, with the run's profile and seed"
-        )
-    _check_source(manifest, f"make all RUN={run} FORCE=1, with the run's profile and seed")
-    if (
-        runs.git_state()[1] is not False
-    ):  # what is published must be what the commit's code reads and writes
-        raise RuntimeError(
-            f"the git tree has uncommitted changes, or is none (see git status): commit or remove them, then make sync-reference RUN={run}"
+            "the git tree has uncommitted changes, or is none (see git status): commit or remove "
+            f"them, then make sync-reference RUN={run}"
         )
     source, target = runs.run_folder(run), paths.REFERENCE / run
-    shutil.rmtree(target, ignore_errors=True)
-    written = [
+    files = [
         name
         for stage in manifest["stages"].values()
         for name in stage["outputs"]
         if name.startswith(("metrics/", "curves/"))
     ]
-    for name in ("params.yaml", "manifest.json", *written):
+    notebooks = {p.name: _without_paths(p) for p in sorted((source / "notebooks").glob("*.ipynb"))}
+    if (size := sum(map(len, notebooks.values()))) > NOTEBOOK_BYTES:
+        largest = max(notebooks, key=lambda name: len(notebooks[name]))
+        raise RuntimeError(
+            f"runs/{run}/notebooks: {size / 1e6:.1f} MB, more than {NOTEBOOK_BYTES / 1e6:g}: "
+            f"draw less in {largest}"
+        )
+    readme = _readme_with_results(run)
+    shutil.rmtree(target, ignore_errors=True)
+    for name in ("params.yaml", "manifest.json", *files):
         write_atomic(target / name, (source / name).read_bytes())
+    for name, content in notebooks.items():
+        write_atomic(target / "notebooks" / name, content)
     figures = paths.FIGURES / "reference" / run
     shutil.rmtree(figures, ignore_errors=True)
-    for path in drawn:
+    for path in sorted((paths.FIGURES / run).glob("*.svg")):
         write_atomic(figures / path.name, path.read_bytes())
-    readme = paths.ROOT / "README.md"
-    write_atomic(readme, with_table(readme.read_text(encoding="utf-8"), "reference", table(run)))
+    write_atomic(paths.ROOT / "README.md", readme)
     return target
 
 
 def sync_frontier(run: str) -> Path:
-    """Copy the full frontier that ``run``'s notebook 04 ran, and refresh the README's table of it.
+    """Copy the rows of the full frontier that notebook 04 of ``run`` measured, with their source.
 
-    Raises ``RuntimeError`` if the stage has not finished, had another set of points, a stage ran on a dirty git tree, or the rows are
-    not those that the stage wrote. Nothing is written then.
+    Raises ``RuntimeError`` if the stage has not finished a full frontier, ran on uncommitted
+    changes, or its rows have changed since.
     """
     params, folder, manifest = runs.read_params(run), runs.run_folder(run), runs.read_manifest(run)
-    again = f'make all RUN={run} TO=shield SET="frontier_points=full frontier_seeds=3 frontier_users=64", with the run\'s profile and seed'
+    setting = "frontier_points=full frontier_seeds=3 frontier_users=64"
+    again = f'make all RUN={run} TO=shield SET="{setting}"'
     stage = manifest["stages"].get("shield", {})
-    if stage.get("status") != "finished" or params.frontier_points != "full":
+    if params is None or stage.get("status") != "finished" or params.frontier_points != "full":
         raise RuntimeError(f"runs/{run}: notebook 04 has not finished a full frontier: {again}")
-    _check_source(manifest, f"{again} and FORCE=1")
-    path = folder / "curves" / "frontier.csv"
-    if not path.is_file() or sha256_file(path) != stage["outputs"]["curves/frontier.csv"]:
-        raise RuntimeError(
-            f"{runs.display(path)} is missing or has changed since notebook 04 wrote it: {again}"
-        )
-    target, readme = paths.REFERENCE / "frontier", paths.ROOT / "README.md"
-    text = with_table(
-        readme.read_text(encoding="utf-8"), "frontier", frontier_table(pd.read_csv(path), manifest)
-    )
-    for source in (path, folder / "params.yaml", folder / "manifest.json"):
+    _check_source(manifest, f"{again} FORCE=1")
+    rows = folder / "curves" / "frontier.csv"
+    if not rows.is_file() or sha256_file(rows) != stage["outputs"]["curves/frontier.csv"]:
+        raise RuntimeError(f"{runs.display(rows)} is not what notebook 04 wrote: {again} FORCE=1")
+    target = paths.REFERENCE / "frontier"
+    for source in (rows, folder / "params.yaml", folder / "manifest.json"):
         write_atomic(target / source.name, source.read_bytes())
-    write_atomic(readme, text)
     return target
 
 
-def _check_source(manifest: dict, again: str) -> None:
-    """``RuntimeError`` if a stage of the run has no commit that is its code."""
-    if any(
-        stage["git_dirty"] or stage["git_commit"] is None for stage in manifest["stages"].values()
-    ):
+def _check_source(manifest: dict[str, Any], again: str) -> None:
+    stages = manifest["stages"].values()
+    if any(stage["git_dirty"] or stage["git_commit"] is None for stage in stages):
         raise RuntimeError(
-            f"runs/{manifest['run']}: it ran on uncommitted changes, so its numbers have no source; commit, then {again}"
+            f"runs/{manifest['run']}: ran on uncommitted changes, so its numbers have no "
+            f"source; commit, then {again}"
         )
 
 
-def frontier_table(rows: pd.DataFrame, manifest: dict) -> str:
-    """Main settings of a frontier's ``rows`` in Markdown, with their run's provenance below: means over seeds, and the least and the most.
-
-    ``RuntimeError`` for a setting that has no row.
-    """
-    rows = frontier.with_gains(rows)
-    lines = ["| " + " | ".join(("training", *SHARES)) + " |", "|---" * (len(SHARES) + 1) + "|"]
-    for label, setting in SETTINGS.items():
-        points = frontier.of_setting(rows, setting)
-        if points.empty:
-            raise RuntimeError(f"the frontier has no row for {label!r}: {setting}")
-        ends = {
-            name: (points[name].mean(), points[name].min(), points[name].max())
-            for name in SHARES.values()
-        }
-        cells = [
-            f"{mean:.1%}" if lo == hi else f"{mean:.1%} ({lo:.1%} to {hi:.1%})"
-            for mean, lo, hi in ends.values()
-        ]
-        lines.append("| " + " | ".join((label, *cells)) + " |")
-    seeds, steps = rows["seed"].nunique(), rows["steps"].max()
-    return "\n".join(
-        (
-            *lines,
-            "",
-            f"{steps} steps each; means over {seeds} seeds (least to most). Run `{manifest['run']}`: seed {manifest['seed']}, {manifest['device']}, "
-            f"commit `{manifest['git_commit'][:10]}`. Source: [`runs/reference/frontier/frontier.csv`](runs/reference/frontier/frontier.csv).",
-        )
-    )
+def _without_paths(path: Path) -> str:
+    """The notebook as text, without the folders and times that papermill notes in it."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for part in (notebook, *notebook["cells"]):
+        part["metadata"].pop("papermill", None)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
-def table(run: str) -> str:
-    """The headline table of a reference run in Markdown, with its provenance below."""
-    folder = Path("reference") / run
-    metrics, manifest = (
-        runs.read_metrics(folder.as_posix(), "evaluation"),
-        runs.read_manifest(folder.as_posix()),
-    )
-    lines = ["| arm | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+def _readme_with_results(run: str) -> str:
+    """The README with the main results of ``run``, one row an arm, between its markers."""
+    table, manifest = runs.read_results(run, "evaluation"), runs.read_manifest(run)
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for arm in runs.ARMS:
-        cells = []
-        for name, decimals in COLUMNS.values():
-            text = f"{metrics[f'{arm}/{name}']:.{decimals}f}"
-            if name == "ctr_lift":
-                text += f" ({metrics[f'{arm}/ctr_lift_lo']:.{decimals}f} to {metrics[f'{arm}/ctr_lift_hi']:.{decimals}f})"
-            cells.append(text)
+        cells = (words(rows_of(table, m, arm, against)) for m, against in COLUMNS.values())
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    seconds = sum(stage["seconds"] for stage in manifest["stages"].values())
-    lines.append("")
+    minutes = sum(stage["seconds"] for stage in manifest["stages"].values()) / 60
     lines.append(
-        f"Run `{run}`: seed {manifest['seed']}, {metrics['eval_users']} held-out users, {manifest['device']}, {manifest['threads']} threads, "
-        f"{seconds / 60:.0f} minutes, commit `{manifest['git_commit'][:10]}`. "
-        f"Source: [`runs/reference/{run}/metrics/evaluation.json`](runs/reference/{run}/metrics/evaluation.json)."
+        f"\nIn brackets 95 % intervals over users. Run `{run}`: seed {manifest['seed']}, "
+        f"{manifest['device']}, {minutes:.0f} minutes, commit `{manifest['git_commit'][:10]}`, "
+        f"[all numbers](runs/reference/{run}/metrics/evaluation.csv)."
     )
-    return "\n".join(lines)
-
-
-def markers(name: str) -> tuple[str, str]:
-    """The lines of the README before and after the table ``name``."""
-    return f"<!-- {name} table: begin -->", f"<!-- {name} table: end -->"
-
-
-def with_table(readme: str, name: str, content: str) -> str:
-    """``readme`` with ``content`` between the markers of ``name``. ``RuntimeError`` if they are missing."""
-    begin, end = markers(name)
-    if (
-        readme.count(begin) != 1
-        or readme.count(end) != 1
-        or readme.index(begin) > readme.index(end)
-    ):
-        raise RuntimeError(
-            f"README.md: needs the lines {begin} and {end}, once each and in this order"
-        )
-    return (
-        readme[: readme.index(begin)]
-        + f"{begin}\n{content}\n{end}"
-        + readme[readme.index(end) + len(end) :]
-    )
+    parts = (paths.ROOT / "README.md").read_text(encoding="utf-8").split(MARKER)
+    if len(parts) != 3:
+        raise RuntimeError(f"README.md: needs the line {MARKER} twice, before and after the table")
+    return f"{parts[0]}{MARKER}\n" + "\n".join(lines) + f"\n{MARKER}{parts[2]}"
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True)
     parser.add_argument("--frontier", action="store_true", help="publish the run's frontier alone")
     args = parser.parse_args()
     try:
-        print(
-            f"copied to {runs.display((sync_frontier if args.frontier else sync)(args.run))}; the README's table is up to date"
-        )
+        print("copied to", runs.display((sync_frontier if args.frontier else sync)(args.run)))
     except RuntimeError as error:
         raise SystemExit(f"FAILED {error}") from None

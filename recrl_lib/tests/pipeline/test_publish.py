@@ -1,228 +1,216 @@
-"""Published runs: what is copied, what is refused, and that the README shows the reference run's numbers."""
+"""The rendered report, and published runs: what is copied, and what is refused."""
 
+import base64
 import json
 import re
-from dataclasses import asdict
 
 import pandas as pd
 import pytest
 
 from recrl_lib import paths, runs
-from recrl_lib.evaluation import frontier
 from recrl_lib.params import Params
 from recrl_lib.pipeline import publish
 from recrl_lib.runs import sha256_file, write_atomic
+from recrl_lib.tests.conftest import code, markdown, notebook
 
-BEGIN, END = publish.markers("reference")
-README = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+PIXEL = base64.b64encode(
+    bytes.fromhex(
+        "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"
+        "0000000d49444154789c636060606000000005000157a7a2d40000000049454e44ae426082"
+    )
+).decode()
+HOSTILE = (
+    "<script>alert(1)</script> [a](javascript:alert(2)) $x$ {{body}} {7} "
+    '<a href="java&#10;script:alert(3)">b</a> <img src="https://example.org/c.png" onerror="d()"> '
+    '<img src="data:text/html,e"> ![f](http://example.org/g.png) [h](https://example.org)'
+)
 
 
 @pytest.fixture
-def finished(tmp_path, monkeypatch):
-    """A run folder in which every stage claims to be finished."""
-    for name in ("RUNS", "FIGURES", "REFERENCE"):
-        monkeypatch.setattr(
-            paths,
-            name,
-            {
-                "RUNS": tmp_path / "runs",
-                "FIGURES": tmp_path / "figures",
-                "REFERENCE": tmp_path / "runs" / "reference",
-            }[name],
-        )
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
+def place(tmp_path, monkeypatch):
+    for name in ("RUNS", "FIGURES", "ROOT"):
+        monkeypatch.setattr(paths, name, tmp_path / name.lower() if name != "ROOT" else tmp_path)
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "runs" / "reference")
+    return tmp_path
+
+
+def output(**data: str) -> dict:
+    cell = code("secret_code()")
+    data = {name.replace("_", "/"): text for name, text in data.items()}
+    cell["outputs"] = [{"output_type": "display_data", "data": data, "metadata": {}}]
+    return cell
+
+
+@pytest.fixture
+def report(place):
+    cells = (
+        markdown(f"# Report {HOSTILE}"),
+        markdown(f"## Results {HOSTILE}"),
+        output(image_png=PIXEL, text_plain="<Figure>"),
+        output(
+            text_html=f"<style>td {{color: red}}</style><table><tr><th>{HOSTILE}</th></tr></table>"
+        ),
+        output(application_javascript="alert(8)", text_plain="plain"),
+        code("print()", output=f"said {HOSTILE}\n"),
+        markdown("## Rest\n\n> quoted & [local](metrics/evaluation.csv)"),
+    )
+    cells[2]["metadata"]["alt"] = "a curve that rises"
+    write_atomic(
+        place / "runs" / "r" / "notebooks" / "09_report.ipynb", json.dumps(notebook(*cells))
+    )
+    path = publish.render_report("r")
+    assert path == place / "runs" / "r" / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_report_loads_and_runs_nothing(report):
+    from bs4 import BeautifulSoup
+
+    page = BeautifulSoup(report, "html.parser")
+    assert not page(["script", "iframe", "link", "object", "svg"])
+    assert not re.search("require.js|mathjax", report, re.IGNORECASE)
+    links = [tag[name] for tag in page.find_all() for name in ("src", "href") if tag.get(name)]
+    assert all(re.match("data:image/png;base64,|#section-|metrics/", link) for link in links), links
+    assert not [name for tag in page.find_all() for name in tag.attrs if name.startswith("on")]
+    policy = page.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
+    assert "default-src 'none'" in policy and "img-src data:" in policy
+    assert "secret_code" not in report and "color: red" not in report
+
+
+def test_the_report_is_readable(report):
+    from bs4 import BeautifulSoup
+
+    page = BeautifulSoup(report, "html.parser")
+    assert page.html["lang"] == "en" and page.title.text.endswith(": run r")
+    assert page.find("meta", {"name": "viewport"})["content"].startswith("width=device-width")
+    assert [a["href"] for a in page.nav("a")] == ["#section-1", "#section-2"]
+    assert [h["id"] for h in page("h2")] == ["section-1", "section-2"]
+    assert page.img["src"].endswith(PIXEL) and page.img["alt"] == "a curve that rises"
+    assert "$x$ {{body}} {7}" in page.h1.text and "quoted &" in page.blockquote.text
+    assert f"said {HOSTILE}" in page.find_all("pre")[-1].text  # printed text stays as it is
+    assert "max-width: 100%" in page.style.text and page.table.find_parent("div")["tabindex"] == "0"
+
+
+def test_a_report_that_was_not_executed_is_refused(place):
+    with pytest.raises(RuntimeError, match="09_report.ipynb is missing: make all RUN=r"):
+        publish.render_report("r")
+
+
+# --- published runs
+
+
+def results() -> pd.DataFrame:
+    rows = [
+        {"arm": arm, "against": against, "group": "all", "measure": measure, "value": 0.5}
+        for arm in runs.ARMS
+        for measure, against in publish.COLUMNS.values()
+    ]
+    return pd.DataFrame(rows).assign(low=0.25, high=0.75, n=128, seeds=1)
+
+
+@pytest.fixture
+def finished(place, monkeypatch):
+    """A run folder in which every stage is finished, and a README with the markers."""
     monkeypatch.setattr(runs, "up_to_date", lambda stage, params: True)
     monkeypatch.setattr(runs, "git_state", lambda: ("c" * 40, False))
-    runs.write_params(Params(run="r"))
-    metrics = {
-        f"{arm}/{name}": 0.5
-        for arm in runs.ARMS
-        for name in (*[n for n, _ in publish.COLUMNS.values()], "ctr_lift_lo", "ctr_lift_hi")
-    }
-    folder = tmp_path / "runs" / "r"
-    write_atomic(folder / "metrics" / "evaluation.json", json.dumps(metrics | {"eval_users": 7}))
+    runs.write_params(Params(run="r", frontier_points="full"))
+    folder = place / "runs" / "r"
+    write_atomic(folder / "metrics" / "evaluation.csv", results().to_csv(index=False))
+    write_atomic(folder / "curves" / "frontier.csv", "seed\n0\n")
     write_atomic(folder / "curves" / "old.csv", "left over from another setting")
-    stage = {
-        "seconds": 60.0,
-        "git_commit": "c" * 40,
-        "git_dirty": False,
-        "outputs": {"metrics/evaluation.json": "", "artifacts/big": ""},
+    write_atomic(place / "figures" / "r" / "a.svg", "<svg/>")
+    cells = [markdown("# Report"), code("1", count=1)]
+    for part in (executed := notebook(*cells))["cells"]:
+        part["metadata"]["papermill"] = {"start_time": "now"}
+    executed["metadata"]["papermill"] = {"output_path": "/home/somebody/runs/r"}
+    write_atomic(folder / "notebooks" / "09_report.ipynb", json.dumps(executed))
+    stage = {"status": "finished", "seconds": 60.0, "git_commit": "c" * 40, "git_dirty": False}
+    frontier = sha256_file(folder / "curves" / "frontier.csv")
+    stages = {
+        "shield": stage | {"outputs": {"curves/frontier.csv": frontier, "artifacts/big": ""}},
+        "evaluation": stage | {"outputs": {"metrics/evaluation.csv": ""}},
     }
-    manifest = {
-        "run": "r",
-        "seed": 0,
-        "device": "cpu",
-        "threads": 2,
-        "git_commit": "c" * 40,
-        "git_dirty": False,
-        "stages": {"evaluation": stage},
-    }
+    manifest = {"run": "r", "seed": 0, "device": "cpu", "git_commit": "c" * 40, "stages": stages}
     write_atomic(folder / "manifest.json", json.dumps(manifest))
-    write_atomic(tmp_path / "figures" / "r" / "a.svg", "<svg/>")
-    write_atomic(tmp_path / "README.md", f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    marker = publish.MARKER
+    write_atomic(place / "README.md", f"before\n{marker}\nold\n{marker}\nafter\n")
     return folder
 
 
-def test_copies_the_small_files_of_this_run_and_refreshes_the_readme(finished):
+def change(folder, stage: str, **fields) -> None:
+    manifest = runs.read_manifest(folder.name)
+    manifest["stages"][stage] |= fields
+    write_atomic(folder / "manifest.json", json.dumps(manifest))
+
+
+def untouched() -> bool:
+    return not paths.REFERENCE.exists() and "old" in (paths.ROOT / "README.md").read_text()
+
+
+def test_small_files_are_copied_and_the_readme_is_written(finished):
+    write_atomic(paths.REFERENCE / "r" / "metrics" / "evaluation.json", "from an earlier version")
     target = publish.sync("r")
-    copied = sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file())
-    assert copied == ["manifest.json", "metrics/evaluation.json", "params.yaml"]
+    assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()) == [
+        "curves/frontier.csv",
+        "manifest.json",
+        "metrics/evaluation.csv",
+        "notebooks/09_report.ipynb",
+        "params.yaml",
+    ]
+    assert "papermill" not in (target / "notebooks" / "09_report.ipynb").read_text()
     assert (paths.FIGURES / "reference" / "r" / "a.svg").exists()
     readme = (paths.ROOT / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
-    assert "| shielded | 0.500 | 0.500 (0.500 to 0.500)" in readme and "7 held-out users" in readme
+    assert "| shielded | 0.500 [0.250, 0.750] |" in readme and "2 minutes, commit `cccccccccc`" in readme
+    publish.sync("r")  # a second time changes nothing
+    assert (paths.ROOT / "README.md").read_text() == readme
 
 
-def test_a_run_on_uncommitted_changes_is_refused(finished):
-    manifest = json.loads((finished / "manifest.json").read_text())
-    manifest["stages"]["evaluation"]["git_dirty"] = True
-    write_atomic(finished / "manifest.json", json.dumps(manifest))
-    with pytest.raises(RuntimeError, match="uncommitted changes"):
-        publish.sync("r")
-    assert not paths.REFERENCE.exists()
-
-
-@pytest.mark.parametrize("state", [("c" * 40, True), ("c" * 40, None), (None, None)])
-def test_uncommitted_changes_now_are_refused_too(finished, monkeypatch, state):
-    monkeypatch.setattr(runs, "git_state", lambda: state)
-    with pytest.raises(
-        RuntimeError,
-        match="uncommitted changes, or is none .*: commit or remove them, then make sync-reference RUN=r",
-    ):
-        publish.sync("r")
-    assert not paths.REFERENCE.exists() and "old" in (paths.ROOT / "README.md").read_text()
-
-
-def test_an_unfinished_run_and_one_without_figures_are_refused(finished, monkeypatch):
-    (paths.FIGURES / "r" / "a.svg").unlink()
-    with pytest.raises(RuntimeError, match="no figure"):
-        publish.sync("r")
-    monkeypatch.setattr(runs, "up_to_date", lambda stage, params: stage != "audit")
-    with pytest.raises(RuntimeError, match="stages audit are missing"):
-        publish.sync("r")
-    with pytest.raises(RuntimeError, match="does not exist"):
+def test_what_has_no_source_is_refused(finished, monkeypatch):
+    with pytest.raises(RuntimeError, match="runs/unknown does not exist: make all RUN=unknown"):
         publish.sync("unknown")
+    monkeypatch.setattr(runs, "up_to_date", lambda stage, params: stage != "audit")
+    with pytest.raises(RuntimeError, match="audit unfinished or out of date: make all RUN=r"):
+        publish.sync("r")
+    monkeypatch.setattr(runs, "up_to_date", lambda stage, params: True)
+    for state in (("c" * 40, True), (None, None)):
+        monkeypatch.setattr(runs, "git_state", lambda state=state: state)
+        with pytest.raises(RuntimeError, match="commit or remove them, then make sync-reference"):
+            publish.sync("r")
+    change(finished, "evaluation", git_dirty=True)
+    with pytest.raises(RuntimeError, match="ran on uncommitted changes.*FORCE=1"):
+        publish.sync("r")
+    assert untouched()
 
 
-def named(readme: str) -> str:
-    """The run that the README's table says it is of."""
-    (run,) = re.findall(
-        r"^Run `([^`]+)`: seed ", readme[readme.index(BEGIN) : readme.index(END)], re.MULTILINE
-    )
-    return run
+def test_notebooks_that_weigh_too_much_and_a_readme_without_markers_are_refused(finished):
+    write_atomic(paths.ROOT / "README.md", "old")
+    with pytest.raises(RuntimeError, match="needs the line .* twice"):
+        publish.sync("r")
+    heavy = notebook(code("x", output="0" * (publish.NOTEBOOK_BYTES + 1)))
+    write_atomic(finished / "notebooks" / "04_shield.ipynb", json.dumps(heavy))
+    with pytest.raises(RuntimeError, match="more than 3: draw less in 04_shield.ipynb"):
+        publish.sync("r")
+    assert untouched()
 
 
-def test_the_readme_shows_the_run_that_it_names():
-    assert publish.with_table(README, "reference", publish.table(named(README))) == README
-
-
-def test_another_run_may_be_published(finished):
-    publish.sync("r")
-    readme = (paths.ROOT / "README.md").read_text()
-    assert (
-        named(readme) == "r"
-        and publish.with_table(readme, "reference", publish.table("r")) == readme
-    )
-
-
-def test_markers_must_be_there():
-    with pytest.raises(RuntimeError, match="once each"):
-        publish.with_table("no markers", "reference", "x")
-
-
-@pytest.fixture
-def swept(finished):
-    """The same run with a full frontier of two seeds in which a setting's seeds kept .9 and .8 of everything and learned half and all."""
-    points = [
-        frontier.Point(**setting, steps=16, seed=seed)
-        for setting in publish.SETTINGS.values()
-        for seed in (0, 1)
-    ]
-    kept = {"overlap": 0.9, "overlap_held": 0.9, "top1_same": 0.9, "loss": 1.0, "reward": 0.7}
-    rows = [
-        {
-            **asdict(p),
-            **{k: v - 0.1 * p.seed for k, v in kept.items()},
-            "loss_base": 2.0,
-            "reward_base": 0.5,
-        }
-        for p in points
-    ]
-    rows = [row | {"loss": 1.0 if row["mode"] == "none" or row["seed"] else 1.5} for row in rows]
-    path = finished / "curves" / "frontier.csv"
-    pd.DataFrame(rows).to_csv(path, index=False)
-    manifest = json.loads((finished / "manifest.json").read_text())
-    manifest["stages"]["shield"] = {
-        "status": "finished",
-        "git_commit": "d" * 40,
-        "git_dirty": False,
-        "outputs": {"curves/frontier.csv": sha256_file(path)},
-    }
-    write_atomic(finished / "manifest.json", json.dumps(manifest))
-    runs.write_params(Params(run="r", frontier_points="full"))
-    begin, end = publish.markers("frontier")
-    write_atomic(paths.ROOT / "README.md", f"before\n{begin}\nold\n{end}\nafter\n")
-    return finished
-
-
-def test_a_frontier_is_published_without_the_rest_of_its_run(swept):
+def test_a_frontier_is_published_without_the_rest_of_its_run(finished):
     target = publish.sync_frontier("r")
-    assert sorted(p.name for p in target.iterdir()) == [
-        "frontier.csv",
-        "manifest.json",
-        "params.yaml",
-    ]
-    readme = (paths.ROOT / "README.md").read_text()
-    assert (
-        "| no shield | 85.0% (80.0% to 90.0%) | 85.0% (80.0% to 90.0%) | 85.0% (80.0% to 90.0%) | 100.0% |"
-        in readme
-    )
-    assert (
-        "| activated LoRA, never merged | 85.0% (80.0% to 90.0%) |" in readme
-        and "| 75.0% (50.0% to 100.0%) |" in readme
-    )
-    assert (
-        "16 steps each; means over 2 seeds" in readme
-        and f"commit `{'c' * 10}`" in readme
-        and readme.endswith("\nafter\n")
-    )
+    assert {p.name for p in target.iterdir()} == {"frontier.csv", "manifest.json", "params.yaml"}
 
 
-def test_the_readmes_settings_are_of_the_full_set():
-    full = frontier.named("full", 1, 16)
-    assert all(frontier.Point(**setting, steps=16) in full for setting in publish.SETTINGS.values())
-
-
-def test_the_readme_shows_the_published_frontier():
-    table = publish.frontier_table(frontier.published(), runs.read_manifest("reference/frontier"))
-    assert publish.with_table(README, "frontier", table) == README
-
-
-def test_a_frontier_that_lacks_a_setting_leaves_everything_as_it_was(swept):
-    path = swept / "curves" / "frontier.csv"
-    rows = pd.read_csv(path)
-    rows[rows["mode"] != "alora"].to_csv(path, index=False)
-    manifest = json.loads((swept / "manifest.json").read_text())
-    manifest["stages"]["shield"]["outputs"]["curves/frontier.csv"] = sha256_file(path)
-    write_atomic(swept / "manifest.json", json.dumps(manifest))
-    with pytest.raises(RuntimeError, match="no row for 'activated LoRA, never merged'"):
-        publish.sync_frontier("r")
-    assert not paths.REFERENCE.exists() and "old" in (paths.ROOT / "README.md").read_text()
-
-
-@pytest.mark.parametrize("wrong, message", [
-    ({"status": "failed"}, "has not finished a full frontier: make all RUN=r TO=shield"), ({"git_dirty": True}, "uncommitted changes"),
-    ({"outputs": {"curves/frontier.csv": "another"}}, "has changed since notebook 04 wrote it"),
-])  # fmt: skip
-def test_a_frontier_without_a_source_is_refused(swept, wrong, message):
-    manifest = json.loads((swept / "manifest.json").read_text())
-    manifest["stages"]["shield"] |= wrong
-    write_atomic(swept / "manifest.json", json.dumps(manifest))
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"status": "failed"}, "has not finished a full frontier: make all RUN=r TO=shield"),
+        ({"git_dirty": True}, "uncommitted changes"),
+        ({"outputs": {"curves/frontier.csv": "another"}}, "is not what notebook 04 wrote"),
+    ],
+)
+def test_a_frontier_without_a_source_is_refused(finished, wrong, message):
+    change(finished, "shield", **wrong)
     with pytest.raises(RuntimeError, match=message):
-        publish.sync_frontier("r")
-    runs.write_params(Params(run="r"))
-    with pytest.raises(RuntimeError, match="full frontier"):
         publish.sync_frontier("r")
     with pytest.raises(RuntimeError, match="full frontier"):
         publish.sync_frontier("unknown")
-    assert not paths.REFERENCE.exists() and "old" in (paths.ROOT / "README.md").read_text()
+    assert untouched()
