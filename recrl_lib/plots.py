@@ -75,7 +75,6 @@ STYLE = {
     "svg.hashsalt": "shielded-recrl",  # else the ids in an SVG are random
     "svg.fonttype": "none",  # text stays text: small files, searchable, read aloud
 }
-INTERVAL = "95 % interval over users"
 
 
 def style() -> None:
@@ -123,16 +122,6 @@ def _looks(names: Sequence[str]) -> list[Look]:
     return [LOOKS[n] if n in LOOKS else _OTHERS[next(free) % len(_OTHERS)] for n in names]
 
 
-def _metric(
-    metrics: Mapping[str, Any], key: str, stage: str = "evaluation", notebook: str = "06_evaluation"
-) -> float:
-    if key not in metrics:
-        raise ValueError(
-            f"metrics/{stage}.json lacks {key!r}: run notebooks/{notebook}.ipynb again"
-        )
-    return metrics[key]
-
-
 def _columns(table: pd.DataFrame, name: str, *needed: str) -> pd.DataFrame:
     table = pd.DataFrame(table)
     if missing := [c for c in needed if c not in table]:
@@ -142,16 +131,6 @@ def _columns(table: pd.DataFrame, name: str, *needed: str) -> pd.DataFrame:
     if table.empty:
         raise ValueError(f"{name}: no rows to draw; run the notebook that writes this table again")
     return table
-
-
-def _arms_in(metrics: Mapping[str, Any], name: str, *, base: bool) -> list[str]:
-    """Arms that have metric ``name``, in the study's order."""
-    found = [arm for arm in LOOKS if f"{arm}/{name}" in metrics and (base or arm != "base")]
-    if not found:
-        raise ValueError(
-            f"metrics/evaluation.json has {name!r} for no arm: run notebooks/06_evaluation.ipynb again"
-        )
-    return found
 
 
 def _errors(value: float, lo: float | None, hi: float | None) -> np.ndarray | None:
@@ -712,218 +691,6 @@ def ppo_statistics(curve: pd.DataFrame | list[dict], units: Mapping[str, str]) -
 
 
 # --- 06 evaluation -----------------------------------------------------------------------------------
-
-_PARTS = {
-    "reward": "reward",
-    "reward_length": "length",
-    "reward_relevance": "relevance",
-    "reward_coherence": "coherence",
-    "quality": "quality\n(held-out judge)",
-}
-
-
-def reward_parts(explanations: pd.DataFrame) -> Figure:
-    """Mean reward, its three parts and the judge's quality by arm; error bars are ±1.96 standard errors."""
-    table = _columns(explanations, "explanations", "arm", *_PARTS)
-    arms = list(dict.fromkeys(table["arm"]))
-    fig, ax = _axes(1, 1, 8.5, 3.6)
-    width = 0.8 / len(arms)
-    for i, (arm, look) in enumerate(zip(arms, _looks(arms))):
-        values = table.loc[table["arm"] == arm, list(_PARTS)]
-        error = 1.96 * values.std(ddof=1).fillna(0.0) / np.sqrt(len(values))
-        x = np.arange(len(_PARTS)) + (i - (len(arms) - 1) / 2) * width
-        ax.bar(
-            x,
-            values.mean(),
-            width,
-            yerr=error,
-            capsize=3,
-            color=look.colour,
-            hatch=look.hatch,
-            edgecolor="black",
-            linewidth=0.8,
-            label=arm,
-        )
-    ax.axvline(len(_PARTS) - 1.5, color="black", linewidth=1)
-    ax.set_xticks(range(len(_PARTS)), list(_PARTS.values()))
-    ax.set(
-        title="The reward and its parts, and beside them a measure that tuning never saw",
-        ylabel="mean over users, in [0, 1]",
-    )
-    ax.set_ylim(0, 1.05)
-    ax.grid(axis="x", visible=False)
-    ax.legend(loc="upper center", ncols=len(arms))
-    return fig
-
-
-def ctr_lift(metrics: Mapping[str, Any], ceiling: float | None = None) -> Figure:
-    """Ratio of simulated click rates to the base arm's, with its interval.
-
-    ``ceiling``: the published account's largest possible lift (``simulator.paper_ceiling()``), for scale.
-    """
-    arms = _arms_in(metrics, "ctr_lift", base=False)
-    rows = [
-        {
-            "name": arm,
-            "value": metrics[f"{arm}/ctr_lift"],
-            "lo": _metric(metrics, f"{arm}/ctr_lift_lo"),
-            "hi": _metric(metrics, f"{arm}/ctr_lift_hi"),
-        }
-        for arm in arms
-    ]
-    fig, ax = _axes(1, 1, 7.5, 1.7 + 0.45 * len(rows))
-    _dots(ax, rows, "value", f"simulated CTR / CTR of the base arm ({INTERVAL})")
-    ax.axvline(1.0, color="black", linestyle="--", linewidth=1)
-    ax.set_title("Simulated clicks (dashed: no lift)")
-    if ceiling is not None:
-        ax.axvline(ceiling, color=_PALETTE[7], linestyle=":", linewidth=1.6)
-        ax.annotate(
-            f"ceiling of the published\nclick model, {ceiling:.3f}\n(not of this one)",
-            (ceiling, 0.98),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=8,
-        )
-    return fig
-
-
-_CHURN = {
-    "top10_overlap": "items kept",
-    "top10_set_same": "same ten",
-    "top10_exact": "same ten,\nsame order",
-}
-
-
-def ranking_moved(metrics: Mapping[str, Any]) -> Figure:
-    """How much of the base top 10 is left in each arm, and NDCG@10 with its interval."""
-    arms = _arms_in(metrics, "top10_overlap", base=False)
-    fig, (churn, ndcg) = _axes(1, 2, 10, 3.6, width_ratios=(1.4, 1))
-    width = 0.8 / len(arms)
-    for i, (arm, look) in enumerate(zip(arms, _looks(arms))):
-        x = np.arange(len(_CHURN)) + (i - (len(arms) - 1) / 2) * width
-        values = [_metric(metrics, f"{arm}/{name}") for name in _CHURN]
-        churn.bar(
-            x,
-            values,
-            width,
-            color=look.colour,
-            hatch=look.hatch,
-            edgecolor="black",
-            linewidth=0.8,
-            label=arm,
-        )
-        for at, value in zip(x, values):
-            churn.annotate(
-                _percent(value),
-                (at, value),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
-    churn.set_xticks(range(len(_CHURN)), list(_CHURN.values()))
-    churn.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    churn.set(
-        title="The top 10 after tuning",
-        ylabel="share (items, then users)",
-        ylim=(0, 1.25),
-        yticks=np.linspace(0, 1, 6),
-    )
-    churn.grid(axis="x", visible=False)
-    churn.legend(loc="upper center", ncols=len(arms))
-    rows = [
-        {
-            "name": arm,
-            "value": _metric(metrics, f"{arm}/ndcg@10"),
-            "lo": metrics.get(f"{arm}/ndcg@10_lo"),
-            "hi": metrics.get(f"{arm}/ndcg@10_hi"),
-        }
-        for arm in _arms_in(metrics, "ndcg@10", base=True)
-    ]
-    _dots(ndcg, rows, "value", f"test NDCG@10\n({INTERVAL})")
-    ndcg.set_xlim(left=0)
-    ndcg.set_title("Ranking quality")
-    return fig
-
-
-def _percent(share: float) -> str:
-    """Whole per cent; "100" and "0" mean exactly that."""
-    text = f"{share:.0%}".rstrip("%")
-    return text if share in (0.0, 1.0) or text not in ("0", "100") else f"{share * 100:.1f}"
-
-
-def sensitivity(table: pd.DataFrame, arm: str = "shielded") -> Figure:
-    """Simulated lift of one arm with two assumptions of the click model multiplied at a time: three heat maps.
-
-    ``table``: ``evaluation.sensitivity_table``. Below 1 a cell is outlined: there the sign of the lift changes.
-    """
-    table = _columns(
-        table, "sensitivity", "arm", "first", "second", "first_factor", "second_factor", "lift"
-    )
-    table = table[table["arm"] == arm]
-    pairs = list(dict.fromkeys(zip(table["first"], table["second"])))
-    reach = 1.6 * max(
-        float((table["lift"] - 1).abs().max()), 1e-3
-    )  # light enough for black numbers
-    fig, axes = _axes(1, len(pairs), 3.6 * len(pairs), 3.4, squeeze=False)
-    for ax, (first, second) in zip(axes[0], pairs):
-        part = table[(table["first"] == first) & (table["second"] == second)]
-        grid = part.pivot(index="first_factor", columns="second_factor", values="lift")
-        ax.imshow(grid, cmap="RdBu", vmin=1 - reach, vmax=1 + reach, origin="lower", aspect="auto")
-        for (i, j), lift in np.ndenumerate(grid.to_numpy()):
-            edge = (
-                dict(boxstyle="round", facecolor="white", edgecolor="black") if lift < 1 else None
-            )
-            ax.text(j, i, f"{lift:.2f}", ha="center", va="center", fontsize=8, bbox=edge)
-        ax.set_xticks(range(len(grid.columns)), [f"{f:.2g}" for f in grid.columns])
-        ax.set_yticks(range(len(grid.index)), [f"{f:.2g}" for f in grid.index])
-        ax.set(xlabel=f"{second} times", ylabel=f"{first} times")
-        ax.grid(visible=False)
-    fig.suptitle(f"Simulated CTR lift, {arm}: does it survive other assumptions?")
-    return fig
-
-
-def controls(metrics: Mapping[str, Any], arm: str = "shielded") -> Figure:
-    """Reward, judged quality and CTR lift of the texts composed by rule, with a line at the same users' ``arm``."""
-    names = [
-        key.split("/")[0]
-        for key in metrics
-        if key.startswith("control_") and key.endswith("/reward")
-    ]
-    if not names:
-        raise ValueError(
-            "metrics/evaluation.json has no controls: run notebooks/06_evaluation.ipynb again"
-        )
-    names.append("reference")
-    fig, axes = _axes(1, 3, 10, 1.2 + 0.32 * len(names), sharey=True)
-    for ax, (name, label) in zip(
-        axes,
-        (
-            ("reward", "mean reward"),
-            ("quality", "judged quality"),
-            ("ctr_lift", "CTR / CTR of base"),
-        ),
-    ):
-        values = [_metric(metrics, f"{n}/{name}") for n in names]
-        ax.barh(range(len(names)), values, color=_PALETTE[7], edgecolor="black", linewidth=0.8)
-        ax.axvline(
-            _metric(metrics, f"{arm}/control_users_{name}"),
-            color=LOOKS[arm].colour,
-            linestyle=LOOKS[arm].line,
-            label=arm,
-        )
-        ax.set_xlabel(label)
-        ax.grid(axis="y", visible=False)
-    axes[0].set_yticks(
-        range(len(names)), [n.removeprefix("control_").replace("_", " ") for n in names]
-    )
-    axes[0].invert_yaxis()
-    axes[0].legend(loc="lower right")
-    fig.suptitle("Texts composed by rule: each control must stay below the line")
-    return fig
 
 
 # --- 07 ablations ------------------------------------------------------------------------------------

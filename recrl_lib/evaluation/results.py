@@ -235,7 +235,8 @@ def text_rows(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) ->
         out.append(compared.rows(arm, "base", "new_items", new))
         if f"{arm}_warm" in arms:
             out.append(compared.rows(arm, f"{arm}_warm"))
-        out += [compared.rows(arm, control, measures=HEADLINE) for control in controls]
+        rivals = [*controls, "reference"] if n else controls
+        out += [compared.rows(arm, rival, measures=HEADLINE) for rival in rivals]
     return with_separate(pd.concat([*out, gain_kept(scored, resamples, rng)], ignore_index=True))
 
 

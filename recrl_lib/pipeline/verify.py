@@ -231,14 +231,15 @@ def evaluated(e: Evidence) -> Numbers:
 def audited(e: Evidence) -> Numbers:
     said = e.table("explanations")
     said = said[said["arm"] == "shielded"]
-    tops = e.table("top10")
-    found = audit.audit(
-        said["text"].tolist(), e.world.records(said["user"], said["position"]), e.world.users,
-        study.top_array(tops, "base"), study.top_array(tops, "shielded"), len(e.world.items), said["quality"].to_numpy(),
-    )  # fmt: skip
+    ranking, lists = e.table("ranking"), e.table("top10")
+    ndcg = ranking[ranking["arm"] == "shielded"].sort_values("user")["ndcg"].to_numpy()
+    tops = {
+        name: study.top_array(lists, arm) for name, arm in (("base", "base"), ("after", "shielded"))
+    }
+    records = e.world.records(said["user"], said["position"])
+    found = audit.measure(said, records, e.world.users, ndcg, tops, len(e.world.items))
     for name in runs.AUDITED:
         yield name, found[name], MODELS
-        yield f"{name}_ok", found[f"{name}_ok"], EXACT
 
 
 RECOMPUTED: dict[str, Callable[[Evidence], Numbers]] = {

@@ -161,7 +161,10 @@ def test_small_files_are_copied_and_the_readme_is_written(finished):
     assert (paths.FIGURES / "reference" / "r" / "a.svg").exists()
     readme = (paths.ROOT / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
-    assert "| shielded | 0.500 [0.250, 0.750] |" in readme and "2 minutes, commit `cccccccccc`" in readme
+    assert (
+        "| shielded | 0.500 [0.250, 0.750] |" in readme
+        and "2 minutes, commit `cccccccccc`" in readme
+    )
     publish.sync("r")  # a second time changes nothing
     assert (paths.ROOT / "README.md").read_text() == readme
 
