@@ -1,13 +1,16 @@
 """Simulated clicks: a stated model, no evidence about people.
 
-A user u who sees item i at position k of the list with an explanation of quality q clicks with probability
+A user u who sees item i at position k of the list with an explanation of quality q clicks with
+probability
 
-    p = sigmoid(bias + alpha z(s_ui) + beta q + b_u + gamma / log2(1 + k)),   b_u ~ Normal(0, user_std^2)
+    p = sigmoid(bias + alpha z(s_ui) + beta q + b_u + gamma / log2(1 + k)),   b_u ~ Normal(0,
+    user_std^2)
 
-where z(s_ui) is the *base* ranker's score, standardised over the items that u has not seen, q in [0, 1] the judge's
-quality (never the reward), and alpha, beta, gamma, bias and user_std are parameters (``sim_*``). All arms share the
-draw of b_u, so that nothing but the text differs between them. The lift of an arm is the ratio of its mean p to the
-base arm's: expected clicks, which have the mean of sampled clicks and less variance.
+where z(s_ui) is the *base* ranker's score, standardised over the items that u has not seen, q in
+[0, 1] the judge's quality (never the reward), and alpha, beta, gamma, bias and user_std are
+parameters (``sim_*``). All arms share the draw of b_u, so that nothing but the text differs between
+them. The lift of an arm is the ratio of its mean p to the base arm's: expected clicks, which have
+the mean of sampled clicks and less variance.
 """
 
 from collections.abc import Sequence
@@ -62,7 +65,7 @@ class ClickModel:
         for name, values in given.items():
             if np.shape(values) != user_noise.shape or not np.isfinite(values).all():
                 raise ValueError(
-                    f"click model: {name} must be finite, one a user ({len(user_noise)}), not of shape {np.shape(values)}"
+                    f"click model: {name} must be finite, one for each of {len(user_noise)} users"
                 )
         if np.min(quality) < 0 or np.max(quality) > 1 or np.min(position) < 1:
             raise ValueError("click model: quality must lie in [0, 1], and position counts from 1")
@@ -77,7 +80,8 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def standardised_score(scores: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """z-score (n,) of ``scores[i, items[i]]`` within row i; masked entries (-inf: padding, seen items) are left out."""
+    """z-score (n,) of ``scores[i, items[i]]`` within row i; masked entries (-inf: padding, seen
+    items) are left out."""
     kept = np.ma.masked_invalid(np.asarray(scores, np.float64))
     chosen = kept[np.arange(len(kept)), items]
     if np.ma.getmaskarray(chosen).any():
@@ -91,8 +95,8 @@ def sensitivity(
 ) -> pd.DataFrame:
     """Lift of ``arm`` with two assumptions at a time multiplied by each of ``FACTORS``.
 
-    ``table``: rows with arm, quality and position, in the base arm's order of users. Returns 75 rows with columns arm,
-    first, second, first_factor, second_factor, lift.
+    ``table``: rows with arm, quality and position, in the base arm's order of users. Returns 75
+    rows with columns arm, first, second, first_factor, second_factor, lift.
     """
     base, mine = (table[table["arm"] == name] for name in ("base", arm))
     rows = []
@@ -112,7 +116,7 @@ def sensitivity(
     )
 
 
-# --- the published account's click model (arXiv 2601.03608), where quality is length alone -------------
+# --- the published account's click model (arXiv 2601.03608), where quality is length alone
 
 
 def paper_quality(text: str) -> float:
@@ -121,7 +125,8 @@ def paper_quality(text: str) -> float:
 
 
 def paper_lift(texts: Sequence[str], before: Sequence[str], base_click=0.5, beta=0.5) -> float:
-    """Ratio of mean sigmoid(logit(``base_click``) + beta q), ``base_click`` being the click without a text."""
+    """Ratio of mean sigmoid(logit(``base_click``) + beta q), ``base_click`` being the click without
+    a text."""
     bias = np.log(base_click / (1 - base_click))
     after, first = (
         sigmoid(bias + beta * np.array([paper_quality(t) for t in side])).mean()
@@ -131,7 +136,8 @@ def paper_lift(texts: Sequence[str], before: Sequence[str], base_click=0.5, beta
 
 
 def paper_ceiling(base_click: float = 0.5, beta: float = 0.5) -> float:
-    """Largest lift that q from 0 to 1 can give: sigmoid(logit(p) + beta) / p, 1.245 at the published settings."""
+    """Largest lift that q from 0 to 1 can give: sigmoid(logit(p) + beta) / p, 1.245 at the
+    published settings."""
     if not 0 < base_click < 1:
         raise ValueError(f"base_click={base_click}: must lie between 0 and 1")
     return float(sigmoid(np.log(base_click / (1 - base_click)) + beta) / base_click)

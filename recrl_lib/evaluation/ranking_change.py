@@ -14,13 +14,15 @@ from torch import Tensor
 from recrl_lib.evaluation import stats
 from recrl_lib.explainer.item_texts import ItemTexts
 from recrl_lib.explainer.model import Explainer
+from recrl_lib.params import TOP_K
 from recrl_lib.ranker import metrics
 from recrl_lib.ranker.ranking import score_chunks, target_ranks, top_k
-from recrl_lib.study import TOP_K, Study
+from recrl_lib.study import Study
 
 
 def ranking_table(study: Study, text: Tensor | None) -> tuple[pd.DataFrame, np.ndarray]:
-    """(one row a user: rank of the test item, NDCG, HR and churn against the base top 10; top 10 (U, 10))."""
+    """(one row a user: rank of the test item, NDCG, HR and churn against the base top 10; top 10
+    (U, 10))."""
     history = study.split.with_valid
     ranks = target_ranks(study.ranker, history, study.split.test, text)
     top = top_k(study.ranker, history, text, TOP_K)
@@ -29,19 +31,14 @@ def ranking_table(study: Study, text: Tensor | None) -> tuple[pd.DataFrame, np.n
 
 def ranking_rows(study: Study, ranks: np.ndarray, top: np.ndarray) -> pd.DataFrame:
     """``ranking_table`` of known ranks (U,) and lists (U, 10)."""
-    return pd.DataFrame(
-        {
-            "user": np.arange(len(ranks)),
-            "rank": ranks,
-            "ndcg": metrics.ndcg_at(ranks, TOP_K),
-            "hr": metrics.hr_at(ranks, TOP_K),
-            **{name: values.astype(float) for name, values in metrics.churn(study.top, top).items()},
-        }
-    )  # fmt: skip
+    quality = {"ndcg": metrics.ndcg_at(ranks, TOP_K), "hr": metrics.hr_at(ranks, TOP_K)}
+    measures = pd.DataFrame(quality | metrics.churn(study.top, top)).astype(float)
+    return pd.DataFrame({"user": np.arange(len(ranks)), "rank": ranks}).join(measures)
 
 
 def score_change(study: Study, text: Tensor | None) -> dict[str, float]:
-    """Largest and mean |score - base score| over all users x items, and the relative change of the item vectors."""
+    """Largest and mean |score - base score| over all users x items, and the relative change of the
+    item vectors."""
     found = _changes(study, text, {"all": range(1, len(study.items) + 1)})["all"]
     return {"item_vector_change" if k == "item_change" else k: v for k, v in found.items()}
 
@@ -51,9 +48,9 @@ def change_by_group(
 ) -> dict[str, dict[str, float]]:
     """What moved among groups of items (item numbers).
 
-    For each group: relative change of the item vectors (``item_change``), max and mean |score - base score| over all
-    users x the group's items, and ``overlap``, the share of the group's places in the base top 10 that it kept in
-    ``top`` (U, 10); 1 for a group that has none.
+    For each group: relative change of the item vectors (``item_change``), max and mean |score -
+    base score| over all users x the group's items, and ``overlap``, the share of the group's places
+    in the base top 10 that it kept in ``top`` (U, 10); 1 for a group that has none.
     """
     out = _changes(study, text, groups)
     for name, (kept, places) in places_kept(study, top, groups).items():
@@ -84,10 +81,16 @@ def group_rows(
 def places_kept(
     study: Study, top: np.ndarray, groups: Mapping[str, Iterable[int]]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """For each group of items: (places of it in each user's base top 10 that are still in ``top``, places) (U,)."""
+    """For each group of items: (places of it in each user's base top 10 that are still in ``top``,
+    places) (U,)."""
     stayed = (study.top[:, :, None] == top[:, None, :]).any(2)
     theirs = {name: np.isin(study.top, list(items)) for name, items in groups.items()}
     return {name: ((stayed & mask).sum(1), mask.sum(1)) for name, mask in theirs.items()}
+
+
+def relative_change(vectors: Tensor, base: Tensor) -> float:
+    """Frobenius norm of the difference over that of ``base``."""
+    return float((vectors - base).norm() / base.norm())
 
 
 def _changes(
@@ -96,35 +99,30 @@ def _changes(
     history = study.split.with_valid
     rows = {name: torch.tensor(sorted(items)) for name, items in groups.items()}
     largest, total = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
-    pairs = zip(
-        score_chunks(study.ranker, history, study.text),
-        score_chunks(study.ranker, history, text),
-        strict=True,
-    )
-    for (_, before), (_, after) in pairs:
+    chunks = (score_chunks(study.ranker, history, vectors) for vectors in (study.text, text))
+    for (_, before), (_, after) in zip(*chunks, strict=True):
         delta = (after - before).abs()
         for name, items in rows.items():
             part = delta[:, items]
             largest[name] = max(largest[name], float(part.max()))
             total[name] += float(part.double().sum())
-    return {
-        name: {
-            "item_change": 0.0
-            if text is None
-            else float((text[items] - study.text[items]).norm() / study.text[items].norm()),
+    out = {}
+    for name, items in rows.items():
+        out[name] = {
+            "item_change": 0.0 if text is None else relative_change(text[items], study.text[items]),
             "max_abs_score_delta": largest[name],
             "mean_abs_score_delta": total[name] / (len(history) * len(items)),
         }
-        for name, items in rows.items()
-    }
+    return out
 
 
 @torch.no_grad()
 def served_vectors(tuned: Explainer, fresh: Explainer, items: ItemTexts) -> Tensor:
-    """Item vectors (I+1, d) by ``fresh`` after it has read ``tuned``'s weights, adapters merged, from a safetensors file.
+    """Item vectors (I+1, d) by ``fresh`` after it has read ``tuned``'s weights, adapters merged,
+    from a safetensors file.
 
-    ``fresh``: the same base model without adapters, changed in place. ``items`` belong to ``tuned``; their hidden
-    states below the adapters are used again.
+    ``fresh``: the same base model without adapters, changed in place. ``items`` belong to
+    ``tuned``; their hidden states below the adapters are used again.
     """
     merged = {
         f"{name}.weight": module.base_layer.weight + module.get_delta_weight("default")

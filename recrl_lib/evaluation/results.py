@@ -1,13 +1,14 @@
 """Arms side by side: what tuning did to the ranking, to the explanations, and to simulated clicks.
 
-Ranking is measured on all users; explanations on held-out users whose prompts PPO never saw. All arms explain the same
-items to the same users with the same random numbers, and the click model scores items with the *base* ranker, so that
-a lift can come from the words alone.
+Ranking is measured on all users; explanations on held-out users whose prompts PPO never saw. All
+arms explain the same items to the same users with the same random numbers, and the click model
+scores items with the *base* ranker, so that a lift can come from the words alone.
 
-Everything ends as rows of ``metrics/evaluation.csv``: the mean of a measure per ``arm``, and its paired difference to
-the arm named in ``against`` (for ``ctr_lift`` the ratio of clicks). ``separate`` speaks with the unshielded policy.
-Groups: ``new_items`` and ``seen_items`` (films that PPO explained to nobody, or to others), ``control_users`` (the
-users for whom controls were scored), ``shuffled`` (texts permuted among the records), ``profile:<name>``.
+Everything ends as rows of ``metrics/evaluation.csv``: the mean of a measure per ``arm``, and its
+paired difference to the arm named in ``against`` (for ``ctr_lift`` the ratio of clicks).
+``separate`` speaks with the unshielded policy. Groups: ``new_items`` and ``seen_items`` (films that
+PPO explained to nobody, or to others), ``control_users`` (the users for whom controls were scored),
+``shuffled`` (texts permuted among the records), ``profile:<name>``.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,12 +31,14 @@ from recrl_lib.study import Study
 TEXT_ARMS = ("base", "unshielded", "shielded")
 CONTROL = "control_"  # arms of texts composed by rule; "reference" is the human-made ceiling
 HEADLINE = ("reward", "quality", "ctr")
-RANKING = {"ndcg": "ndcg@10", "hr": "hr@10", "overlap": "top10_overlap", "set_same": "top10_set_same",
-           "exact": "top10_exact", "kendall_tau": "kendall_tau", "rbo": "rbo", "top1_same": "top1_same"}  # fmt: skip
-# Names of results: columns of the ranking table, under the names that the results give them.
+# Columns of the ranking table, and the measures that their means are.
+RANKING = {
+    "ndcg": "ndcg@10", "hr": "hr@10", "overlap": "top10_overlap", "set_same": "top10_set_same",
+    "exact": "top10_exact", "kendall_tau": "kendall_tau", "rbo": "rbo", "top1_same": "top1_same",
+}  # fmt: skip
 
 
-# --- texts and their scores ----------------------------------------------------------------------------
+# --- texts and their scores
 
 
 class Scorer:
@@ -60,22 +63,21 @@ class Scorer:
         self.judge = judge.Judge(records, same_user, study.catalogue, encoder, seed)
 
     def score(self, arm: str, texts: Sequence[str], logprobs: Sequence[np.ndarray]) -> pd.DataFrame:
-        """One row a text: reward and parts, and every judge measure. ``logprobs``: per token, by the base model."""
+        """One row a text: reward and parts, and every judge measure. ``logprobs``: per token, by
+        the base model."""
         records = self.records[: len(texts)]
         total, parts = self.reward(records, texts)
         fields = {key: [r[key] for r in records] for key in ("user", "item", "position", "title")}
         new = np.isin(fields["item"], self.study.heldout_items)
         rewards = {"reward": total} | {f"reward_{name}": part for name, part in parts.items()}
-        table = pd.DataFrame(
-            {"arm": arm, **fields, "new_item": new, "text": list(texts), **rewards}
-        )
-        return pd.concat([table, self.judge.score(texts, logprobs)], axis=1)
+        columns = {"arm": arm, **fields, "new_item": new, "text": list(texts), **rewards}
+        return pd.concat([pd.DataFrame(columns), self.judge.score(texts, logprobs)], axis=1)
 
     def explain(
         self, arm: str, explainer: Explainer, params: Params, n: int | None = None
     ) -> pd.DataFrame:
-        """``score`` of what the explainer says with its adapters as they are, with kl (to the base model), tokens and
-        whether the text was finished."""
+        """``score`` of what the explainer says with its adapters as they are, with kl (to the base
+        model), tokens and whether the text was finished."""
         said = explain(
             explainer, self.records[:n], params.max_new_tokens, params.temperature, self.seed,
             desc=f"explaining, {arm}",
@@ -86,7 +88,8 @@ class Scorer:
         )
 
     def controls(self, explainer: Explainer, temperature: float, n: int) -> pd.DataFrame:
-        """``score`` of the control texts and of the reference lines, for the first ``n`` records."""
+        """``score`` of the control texts and of the reference lines, for the first ``n``
+        records."""
         records = self.records[:n]
         made = composed.control_texts(records, [messages(r)[1]["content"] for r in records])
         texts = {f"{CONTROL}{name}": said for name, said in made.items()}
@@ -105,16 +108,14 @@ def base_logprobs(
     temperature: float,
     batch: int = 16,
 ) -> list[np.ndarray]:
-    """Per-token log-probabilities of given texts, EOS included, after their records' prompts, by the base model.
+    """Per-token log-probabilities of given texts, EOS included, after their records' prompts, by
+    the base model.
 
     An empty text has none. Texts of similar length share a batch.
     """
     prompts = [prompt_ids(explainer, messages(r)) for r in records]
-    encode = explainer.tokenizer
-    answers = [
-        [*encode(t, add_special_tokens=False)["input_ids"], explainer.eos_id] if t else []
-        for t in texts
-    ]
+    ids = explainer.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    answers = [[*own, explainer.eos_id] if t else [] for own, t in zip(ids, texts)]
     out = [np.zeros(0, np.float32)] * len(texts)
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]
     order = sorted((i for i, a in enumerate(answers) if a), key=lengths.__getitem__)
@@ -136,10 +137,11 @@ def base_logprobs(
 def click_table(
     study: Study, explanations: pd.DataFrame, model: ClickModel, rng: np.random.Generator
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    """(``explanations`` with a column ``ctr``, each user's click probability; the base arm's users' standardised
-    scores (n,); the users' noise (n,), which all arms share).
+    """(``explanations`` with a column ``ctr``, each user's click probability; the base arm's users'
+    standardised scores (n,); the users' noise (n,), which all arms share).
 
-    Raises ``ValueError`` if an arm is not about the base arm's users and items, or the first of them.
+    Raises ``ValueError`` if an arm is not about the base arm's users and items, or the first of
+    them.
     """
     first = explanations[explanations["arm"] == TEXT_ARMS[0]]
     users, items = first["user"].to_numpy(), first["item"].to_numpy()
@@ -152,17 +154,16 @@ def click_table(
     parts = []
     for arm, part in explanations.groupby("arm", sort=False):
         n = len(part)
-        same = np.array_equal(part["user"], users[:n]) and np.array_equal(part["item"], items[:n])
-        if not same:
+        if not np.array_equal(part[["user", "item"]], first[["user", "item"]][:n]):
             raise ValueError(
-                f"arm {arm}: its explanations are not about the base arm's users and items, or the first of them"
+                f"arm {arm}: not about the base arm's users and items, or the first of them"
             )
         ctr = model.probabilities(score[:n], part["quality"], part["position"], noise[:n])
         parts.append(part.assign(ctr=ctr))
     return pd.concat(parts, ignore_index=True), score, noise
 
 
-# --- rows of results -----------------------------------------------------------------------------------
+# --- rows of results
 
 
 @dataclass
@@ -170,9 +171,10 @@ class Comparison:
     """Means and paired differences of arms with intervals over users, as rows of results.
 
     Args:
-        table: one row an arm and user: arm, user and one column a measure; the users in the same order in every arm, of
-            which an arm may have the first few only.
-        measures: the columns to report. NaN: that user has no value, and is left out of that measure.
+        table: one row an arm and user: arm, user and one column a measure; the users in the same
+            order in every arm, of which an arm may have the first few only.
+        measures: the columns to report. NaN: that user has no value, and is left out of that
+            measure.
         resamples, rng: of the bootstrap.
     """
 
@@ -189,10 +191,11 @@ class Comparison:
         keep: np.ndarray | None = None,
         measures: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """One row a measure: its mean over the users of ``arm``, or its mean difference to ``against`` over the users
-        that both have, and the lift in ctr. ``keep`` (U,) selects the users of ``group``. Empty without users."""
+        """One row a measure: its mean over the users of ``arm``, or its mean difference to
+        ``against`` over the users that both have, and the lift in ctr. ``keep`` (U,) selects the
+        users of ``group``. Empty without users."""
         names = list(measures or self.measures)
-        mine, other = self._of(arm), self._of(against or arm)
+        mine, other = (self.table[self.table["arm"] == one] for one in (arm, against or arm))
         n = min(len(mine), len(other))
         if not np.array_equal(mine["user"][:n], other["user"][:n]):
             raise ValueError(f"{arm} against {against}: not the same users in the same order")
@@ -207,17 +210,15 @@ class Comparison:
             num, den = np.vstack([num, a[ctr]]), np.vstack([den, b[ctr]])
             names.append("ctr_lift")
         found = stats.bootstrap(np.nan_to_num(num), den, self.resamples, self.rng)
-        return pd.DataFrame(
-            {"arm": arm, "against": against, "group": group, "measure": names, **found._asdict(), "n": (den != 0).sum(1)}
-        ).dropna(subset="value")  # fmt: skip
-
-    def _of(self, arm: str) -> pd.DataFrame:
-        return self.table[self.table["arm"] == arm]
+        key = {"arm": arm, "against": against, "group": group, "measure": names}
+        frame = pd.DataFrame(key | found._asdict() | {"n": (den != 0).sum(1)})
+        return frame.dropna(subset="value")
 
 
 def text_rows(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Every comparison of texts and clicks: each arm, the tuned ones against base (also by group of items), against
-    their own warm start and against each control. ``scored``: from ``click_table``, all arms."""
+    """Every comparison of texts and clicks: each arm, the tuned ones against base (also by group of
+    items), against their own warm start and against each control. ``scored``: from ``click_table``,
+    all arms."""
     parts = [name for name in scored if name.startswith("reward_")]
     measures = ["reward", *parts, *judge.JUDGED, "kl", "tokens", "finished", "ctr"]
     compared = Comparison(scored, [m for m in measures if m in scored], resamples, rng)
@@ -249,7 +250,8 @@ def with_separate(rows: pd.DataFrame) -> pd.DataFrame:
 def judge_rows(
     scorer: Scorer, scored: pd.DataFrame, resamples: int, rng: np.random.Generator
 ) -> pd.DataFrame:
-    """The judge's measures of each arm's texts as a whole, and its paired measures of the same texts shuffled."""
+    """The judge's measures of each arm's texts as a whole, and its paired measures of the same
+    texts shuffled."""
     rows, shuffled = [], []
     for arm in (*TEXT_ARMS, "reference"):
         said = scored[scored["arm"] == arm]
@@ -273,26 +275,24 @@ def ranking_rows(
 ) -> pd.DataFrame:
     """The ranking by arm and against base, and the change of NDCG of each group of users.
 
-    ``ranking``: one row an arm and user, from ``ranking_change.ranking_table``. ``groups``: mask of users (U,), such as
-    those whose test film is of a group of items.
+    ``ranking``: one row an arm and user, from ``ranking_change.ranking_table``. ``groups``: mask of
+    users (U,), such as those whose test film is of a group of items.
     """
-    named = ranking.rename(columns=RANKING)
-    compared = Comparison(named, list(RANKING.values()), resamples, rng)
-    arms = list(named["arm"].unique())
-    out = [compared.rows(arm) for arm in arms]
-    out += [compared.rows(arm, "base", measures=["ndcg@10", "hr@10"]) for arm in arms]
-    out += [
-        compared.rows(arm, "base", group, keep, ["ndcg@10"])
-        for arm in TEXT_ARMS[1:]
-        for group, keep in groups.items()
-    ]
+    compared = Comparison(ranking.rename(columns=RANKING), [*RANKING.values()], resamples, rng)
+    out = []
+    for arm in ranking["arm"].unique():
+        out += [compared.rows(arm), compared.rows(arm, "base", measures=["ndcg@10", "hr@10"])]
+        if arm in TEXT_ARMS[1:]:
+            changes = groups.items()
+            out += [compared.rows(arm, "base", g, keep, ["ndcg@10"]) for g, keep in changes]
     return pd.concat(out, ignore_index=True)
 
 
 def gain_kept(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) -> pd.DataFrame:
     """Share of the unshielded gain in reward that the shielded policy has, users resampled jointly.
 
-    Empty where the unshielded gain is not above 0 in every resample: a share of nothing means nothing.
+    Empty where the unshielded gain is not above 0 in every resample: a share of nothing means
+    nothing.
     """
     base, free, held = (
         scored.loc[scored["arm"] == arm, "reward"].to_numpy(float) for arm in TEXT_ARMS
@@ -307,43 +307,43 @@ def gain_kept(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) ->
 def tests(
     scored: pd.DataFrame, ranking: pd.DataFrame, resamples: int, rng: np.random.Generator
 ) -> pd.DataFrame:
-    """Eight questions: arm, against, measure, difference, p (random signs), and p after Holm's correction over all."""
-    rows = []
-    for arm in TEXT_ARMS[1:]:
-        for table, names in ((scored, HEADLINE), (ranking.rename(columns=RANKING), ["ndcg@10"])):
-            a, b = (
-                table.loc[table["arm"] == who, list(names)].to_numpy(float).T
-                for who in (arm, "base")
-            )
-            for name, difference, p in zip(names, a - b, stats.paired_p(a - b, resamples, rng)):
-                rows.append({"arm": arm, "against": "base", "measure": name,
-                             "difference": difference.mean(), "p": p})  # fmt: skip
-    frame = pd.DataFrame(rows)
-    return frame.assign(p_holm=stats.holm(frame["p"].to_numpy()))
+    """p-values of eight questions (random signs), and after Holm's correction over all of them.
 
-
-def test_rows(tests: pd.DataFrame) -> pd.DataFrame:
-    """The p-values of ``tests`` as results: measures ``<measure>_p`` and ``<measure>_p_holm``."""
-    long = tests.melt(["arm", "against", "measure"], ["p", "p_holm"], "kind")
-    return long.assign(measure=long["measure"] + "_" + long["kind"]).drop(columns="kind")
+    Rows of results with the measures ``<measure>_p`` and ``<measure>_p_holm``.
+    """
+    tables = dict.fromkeys(HEADLINE, scored) | {"ndcg@10": ranking.rename(columns=RANKING)}
+    keys, p = [(arm, name) for arm in TEXT_ARMS[1:] for name in tables], []
+    for arm, name in keys:
+        table = tables[name]
+        a, b = (table.loc[table["arm"] == who, name].to_numpy(float) for who in (arm, "base"))
+        p.append(float(stats.paired_p(a - b, resamples, rng)))
+    return pd.DataFrame(
+        {"arm": arm, "against": "base", "measure": name + end, "value": value}
+        for end, values in (("_p", p), ("_p_holm", stats.holm(np.array(p))))
+        for (arm, name), value in zip(keys, values)
+    )
 
 
 def detectable(scored: pd.DataFrame, arm: str = "shielded") -> pd.DataFrame:
-    """Per profile, as results: the smallest gain in reward, quality and CTR lift that its ``eval_users`` show with
-    power .8, given this run's spread of the paired differences."""
+    """Per profile, as results: the smallest gain in reward, quality and CTR lift that its
+    ``eval_users`` show with power .8, given this run's spread of the paired differences."""
     mine, base = (scored[scored["arm"] == a].reset_index(drop=True) for a in (arm, "base"))
     spread = {m: (mine[m] - base[m]).std() for m in ("reward", "quality")}
     spread["ctr_lift"] = stats.ratio_influence(mine["ctr"], base["ctr"]).std(ddof=1)
+    key = {"arm": arm, "against": "base"}
     users = {profile: resolve(profile).eval_users for profile in PROFILES}
     return pd.DataFrame(
-        {"arm": arm, "against": "base", "group": f"profile:{profile}", "measure": f"{name}_detectable",
-         "value": stats.minimum_detectable(std, n), "n": n}
-        for profile, n in users.items() for name, std in spread.items()
-    )  # fmt: skip
+        key
+        | {"group": f"profile:{profile}", "measure": f"{name}_detectable", "n": n}
+        | {"value": stats.minimum_detectable(std, n)}
+        for profile, n in users.items()
+        for name, std in spread.items()
+    )
 
 
 def beaten_controls(table: pd.DataFrame, arm: str) -> dict[str, bool]:
-    """Of each control: is tuned ``arm`` shown to be above it, in reward and in clicks, by the whole interval?"""
+    """Of each control: is tuned ``arm`` shown to be above it, in reward and in clicks, by the whole
+    interval?"""
     rows = table[(table["arm"] == arm) & table["against"].str.startswith(CONTROL)]
     low = rows.pivot(index="against", columns="measure", values="low")
     found = (low["reward"] > 0) & (low["ctr_lift"] > 1) if len(low) else pd.Series(dtype=bool)
@@ -357,7 +357,8 @@ def pivot(
     spec: str = ".3f",
     **where: str | Iterable[str],
 ) -> pd.DataFrame:
-    """Results as a table of texts "value [low, high]", in the order in which they are asked for, or come.
+    """Results as a table of texts "value [low, high]", in the order in which they are asked for, or
+    come.
 
     ``where`` selects rows by column: ``pivot(table, measure=["reward", "kl"], against="")``.
     """

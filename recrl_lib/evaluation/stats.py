@@ -1,7 +1,7 @@
 """Intervals and tests over users, and over seeds and users; paired where arms share users.
 
-Intervals are scipy's bootstrap (Efron & Tibshirani 1993): users are resampled, and arms that share users are resampled
-together. All measures of a table go through it at once.
+Intervals are scipy's bootstrap (Efron & Tibshirani 1993): users are resampled, and arms that share
+users are resampled together. All measures of a table go through it at once.
 """
 
 import warnings
@@ -29,14 +29,13 @@ def bootstrap(num: Array, den: Array | float, resamples: int, rng: np.random.Gen
 
     Args:
         num: values (..., U), one a user; all rows see the same resamples.
-        den: what the mean is divided by, same shape: 1 for a mean, a 0/1 mask where some users have no value, the
-            other arm's clicks for a lift.
+        den: what the mean is divided by, same shape: 1 for a mean, a 0/1 mask where some users have
+            no value, the other arm's clicks for a lift.
         resamples: how often the users are drawn.
         rng: source of the resamples.
 
-    Returns:
-        Arrays (...,). The ends are NaN where the mean of ``den`` is 0 or changes sign among the resamples: such a
-        ratio has no interval.
+    Returns: Arrays (...,). The ends are NaN where the mean of ``den`` is 0 or changes sign among
+    the resamples: such a ratio has no interval.
 
     Raises:
         ValueError: no users, unequal shapes, or a number that is not finite.
@@ -79,7 +78,8 @@ def bootstrap_mean(
 def paired_bootstrap_diff(
     a: Array, b: Array, resamples: int, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """mean(``a``) - mean(``b``) of the same users (U,): (difference, low, high, p), p as in ``paired_p``."""
+    """mean(``a``) - mean(``b``) of the same users (U,): (difference, low, high, p), p as in
+    ``paired_p``."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
         raise ValueError(f"paired difference: {a.size} users against {b.size}; pair them")
@@ -87,7 +87,8 @@ def paired_bootstrap_diff(
 
 
 def paired_p(difference: Array, resamples: int, rng: np.random.Generator) -> Array:
-    """Two-sided p (...,) of paired differences (..., U) under random signs: exact if 2^U <= ``resamples``."""
+    """Two-sided p (...,) of paired differences (..., U) under random signs: exact if 2^U <=
+    ``resamples``."""
     difference = np.atleast_1d(np.asarray(difference, np.float64))
     if difference.shape[-1] == 1:
         return np.ones(difference.shape[:-1])
@@ -102,15 +103,16 @@ def crossed_mean(
 ) -> tuple[float, float, float]:
     """Mean of ``x`` (N,), one value a seed and user, with an interval for new seeds and new users.
 
-    Both are resampled, and a value counts as often as its seed times as often as its user (the pigeonhole bootstrap,
-    Owen 2007, doi 10.1214/07-AOAS122); scipy resamples one of them only. ``seeds`` and ``users`` (N,) are labels; a
-    user that several seeds share is one user. With one seed this is ``bootstrap_mean``. Three seeds have only ten
-    different resamples, so report their number. Without effects of seeds and users it is too wide, by up to the root of 3.
+    Both are resampled, and a value counts as often as its seed times as often as its user (the
+    pigeonhole bootstrap, Owen 2007, doi 10.1214/07-AOAS122); scipy resamples one of them only.
+    ``seeds`` and ``users`` (N,) are labels; a user that several seeds share is one user. With one
+    seed this is ``bootstrap_mean``. Three seeds have only ten different resamples, so report their
+    number. Without effects of seeds and users it is too wide, by up to the root of 3.
     """
     x = np.asarray(x, np.float64)
     if not len(x) == len(seeds) == len(users):
         raise ValueError(
-            f"crossed_mean: {len(x)} values, {len(seeds)} seeds, {len(users)} users: give a label of each a value"
+            f"crossed_mean: {len(x)} values, {len(seeds)} seeds, {len(users)} users: label each value"
         )
     weights = np.ones((resamples, len(x)))
     for labels in (seeds, users):
@@ -125,7 +127,8 @@ def crossed_mean(
 
 
 def holm(p: Array) -> Array:
-    """Holm's (1979) adjusted p-values (m,): rejecting those <= a keeps the chance of any false rejection at a."""
+    """Holm's (1979) adjusted p-values (m,): rejecting those <= a keeps the chance of any false
+    rejection at a."""
     p = np.asarray(p, np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
@@ -134,7 +137,8 @@ def holm(p: Array) -> Array:
 
 
 def minimum_detectable(std: float, n: int, power: float = 0.8) -> float:
-    """Smallest true mean of paired differences of spread ``std`` that ``n`` users show with probability ``power``.
+    """Smallest true mean of paired differences of spread ``std`` that ``n`` users show with
+    probability ``power``.
 
     (z_.975 + z_power) std / sqrt(n), the two-sided normal approximation at level .05.
     """
@@ -146,13 +150,13 @@ def minimum_detectable(std: float, n: int, power: float = 0.8) -> float:
 def rank_correlation(a: Array, b: Array) -> tuple[float, float, float]:
     """Spearman's rank correlation of ``a`` and ``b`` (n,) with its interval: (rho, low, high).
 
-    The interval is Bonett and Wright's (2000, doi 10.1007/BF02294183): normal in atanh(rho), variance
-    (1 + rho^2 / 2) / (n - 3). It has no width where the orders are equal or opposite.
+    The interval is Bonett and Wright's (2000, doi 10.1007/BF02294183): normal in atanh(rho),
+    variance (1 + rho^2 / 2) / (n - 3). It has no width where the orders are equal or opposite.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if len(a) != len(b) or len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
         raise ValueError(
-            f"rank_correlation: needs four pairs or more, not all equal on either side; there are {len(a)} and {len(b)}"
+            f"rank_correlation: needs four pairs or more, not all equal; got {len(a)} and {len(b)}"
         )
     rho = float(np.clip(scipy_stats.spearmanr(a, b).statistic, -1, 1))
     if abs(rho) > 1 - 1e-12:
@@ -162,13 +166,15 @@ def rank_correlation(a: Array, b: Array) -> tuple[float, float, float]:
 
 
 def ratio_influence(num: Array, den: Array) -> Array:
-    """(U,): mean-zero values whose spread / sqrt(U) is the standard error of the ratio of means (delta method)."""
+    """(U,): mean-zero values whose spread / sqrt(U) is the standard error of the ratio of means
+    (delta method)."""
     num, den = np.asarray(num, np.float64), np.asarray(den, np.float64)
     return (num - num.mean() / den.mean() * den) / den.mean()
 
 
 def interval(value: float, low: float = np.nan, high: float = np.nan, spec: str = ".3f") -> str:
-    """ "0.25 [0.10, 0.40]"; the value alone where it has no interval, "" where there is no value."""
+    """ "0.25 [0.10, 0.40]"; the value alone where it has no interval, "" where there is no
+    value."""
     if np.isnan(value):
         return ""
     return f"{value:{spec}}" + ("" if np.isnan(low) else f" [{low:{spec}}, {high:{spec}}]")

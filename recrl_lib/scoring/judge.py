@@ -1,15 +1,19 @@
-"""Held-out measures of an explanation. None of them enters a reward, and this module never imports one.
+"""Held-out measures of an explanation. None of them enters a reward, and this module never imports
+one.
 
-Grounding and the discount for keyword lists read a text's claims as the reward does (``scoring.claims``). Retrieval,
-fluency and readability, two thirds of ``quality``, share nothing with it.
+Grounding and the discount for keyword lists read a text's claims as the reward does
+(``scoring.claims``). Retrieval, fluency and readability, two thirds of ``quality``, share nothing
+with it.
 
-A measure that a text about something else would pass measures nothing, so ``Judge.shuffled`` gives the paired measures
-again for the same texts permuted among the records. Retrieval (``specificity``) comes in four forms, from easy to
-hard: among ten random user-film pairs, the same with the record's titles blanked in the text (``_masked``), among the
-ten films recommended to the *same user* (``_same_user``), and that with titles blanked. Chance is 10 % in all of them.
+A measure that a text about something else would pass measures nothing, so ``Judge.shuffled`` gives
+the paired measures again for the same texts permuted among the records. Retrieval (``specificity``)
+comes in four forms, from easy to hard: among ten random user-film pairs, the same with the record's
+titles blanked in the text (``_masked``), among the ten films recommended to the *same user*
+(``_same_user``), and that with titles blanked. Chance is 10 % in all of them.
 
-What a text repeats word by word from its prompt counts for nothing (``own_words``): the copied prompt is all true,
-picks its own record, and is fluent, since a language model finds probable what it has just read.
+What a text repeats word by word from its prompt counts for nothing (``own_words``): the copied
+prompt is all true, picks its own record, and is fluent, since a language model finds probable what
+it has just read.
 """
 
 import math
@@ -34,25 +38,23 @@ _VOWELS = re.compile(r"[aeiouyà-öø-ÿ]+")
 
 # Measures of a text and its record, which shuffling can spoil.
 PAIRED = (
-    "grounding_precision grounding_recall grounding_f1 feature_match specificity specificity_masked "
-    "specificity_same_user specificity_same_user_masked"
-).split()
+    "grounding_precision", "grounding_recall", "grounding_f1", "feature_match", "specificity",
+    "specificity_masked", "specificity_same_user", "specificity_same_user_masked",
+)  # fmt: skip
 JUDGED = (*PAIRED, "fluency", "readability", "words", "quality")  # one value a text
-CORPUS = (
-    "claiming_share feature_coverage feature_diversity distinct_1 distinct_2 unique_texts".split()
-)
 
 
-# --- grounding and features ----------------------------------------------------------------------------
+# --- grounding and features
 
 
 def grounding(record: Record, text: str, catalogue: Catalogue) -> tuple[float, float]:
     """(precision, recall) of what the text claims, against the metadata.
 
-    Precision: share of its distinct claims (titles, genres, years, people) that the record supports; people are never
-    supported, since the metadata names none. NaN without claims. Recall: share named of the film, each of its genres,
-    and (as one fact) some own history title. Report both, since few claims make precision cheap (Kabongo & Guigue,
-    arXiv 2512.24366).
+    Precision: share of its distinct claims (titles, genres, years, people) that the record
+        supports; people are never supported, since the metadata names none. NaN without claims.
+        Recall: share named of the film, each of its genres, and (as one fact) some own history
+        title. Report both, since few claims make precision cheap (Kabongo & Guigue, arXiv
+        2512.24366).
     """
     verdict = catalogue.verdict(record, text)
     claimed = verdict.supported + verdict.unsupported
@@ -67,8 +69,8 @@ def f1(precision: float, recall: float) -> float:
 
 
 def features(record: Record, text: str, catalogue: Catalogue) -> frozenset[str]:
-    """Film titles and genres that a text names. A title that fits several films is the record's own film or history
-    film if it can be, else the first of them by name."""
+    """Film titles and genres that a text names. A title that fits several films is the record's own
+    film or history film if it can be, else the first of them by name."""
     claims = catalogue.claims(text)
     near = (record["title"], *record["history_titles"])
     titles = {next((t for t in near if t in mention), min(mention)) for mention in claims.titles}
@@ -87,17 +89,19 @@ def feature_coverage(records: Sequence[Record], named: Sequence[frozenset[str]])
 
 
 def feature_diversity(named: Sequence[frozenset[str]]) -> float:
-    """DIV (Li, Zhang & Chen 2020): mean number of features that two texts share. LOWER is more diverse."""
+    """DIV (Li, Zhang & Chen 2020): mean number of features that two texts share. LOWER is more
+    diverse."""
     counts = Counter(feature for one in named for feature in one)
     pairs = len(named) * (len(named) - 1) / 2
     return sum(c * (c - 1) / 2 for c in counts.values()) / pairs if pairs else 0.0
 
 
-# --- retrieval -----------------------------------------------------------------------------------------
+# --- retrieval
 
 
 class SentenceEncoder:
-    """all-MiniLM-L6-v2 by sentence-transformers from a local folder; keeps what it has encoded, since arms share cards.
+    """all-MiniLM-L6-v2 by sentence-transformers from a local folder; keeps what it has encoded,
+    since arms share cards.
 
     Raises ``RuntimeError`` if the folder does not hold the model.
     """
@@ -109,7 +113,8 @@ class SentenceEncoder:
         disable_progress_bar()  # a bar in a stored notebook differs at every run
         if not (Path(folder) / "modules.json").is_file():
             raise RuntimeError(
-                f"{Path(folder).name}: no modules.json in the sentence encoder's folder; get it with assets.minilm_folder()"
+                f"{Path(folder).name}: no modules.json in the encoder's folder; "
+                "get it with assets.minilm_folder()"
             )
         self.model = SentenceTransformer(str(folder), device=str(device), local_files_only=True)
         self.model.max_seq_length = 256
@@ -124,7 +129,8 @@ class SentenceEncoder:
 
 
 def card(record: Record, history: bool = True) -> str:
-    """What a text is matched with: the recommended film and, with ``history``, the films that the user liked."""
+    """What a text is matched with: the recommended film and, with ``history``, the films that the
+    user liked."""
     year = f" ({record['year']})" if record["year"] else ""
     genres = f" Genres: {', '.join(real_genres(record))}." if real_genres(record) else ""
     liked = record["history_titles"] if history else []
@@ -143,7 +149,7 @@ def candidate_cards(
     cards = sorted({card(r) for r in records})
     if len(cards) < n:
         raise ValueError(
-            f"own-item retrieval among {n} needs as many different records, not {len(cards)}; raise eval_users"
+            f"retrieval among {n} needs {n} different records, not {len(cards)}; raise eval_users"
         )
     out = []
     for own in map(card, records):
@@ -169,12 +175,12 @@ def mask_titles(record: Record, text: str) -> str:
     return re.sub(found, "this film", text, flags=re.IGNORECASE)
 
 
-# --- language ------------------------------------------------------------------------------------------
+# --- language
 
 
 def fluency(ref_logprobs: Sequence[np.ndarray]) -> np.ndarray:
-    """Geometric-mean token probability (texts,) under the frozen base model, from each text's natural-log
-    probabilities; 0 for no tokens."""
+    """Geometric-mean token probability (texts,) under the frozen base model, from each text's
+    natural-log probabilities; 0 for no tokens."""
     out = np.zeros(len(ref_logprobs))
     for i, logp in enumerate(ref_logprobs):
         logp = np.asarray(logp, np.float64)
@@ -194,8 +200,8 @@ def syllables(word: str) -> int:
 
 
 def readability(text: str) -> float:
-    """Flesch reading ease, 206.835 - 1.015 words/sentences - 84.6 syllables/words (Flesch 1948): about 100 is very
-    easy, 0 very hard, both ends open. NaN for a text without words."""
+    """Flesch reading ease, 206.835 - 1.015 words/sentences - 84.6 syllables/words (Flesch 1948):
+    about 100 is very easy, 0 very hard, both ends open. NaN for a text without words."""
     said = words(text)
     if not said:
         return math.nan
@@ -204,8 +210,9 @@ def readability(text: str) -> float:
 
 
 def language(text: str, fluency_: float) -> float:
-    """Mean of fluency and of reading ease / 100 (clipped), times the share of distinct bigrams: a loop is
-    probable under any language model and easy to read. In [0, 1]; 0 for a text without words."""
+    """Mean of fluency and of reading ease / 100 (clipped), times the share of distinct bigrams: a
+    loop is probable under any language model and easy to read. In [0, 1]; 0 for a text without
+    words."""
     said = lower_words(text)
     if not said:
         return 0.0
@@ -213,8 +220,9 @@ def language(text: str, fluency_: float) -> float:
 
 
 def own_words(record: Record, text: str) -> float:
-    """How far the text is not copied from its prompt, in [0, 1]: 1 where at least half of its word 4-grams are not
-    in the prompt, 0 where all are. (Naming titles and a year copies about an eighth of a good explanation.)"""
+    """How far the text is not copied from its prompt, in [0, 1]: 1 where at least half of its word
+    4-grams are not in the prompt, 0 where all are. (Naming titles and a year copies about an eighth
+    of a good explanation.)"""
     prompt = [w for message in messages(record) for w in lower_words(message["content"])]
     said = lower_words(text)
     grams = list(zip(*[said[i:] for i in range(4)]))
@@ -228,22 +236,25 @@ def lower_words(text: str) -> list[str]:
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float:
-    """Distinct n-grams over all n-grams of the corpus (Li et al. 2016), none across two texts; 0 if there are none."""
+    """Distinct n-grams over all n-grams of the corpus (Li et al. 2016), none across two texts; 0 if
+    there are none."""
     grams = Counter(
         gram for text in texts for gram in zip(*(lower_words(text)[i:] for i in range(n)))
     )
     return len(grams) / max(grams.total(), 1)
 
 
-# --- all together --------------------------------------------------------------------------------------
+# --- all together
 
 
 class Judge:
-    """Judges texts on ``records``, or on the first few of them: every arm faces the same candidates.
+    """Judges texts on ``records``, or on the first few of them: every arm faces the same
+    candidates.
 
     Args:
         records: what the texts are about, one a text.
-        same_user: for each record, itself and the other records of films recommended to that user, equally many.
+        same_user: for each record, itself and the other records of films recommended to that user,
+            equally many.
         catalogue: recognises titles and genres.
         encoder: ``encode(texts) -> (n, d)`` of unit length, such as ``SentenceEncoder``.
         seed: of the candidates and of the shuffling.
@@ -264,8 +275,9 @@ class Judge:
         }
 
     def paired(self, texts: Sequence[str]) -> pd.DataFrame:
-        """One row a text: the measures ``PAIRED``, and specificity_probability, the softmax of cosines / ``TEMPERATURE``
-        at the own card: smoother than the yes or no. Ties and texts without words count against a text."""
+        """One row a text: the measures ``PAIRED``, and specificity_probability, the softmax of
+        cosines / ``TEMPERATURE`` at the own card: smoother than the yes or no. Ties and texts
+        without words count against a text."""
         records = self.records[: len(texts)]
         check_records(records, texts)
         pairs = list(zip(records, texts, strict=True))
@@ -290,12 +302,13 @@ class Judge:
     def score(self, texts: Sequence[str], ref_logprobs: Sequence[np.ndarray]) -> pd.DataFrame:
         """One row a text: ``paired``, and fluency, readability, words, quality.
 
-        Quality, in [0, 1], is the mean of grounding_f1, specificity_probability and ``language``, times how far the text
-        is prose (a list of true keywords is no explanation) and not copied from its prompt.
+        Quality, in [0, 1], is the mean of grounding_f1, specificity_probability and ``language``,
+        times how far the text is prose (a list of true keywords is no explanation) and not copied
+        from its prompt.
         """
         if len(ref_logprobs) != len(texts):
             raise ValueError(
-                f"{len(texts)} texts but {len(ref_logprobs)} arrays of log-probabilities: give one a text"
+                f"{len(texts)} texts but {len(ref_logprobs)} arrays of log-probabilities"
             )
         frame = self.paired(texts)
         frame["words"] = [len(words(t)) for t in texts]
@@ -315,7 +328,8 @@ class Judge:
         return self.paired([texts[i] for i in others])
 
     def corpus(self, texts: Sequence[str]) -> dict[str, float]:
-        """The measures ``CORPUS``, of the texts as a whole; unique_texts is USR (Li, Zhang & Chen 2020)."""
+        """Measures of the texts as a whole; unique_texts is USR (Li, Zhang & Chen
+        2020)."""
         named = [features(r, t, self.catalogue) for r, t in zip(self.records, texts)]
         claims = [grounding(r, t, self.catalogue)[0] for r, t in zip(self.records, texts)]
         return {
