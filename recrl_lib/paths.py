@@ -1,4 +1,4 @@
-"""Every path of the study, found from this file, so that Jupyter, papermill and nbval agree whatever the cwd."""
+"""Every path of the study, found from this file, whatever the working directory."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ LIBRARY = ROOT / "recrl_lib"
 def cache_dir(*parts: str) -> Path:
     """Folder for downloaded and derived assets, created on first use and shared by all runs.
 
-    ``$RECRL_HOME/cache`` if set (a pod's persistent volume), else ``$XDG_CACHE_HOME/shielded-recrl``,
+    ``$RECRL_HOME/cache`` if set (a persistent volume), else ``$XDG_CACHE_HOME/shielded-recrl``,
     else ``~/.cache/shielded-recrl``.
     """
     if home := os.environ.get("RECRL_HOME"):

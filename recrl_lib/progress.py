@@ -1,38 +1,36 @@
-"""Progress of long loops: a bar for people, nothing in stored notebooks.
-
-``RECRL_PROGRESS`` decides: unset, a tqdm bar; ``off``, silence (nbval); a path, one JSON line per
-update appended there, which the runner reads to show live progress from inside a papermill cell
-(a bar inside papermill would be stored in the executed notebook instead).
-"""
+"""Progress of long loops: a tqdm bar for people, nothing in stored notebooks."""
 
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from operator import length_hint
+
+EVERY = 0.5  # seconds between two updates
 
 
-def track(items: Iterable, desc: str, total: int | None = None, every: float = 0.5) -> Iterator:
-    """Yield from ``items`` and report how many are done, at most once per ``every`` seconds."""
-    if total is None:
-        total = len(items) if hasattr(items, "__len__") else None
+def track(items: Iterable, desc: str, total: int | None = None) -> Iterator:
+    """Yield from ``items`` and report how many are done, as ``RECRL_PROGRESS`` says.
+
+    Unset: a tqdm bar. ``off``: silence. A path: JSON lines appended to it, which ``execute`` shows
+    live from inside a papermill cell, where a bar would be stored in the notebook.
+    """
     sink = os.environ.get("RECRL_PROGRESS", "")
     if sink == "off":
         yield from items
     elif sink:
-        yield from _to_file(items, desc, total, every, sink)
+        yield from _to_file(items, desc, total or length_hint(items) or None, sink)
     else:
         from tqdm.auto import tqdm
 
-        yield from tqdm(items, desc=desc, total=total, mininterval=every, leave=False)
+        yield from tqdm(items, desc=desc, total=total, mininterval=EVERY, leave=False)
 
 
-def _to_file(items, desc, total, every, sink):
+def _to_file(items: Iterable, desc: str, total: int | None, sink: str) -> Iterator:
     last = 0.0
-    done = 0
     with open(sink, "a", encoding="utf-8", buffering=1) as out:
         for done, item in enumerate(items, 1):
             yield item
-            now = time.monotonic()
-            if now - last >= every or done == total:
+            if time.monotonic() - last >= EVERY or done == total:
                 out.write(json.dumps({"desc": desc, "done": done, "total": total}) + "\n")
-                last = now
+                last = time.monotonic()

@@ -1,70 +1,77 @@
-"""The environment check: each row can fail, and says what to do."""
+"""The environment check: each line can fail, and says what to do."""
 
 import shutil
+import sys
 
 import pytest
 import torch
 
-from recrl_lib import environment, provenance
+from recrl_lib import environment, progress
 from recrl_lib.environment import FAIL, GIB, OK, WARN
+from recrl_lib.provenance import package_version
 
 
-def test_the_table_has_a_row_per_check_and_a_remedy_for_all_that_is_not_ok():
-    table = environment.check_environment("cpu")
-    assert list(table.columns) == ["check", "found", "needed", "ok", "remedy"]
-    assert {
-        "python",
-        "packages",
-        "CPU cores",
-        "memory, free",
-        "disk, runs",
-        "GPU",
-        "git",
-        "matmul",
-    } <= set(table.check)
-    assert ((table.ok == OK) == (table.remedy == "")).all()
-
-
-def test_pins_come_from_the_one_list():
-    pins = environment.pinned_packages()
-    assert pins["papermill"] == "2.7.0" and pins["torch"].startswith("2.")
-    assert not any(name.startswith("-") for name in pins)
+def test_there_is_a_line_for_each_check_and_a_remedy_for_all_that_is_not_ok():
+    checks = environment.check_environment("cpu")
+    needed = {"python", "packages", "CPU cores", "free memory", "disk of the runs", "git", "matmul"}
+    assert needed <= {check.name for check in checks}
+    assert all((check.status == OK) == (check.remedy == "") for check in checks)
+    assert str(environment.Check("x", "1 GiB")) == "[OK] x: 1 GiB"
+    assert str(environment.Check("x", "1 GiB", FAIL, "free space")) == "[FAIL] x: 1 GiB; free space"
 
 
 def test_packages_are_compared_with_their_pins():
-    numpy = provenance.package_version("numpy")
-    summary, *bad = environment.check_packages(
-        {"numpy": numpy, "pandas": "0.1", "no-such-package": "1", "pytest": None}
-    )
+    pins = {"numpy": package_version("numpy"), "pandas": "0.1", "no-such-package": "1"}
+    summary, *bad = environment.check_packages({**pins, "pytest": None})
     assert summary.found == "2 of 4 as pinned"
-    assert [(row.check, row.ok) for row in bad] == [("pandas", WARN), ("no-such-package", FAIL)]
+    assert [(row.name, row.status) for row in bad] == [("pandas", WARN), ("no-such-package", FAIL)]
     assert all("make env" in row.remedy for row in bad)
+    listed = environment.pinned_packages()
+    assert listed["papermill"] == "2.7.0" and not any(name.startswith("-") for name in listed)
 
 
 @pytest.mark.parametrize(
-    "version, ok",
+    "version, status",
     [("2.10.2", FAIL), ("2.11.0+cu128", OK), ("2.13.1", OK), ("2.14.0", FAIL), ("3.0", FAIL)],
 )
-def test_a_range_of_torch_is_accepted(monkeypatch, version, ok):
-    monkeypatch.setattr(provenance, "package_version", lambda name: version)
+def test_a_range_of_torch_is_accepted(monkeypatch, version, status):
+    monkeypatch.setattr(environment, "package_version", lambda name: version)
     rows = environment.check_packages({"torch": "2.13.0"})
-    assert [row.ok for row in rows[1:]] == ([] if ok == OK else [FAIL])
+    assert [row.status for row in rows[1:]] == ([] if status == OK else [FAIL])
 
 
-def test_an_old_python_and_a_full_disk_fail(monkeypatch):
+def test_an_old_python_and_a_full_disk_fail(monkeypatch, tmp_path):
     monkeypatch.setattr(environment.platform, "python_version_tuple", lambda: ("3", "9", "1"))
-    assert environment.check_python().ok == FAIL
+    assert environment.check_python().status == FAIL
     usage = shutil.disk_usage("/")._replace(free=GIB)
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: usage)
-    rows = environment.check_disk()
-    assert [row.ok for row in rows] == [FAIL, FAIL] and "RECRL_HOME" in rows[0].remedy
+    row = environment.check_disk("disk", tmp_path, "free space there")
+    assert str(row) == "[FAIL] disk: 1 GiB free; 2 GiB are needed: free space there"
 
 
-def test_matmul_error_and_its_limit(monkeypatch):
-    a = torch.eye(4) * 3
-    assert environment._matmul_error(a, a, torch.device("cpu")) == 0.0
-    assert environment.check_matmul("cpu", size=64).ok == OK
-    assert environment.check_matmul("cpu", size=64, tolerance=1e-12).ok == FAIL
+def test_the_matrix_product_can_fail(monkeypatch):
+    assert environment.check_matmul("cpu", size=64).status == OK
+    assert environment.check_matmul("cpu", size=64, tolerance=1e-12).status == FAIL
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     row = environment.check_matmul("cuda", size=64)
-    assert row.ok == FAIL and "no CUDA device" in row.found
+    assert row.status == FAIL and "no CUDA device" in row.found
+
+
+def test_peak_memory_only_grows():
+    before, held = environment.peak_rss(), bytearray(2**20)
+    assert 2**24 < before <= environment.peak_rss() and len(held) == 2**20
+
+
+@pytest.mark.parametrize("items", [range(3), iter("abc")])
+def test_progress_goes_where_it_is_sent(items, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setenv("RECRL_PROGRESS", str(tmp_path / "log"))
+    assert len(list(progress.track(items, "loop"))) == 3
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == 3 and '"desc": "loop", "done": 3' in lines[-1]
+    monkeypatch.setenv("RECRL_PROGRESS", "off")
+    assert list(progress.track("ab", "loop")) == ["a", "b"]
+    monkeypatch.delenv("RECRL_PROGRESS")
+    assert list(progress.track("ab", "loop")) == ["a", "b"]
+    assert len((tmp_path / "log").read_text().splitlines()) == 3
+    assert "tqdm" in sys.modules and "loop" in capsys.readouterr().err

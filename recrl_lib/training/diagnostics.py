@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from recrl_lib.memory import peak_rss
+from recrl_lib.environment import peak_rss
 
 
 class Statistic(NamedTuple):
