@@ -36,9 +36,8 @@ class Study:
     def records(self, users: Iterable[int], positions: Iterable[int]) -> list[dict]:
         """One record a user, about the item at the given place (from 1) of the user's top 10."""
         history = self.split.with_valid
-        return build_records(
-            self.items, history, self.top, users, positions, self.history_length, self.noun
-        )
+        asked = zip(users, positions, strict=False)
+        return build_records(self.items, history, self.top, asked, self.history_length, self.noun)
 
     def training_records(self) -> list[dict]:
         """Every top-10 item of every PPO user, held-out items excepted."""

@@ -625,7 +625,7 @@ def activated(explainer: Explainer):
 def greedy_activated(explainer: Explainer, prompts: list[list[int]], invoke) -> list[str]:
     """Greedy texts under activated LoRA. ``ex.sample`` multiplies plain LoRA, which would hear the whole prompt: PEFT's layers speak here."""
     invoke(0)  # a prompt ends with the header; new tokens are read one by one, after it
-    _, _, response, mask = sampling.generated(explainer, prompts, 1, TEXT_TOKENS, 1.0, None)
+    response, mask = sampling.generated(explainer, prompts, TEXT_TOKENS)
     return [sampling.decode(explainer, row[keep]) for row, keep in zip(response, mask)]
 
 

@@ -14,13 +14,14 @@ from recrl_lib.paths import cache_dir
 from recrl_lib.progress import track
 from recrl_lib.runs import write_atomic
 
-# --- item vectors -------------------------------------------------------------------------------
-
 
 class ItemTexts:
-    """The ranker's item texts, tokenised once and grouped by length (no padding, fixed batches).
+    """The items' texts, tokenised once, in fixed batches of equal length without padding.
 
-    Fixed batches make encodings comparable bit for bit: same weights, same vectors.
+    Fixed batches make encodings comparable bit for bit: equal weights give equal vectors.
+
+    Raises:
+        ValueError: an item has no text.
     """
 
     def __init__(self, explainer: Explainer, texts: list[str], batch: int = 64):
@@ -29,44 +30,43 @@ class ItemTexts:
         empty = [i + 1 for i, row in enumerate(ids) if not row]
         if empty:
             raise ValueError(
-                f"{len(empty)} items have an empty text, the first is item {empty[0]}; give each item a title"
+                f"{len(empty)} items have an empty text, the first is item {empty[0]}; "
+                "give each item a title"
             )
         self.n_items = len(ids)
-        order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
         self.batches: list[tuple[Tensor, Tensor]] = []  # (item numbers (b,), token ids (b, T))
         for length in sorted({len(row) for row in ids}):
-            group = [i for i in order if len(ids[i]) == length]
+            group = [i for i, row in enumerate(ids) if len(row) == length]
             for start in range(0, len(group), batch):
                 part = group[start : start + batch]
                 self.batches.append((torch.tensor(part) + 1, torch.tensor([ids[i] for i in part])))
         self._states: list[Tensor] | None = None
 
     def states(self) -> list[Tensor]:
-        """Trunk states of every batch, from the cache if these texts met these weights and this cut before."""
+        """Trunk states (b, T, d) of every batch, from the cache if known for these weights."""
         if self._states is None:
             path = self._cached("states")
             if path.exists():
                 stored = load_file(path)
                 self._states = [stored[str(n)] for n in range(len(self.batches))]
             else:
-                self._states = []
-                for _, ids in track(self.batches, "reading item texts"):
-                    ids = ids.to(self.explainer.device)
-                    self._states.append(self.explainer.trunk(ids, torch.ones_like(ids)).cpu())
-                if self.explainer.cut:  # at cut 0 the states are the embeddings, not worth a file
-                    write_atomic(
-                        path, safetensors_bytes({str(n): s for n, s in enumerate(self._states)})
-                    )
+                device = self.explainer.device
+                self._states = [
+                    self.explainer.trunk(ids.to(device), torch.ones_like(ids, device=device)).cpu()
+                    for _, ids in track(self.batches, "reading item texts")
+                ]
+                if self.explainer.cut:  # at cut 0 the states are the embeddings: not worth a file
+                    named = {str(n): states for n, states in enumerate(self._states)}
+                    write_atomic(path, safetensors_bytes(named))
         return self._states
 
     @torch.no_grad()
     def vectors(self) -> Tensor:
-        """Item vectors (I+1, d) on the CPU by the model as it is: mean last hidden state; row 0 is zero."""
+        """Item vectors (I+1, d), float32 on the CPU, by the model as it is; row 0 is zero."""
+        device = self.explainer.device
         out = torch.zeros(self.n_items + 1, self.explainer.lm.config.hidden_size)
         for (numbers, ids), states in zip(track(self.batches, "item vectors"), self.states()):
-            hidden = self.explainer.top(
-                states.to(self.explainer.device), torch.ones_like(ids, device=self.explainer.device)
-            )
+            hidden = self.explainer.top(states.to(device), torch.ones_like(ids, device=device))
             out[numbers] = hidden.mean(1).float().cpu()
         return out
 
@@ -79,37 +79,29 @@ class ItemTexts:
         return load_file(path)["text"]
 
     def _cached(self, kind: str) -> Path:
+        """The cache file for all that can change the last bits of a vector."""
         device = self.explainer.device
-        machine = (
-            torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else torch.backends.cpu.get_cpu_capability()
-        )
-        content = hashlib.sha256(base_weights_sha256(self.explainer).encode())
-        for part in (
+        on_gpu = device.type == "cuda"
+        parts = (
             kind,
             self.explainer.cut,
             device.type,
-            machine,
+            torch.cuda.get_device_name(device)
+            if on_gpu
+            else torch.backends.cpu.get_cpu_capability(),
             torch.get_num_threads(),
             torch.__version__,
             transformers.__version__,
-        ):
-            content.update(f"{part}\n".encode())  # all that can change the last bits of a vector
+        )
+        content = hashlib.sha256(self.explainer.derived(weights_sha256).encode())
+        content.update("".join(f"{part}\n" for part in parts).encode())
         for numbers, ids in self.batches:
             content.update(numbers.numpy().tobytes() + ids.numpy().tobytes())
         return cache_dir("item_texts") / f"{kind}-{content.hexdigest()[:24]}.safetensors"
 
 
-def base_weights_sha256(explainer: Explainer) -> str:
-    """sha256 over the frozen weights, adapters excluded; computed once per model."""
-    if explainer._base_sha256 is None:
-        explainer._base_sha256 = weights_sha256(explainer)
-    return explainer._base_sha256
-
-
 def weights_sha256(explainer: Explainer) -> str:
-    """sha256 over the frozen weights as they are now: proof that tuning touched the adapters only."""
+    """sha256 over the frozen weights as they are now; equal as long as only adapters are tuned."""
     content = hashlib.sha256()
     for name, tensor in sorted(explainer.lm.state_dict().items()):
         if "lora_" not in name:

@@ -1,40 +1,39 @@
 """What the explainer is asked: records, and the chat messages and token ids made from them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from recrl_lib.explainer.model import Explainer
 
-Record = Mapping[str, Any]  # see ``recrl_lib.__init__``
-NOUNS = {
+Record = Mapping[str, Any]  # what one explanation is about; its fields are in recrl_lib/__init__.py
+RECORD_FIELDS = ("user", "item", "position", "title", "year", "genres")
+RECORD_FIELDS += ("history_titles", "history_genres")
+NOUNS = {  # what the data set's items are called -> (who chooses them, what that person did)
     "film": ("viewer", "watched"),
     "book": ("reader", "read"),
     "game": ("player", "played"),
     "item": ("customer", "chose"),
 }
-RECORD_FIELDS = (
-    "user",
-    "item",
-    "position",
-    "title",
-    "year",
-    "genres",
-    "history_titles",
-    "history_genres",
+NO_GENRE = frozenset({"", "unknown"})  # placeholders of the data sets
+SYSTEM = (
+    "You recommend {noun}s. Explain each recommendation in one or two short sentences: "
+    "name the {noun}, and link it to {noun}s the {person} {did} and to its genres."
 )
-NO_GENRE = frozenset({"", "unknown"})
 
 
 def real_genres(record: Record) -> list[str]:
-    """The recommended film's genres without the placeholders of the data."""
+    """The recommended item's genres without the placeholders of the data."""
     return [g for g in record["genres"] if g.lower() not in NO_GENRE]
 
 
 def check_records(records: Iterable[Record], texts: Iterable[str]) -> None:
     """Raise ``ValueError`` unless there is one text a record and each record has its fields."""
-    records, texts = list(records), list(texts)
-    if len(records) != len(texts):
-        raise ValueError(f"{len(records)} records but {len(texts)} texts: give one text a record")
+    records, n = list(records), len(list(texts))
+    if len(records) != n:
+        raise ValueError(f"{len(records)} records but {n} texts: give one text a record")
     for i, record in enumerate(records):
         if missing := [f for f in RECORD_FIELDS if f not in record]:
             raise ValueError(
@@ -42,25 +41,28 @@ def check_records(records: Iterable[Record], texts: Iterable[str]) -> None:
             )
 
 
-SYSTEM = (
-    "You recommend {noun}s. Explain each recommendation in one or two short sentences: "
-    "name the {noun}, and link it to {noun}s the {person} {did} and to its genres."
-)
-
-
-# --- what it is asked ---------------------------------------------------------------------------
-
-
 def build_records(
-    items, sequences, top, users, positions, history_length: int, noun: str = "film"
+    items: pd.DataFrame,
+    sequences: Sequence[np.ndarray],
+    top: np.ndarray,
+    asked: Iterable[tuple[int, int]],
+    history_length: int,
+    noun: str = "film",
 ) -> list[dict]:
-    """One record a user (see ``recrl_lib``): the item at 1-based rank ``positions[i]`` of ``top[user]`` (U, k)."""
+    """One record for each (user, 1-based position in the user's list) in ``asked``.
+
+    Args:
+        items: the item table.
+        sequences: each user's items in order; the last ``history_length`` are named.
+        top: ranked items, array (users, k).
+        noun: one of ``NOUNS``.
+    """
     title, year = items["title"].to_numpy(), items["year"].to_numpy()
     genres = [g.split("|") if g else [] for g in items["genres"]]
     records = []
-    for user, position in zip(users, positions):
+    for user, position in asked:
         item = int(top[user, position - 1])
-        history = [int(i) for i in sequences[user][-history_length:]]
+        history = [int(i) - 1 for i in sequences[user][-history_length:]]
         records.append(
             {
                 "user": int(user),
@@ -70,25 +72,22 @@ def build_records(
                 "year": int(year[item - 1]),
                 "genres": genres[item - 1],
                 "noun": noun,
-                "history_titles": [str(title[i - 1]) for i in history],
-                "history_genres": [genres[i - 1] for i in history],
+                "history_titles": [str(title[i]) for i in history],
+                "history_genres": [genres[i] for i in history],
             }
         )
     return records
 
 
-def describe(record: dict) -> str:
-    year = f" ({record['year']})" if record["year"] else ""
-    genres = f", genres {', '.join(record['genres'])}" if record["genres"] else ""
-    return f"{record['title']}{year}{genres}"
-
-
-def messages(record: dict) -> list[dict]:
+def messages(record: Record) -> list[dict[str, str]]:
     """The chat that asks for one explanation."""
     noun = record.get("noun", "film")
     person, did = NOUNS[noun]
+    year = f" ({record['year']})" if record["year"] else ""
+    genres = f", genres {', '.join(record['genres'])}" if record["genres"] else ""
     question = (
-        f"I {did}: {'; '.join(record['history_titles'])}.\nWhy do you recommend {describe(record)}?"
+        f"I {did}: {'; '.join(record['history_titles'])}.\n"
+        f"Why do you recommend {record['title']}{year}{genres}?"
     )
     return [
         {"role": "system", "content": SYSTEM.format(noun=noun, person=person, did=did)},
@@ -96,6 +95,7 @@ def messages(record: dict) -> list[dict]:
     ]
 
 
-def prompt_ids(explainer: Explainer, chat: list[dict]) -> list[int]:
+def prompt_ids(explainer: Explainer, chat: list[dict[str, str]]) -> list[int]:
+    """Token ids of the chat in the model's own template, up to where its answer begins."""
     text = explainer.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return explainer.tokenizer(text, add_special_tokens=False)["input_ids"]

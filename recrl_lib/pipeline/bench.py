@@ -74,7 +74,7 @@ class Bench:
         histories = [g["item"].to_numpy() for _, g in self.data.interactions.groupby("user")]
         popular = self.data.interactions["item"].value_counts().index[:10].to_numpy()
         top = np.tile(popular, (len(histories), 1))
-        return build_records(self.data.items, histories, top, range(PROMPTS), [1] * PROMPTS, 5)
+        return build_records(self.data.items, histories, top, [(u, 1) for u in range(PROMPTS)], 5)
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -230,7 +230,7 @@ def trl(bench: Bench) -> Iterator[Row]:
             "learning_rate": p.learning_rate,
             "rank": p.lora_rank,
             "alpha": p.lora_alpha,
-            "modules": list(model.ADAPTED),
+            "modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
             "layers": list(range(reader.cut, reader.n_layers)),
             "steps": STEPS,
             "threads": torch.get_num_threads(),

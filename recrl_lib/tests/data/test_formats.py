@@ -473,7 +473,7 @@ def test_the_prompt_and_the_reference_speak_of_what_the_data_set_holds(
     noun, system, asked, reference
 ):
     items = pd.DataFrame({"item": [1, 2, 3], "title": ["A", "B", "C"], "year": 0, "genres": ""})
-    (record,) = prompts.build_records(items, [np.array([1, 2])], np.array([[3]]), [0], [1], 5, noun)
+    (record,) = prompts.build_records(items, [np.array([1, 2])], np.array([[3]]), [(0, 1)], 5, noun)
     chat = prompts.messages(record)
     assert chat[0]["content"] == system and chat[1]["content"].startswith(asked)
     assert reference_line(record | {"user": 2}) == reference

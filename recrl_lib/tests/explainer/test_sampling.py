@@ -3,136 +3,164 @@ import torch
 import torch.nn.functional as F
 
 from recrl_lib.explainer import model, sampling
+from recrl_lib.tests.explainer.networks import LLAMAS, OTHERS, PROMPTS, tuned
+from recrl_lib.tests.explainer.test_prompts import RECORD
 from recrl_lib.tests.tiny import tiny_explainer, tune_randomly
 
+KINDS = [*LLAMAS, *(kind for kind in OTHERS if kind != "gemma2")]
 SYSTEM = [1, 5, 6, 7, 8, 2]
-PROMPTS = [SYSTEM + rest for rest in ([1, 9, 2, 1], [1, 4, 2, 1], [1, 10, 11, 12, 13, 2, 1])]
+CHATS = [SYSTEM + rest for rest in ([1, 9, 2, 1], [1, 4, 2, 1], [1, 10, 11, 12, 13, 2, 1])]
+close = dict(atol=1e-5, rtol=0)
 
 
-def sample(explainer, prompts, samples=2, length=10, uniforms=None):
-    generator = None if uniforms is None else torch.Generator().manual_seed(uniforms)
-    return sampling.sample(explainer, prompts, samples, length, 0.7, generator)
+def sample(explainer, prompts=CHATS, samples=2, length=10, seed=0, temperature=0.7):
+    """By the random numbers of ``seed``; greedy if None."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return sampling.sample(explainer, prompts, samples, length, temperature, generator)
 
 
-def tuned(layers=2):
-    explainer = tiny_explainer(lora_layers=layers)
-    tune_randomly(explainer)
-    return explainer
+def assert_trained_alike(explainer, rollout, temperature=0.7):
+    """The sampler's log-probabilities and trunk states are those of the training forward."""
+    got = sampling.token_logprobs(explainer, rollout, temperature)
+    torch.testing.assert_close(got, rollout.logprobs, **close)
 
 
-def test_a_common_beginning_read_once_changes_nothing(monkeypatch):
-    explainer = tuned()
-    together = sample(explainer, PROMPTS, uniforms=0)
-    read = []
-    monkeypatch.setattr(sampling, "commonprefix", lambda prompts: read.append(1) or [])
-    apart = sample(explainer, PROMPTS, uniforms=0)
-    assert (
-        read
-        and torch.equal(together.response, apart.response)
-        and torch.equal(together.prompt_mask, apart.prompt_mask)
-    )
-    torch.testing.assert_close(together.logprobs, apart.logprobs, atol=1e-5, rtol=0)
-    real = together.full_mask
-    torch.testing.assert_close(together.states[real], apart.states[real], atol=1e-5, rtol=0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_generate(kind):
+    explainer = tuned(kind)
+    rollout = sample(explainer, PROMPTS, 1, 8, seed=None)
+    ids, mask = model.left_pad(PROMPTS, explainer.pad_id, "cpu")
+    settings = dict(pad_token_id=explainer.pad_id, eos_token_id=explainer.eos_id)
+    expected = explainer.lm.generate(
+        input_ids=ids, attention_mask=mask.long(), max_new_tokens=8, do_sample=False, **settings
+    )[:, ids.shape[1] :]
+    for row, real in enumerate(rollout.mask):
+        assert rollout.response[row][real].tolist() == expected[row][: int(real.sum())].tolist()
 
 
-def test_prompts_come_out_padded_on_the_left_with_the_trunk_states_of_their_tokens():
-    explainer = tuned()
-    rollout = sample(explainer, PROMPTS, uniforms=0)
-    ids, mask = model.left_pad([p for p in PROMPTS for _ in range(2)], explainer.pad_id, "cpu")
-    assert torch.equal(rollout.prompt_mask, mask)
-    full = torch.cat([ids, rollout.response], 1)[:, :-1]
-    expected = explainer.trunk(full, rollout.full_mask)
-    torch.testing.assert_close(
-        rollout.states[rollout.full_mask], expected[rollout.full_mask], atol=1e-5, rtol=0
-    )
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_logprobs_are_those_of_the_training_forward_and_of_each_row_alone(kind):
+    explainer = tuned(kind)
+    rollout = sample(explainer, PROMPTS, samples=3, length=12)
+    assert_trained_alike(explainer, rollout)
+    assert rollout.mask.any(-1).all() and (rollout.logprobs[rollout.mask] < 0).all()
+    hotter = sampling.token_logprobs(explainer, rollout, 1.0)
+    assert (hotter - rollout.logprobs).abs().max() > 0.01  # temperature matters
+    for row in range(3):  # without its padding a row says the same: positions and masks are right
+        ids = torch.tensor([PROMPTS[row // 3] + rollout.response[row][rollout.mask[row]].tolist()])
+        logp = torch.log_softmax(explainer.lm(input_ids=ids).logits[0].float() / 0.7, -1)
+        n = int(rollout.mask[row].sum())
+        expected = logp[-n - 1 : -1].gather(-1, ids[0, -n:, None])[:, 0]
+        torch.testing.assert_close(rollout.logprobs[row, :n], expected, **close)
+
+
+@pytest.mark.parametrize("kind", LLAMAS)
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_llama_run_whole_says_what_a_llama_run_in_two_parts_says(kind, seed, monkeypatch):
+    ours = sample(tuned(kind), PROMPTS, 3, 12, seed)
+    monkeypatch.setattr(model, "SPLIT", ())
+    whole = tuned(kind)
+    theirs = sample(whole, PROMPTS, 3, 12, seed)
+    assert not whole.split and ours.texts == theirs.texts
+    assert torch.equal(ours.mask, theirs.mask) and torch.equal(ours.response, theirs.response)
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, **close)
+
+
+@pytest.mark.parametrize("kind", ["top two", "gpt2"])
+def test_rows_end_at_their_first_eos_and_leave_the_batch_without_a_trace(kind):
+    explainer = tuned(kind)
+    rollout = sample(explainer, PROMPTS, samples=40, length=30, temperature=1.5)
+    assert 0.1 < rollout.ended.float().mean() < 1 or kind == "gpt2"
+    for ids, mask, ended in zip(rollout.response, rollout.mask, rollout.ended, strict=True):
+        eos, length = (ids == explainer.eos_id).nonzero()[:, 0], int(mask.sum())
+        assert mask[:length].all() and bool(ended) == (len(eos) > 0)
+        if ended:
+            assert length == int(eos[0]) + 1 and (ids[length:] == explainer.pad_id).all()
+    assert_trained_alike(explainer, rollout, 1.5)
+
+
+def test_equal_generators_give_equal_rollouts_and_new_ones_do_not():
+    explainer = tuned("top layer")
+    assert torch.equal(sample(explainer).response, sample(explainer).response)
+    other = sample(explainer, seed=1).response
+    assert not torch.equal(other[:, :3], sample(explainer).response[:, :3])
 
 
 @pytest.mark.parametrize(
     "prompts",
-    [PROMPTS[:1], [PROMPTS[0]] * 3, [[1], [1, 2]], [SYSTEM, SYSTEM + [1]]],
-    ids=["one", "equal", "shortest", "a beginning"],
+    [CHATS, CHATS[:1], [CHATS[0]] * 3, [[1], [1, 2]], [SYSTEM, SYSTEM + [1]]],
+    ids=["usual", "one", "equal", "shortest", "a beginning"],
 )
-def test_prompts_of_every_shape(prompts):
-    explainer = tuned()
-    rollout = sample(explainer, prompts, uniforms=0)
-    torch.testing.assert_close(
-        sampling.token_logprobs(explainer, rollout, 0.7), rollout.logprobs, atol=1e-5, rtol=0
-    )
-
-
-def test_rows_that_end_leave_the_batch_without_a_trace(monkeypatch):
-    explainer = tuned()
-    kept = []
-    take = sampling.Cache.take
-    monkeypatch.setattr(
-        sampling.Cache,
-        "take",
-        lambda self, rows, room: kept.append(len(rows)) or take(self, rows, room),
-    )
-    rollout = sampling.sample(explainer, PROMPTS, 20, 30, 1.5, torch.Generator().manual_seed(0))
-    assert (
-        0 < rollout.ended.float().mean() and min(kept[2:]) < 60
-    )  # after the prefix and the repetition: rows dropped
-    torch.testing.assert_close(
-        sampling.token_logprobs(explainer, rollout, 1.5), rollout.logprobs, atol=1e-5, rtol=0
-    )
+def test_a_common_beginning_is_read_once_and_changes_nothing(prompts):
+    explainer = tuned("top two")
+    rollout = sample(explainer, prompts)
+    assert_trained_alike(explainer, rollout)
+    ids, mask = model.left_pad([p for p in prompts for _ in range(2)], explainer.pad_id, "cpu")
+    assert torch.equal(rollout.prompt_mask, mask)
+    expected = explainer.trunk(torch.cat([ids, rollout.response], 1)[:, :-1], rollout.full_mask)
+    real = rollout.full_mask
+    torch.testing.assert_close(rollout.states[real], expected[real], **close)
 
 
 def test_decoding_follows_the_adapters_as_they_are_and_the_weights_after_a_merge():
-    explainer, prompt = tuned(), PROMPTS[:2]
-    first = sample(explainer, prompt).logprobs
+    explainer = tuned("top two")
+    first = sample(explainer, seed=None).logprobs
     with explainer.reference():
-        base = sample(explainer, prompt).logprobs
+        base = sample(explainer, seed=None).logprobs
     assert not torch.allclose(first, base, atol=1e-3)
-    torch.testing.assert_close(
-        base, sample(tiny_explainer(lora_layers=2), prompt).logprobs, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(base, sample(tiny_explainer(), seed=None).logprobs, **close)
     tune_randomly(explainer, seed=7)
-    second = sample(explainer, prompt)
-    assert not torch.allclose(first, second.logprobs, atol=1e-3)
+    assert not torch.allclose(first, sample(explainer, seed=None).logprobs, atol=1e-3)
     with torch.no_grad():
         for p in explainer.lm.model.layers[0].parameters():
             p.mul_(1.1)
     explainer.forget_hash()
-    third = sample(explainer, prompt)
-    torch.testing.assert_close(
-        sampling.token_logprobs(explainer, third, 0.7), third.logprobs, atol=1e-5, rtol=0
-    )
+    assert_trained_alike(explainer, sample(explainer))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 32, 200])
+@pytest.mark.parametrize("rows", [1, 32, 200])
 @pytest.mark.parametrize("bias", [False, True])
 def test_packed_products_are_the_plain_ones(rows, bias):
     torch.manual_seed(0)
     weight, b, x = torch.randn(48, 32), torch.randn(48) if bias else None, torch.randn(rows, 32)
-    torch.testing.assert_close(
-        sampling.linear(weight, b)(x), F.linear(x, weight, b), atol=1e-5, rtol=1e-5
-    )
-    torch.testing.assert_close(
-        sampling.linear(weight, b)(x.view(rows, 1, 32))[:, 0],
-        F.linear(x, weight, b),
-        atol=1e-5,
-        rtol=1e-5,
-    )
+    expected, product = F.linear(x, weight, b), sampling.linear(weight, b)
+    torch.testing.assert_close(product(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(product(x[:, None])[:, 0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_torch_without_the_packing_ops_decodes_the_same(monkeypatch):
-    expected = sample(tuned(), PROMPTS, uniforms=0)
-    monkeypatch.setattr(
-        torch.ops.mkldnn,
-        "_reorder_linear_weight",
-        lambda *_: (_ for _ in ()).throw(RuntimeError("not here")),
-    )
-    got = sample(tuned(), PROMPTS, uniforms=0)
+def test_a_torch_without_the_packing_operations_decodes_the_same(monkeypatch):
+    expected = sample(tuned("top two"))
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    monkeypatch.delattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    got = sample(tuned("top two"))
     assert torch.equal(got.response, expected.response)
-    torch.testing.assert_close(got.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got.logprobs, expected.logprobs, **close)
 
 
 def test_bfloat16_decodes_near_its_training_forward():
     explainer = tiny_explainer(lora_layers=2, dtype=torch.bfloat16)
     tune_randomly(explainer)
-    rollout = sample(explainer, PROMPTS, uniforms=0)
-    assert (
-        sampling.token_logprobs(explainer, rollout, 0.7) - rollout.logprobs
-    ).abs().max() < 0.2  # why old ones are computed again in bf16
+    rollout = sample(explainer)
+    new = sampling.token_logprobs(explainer, rollout, 0.7)
+    assert (new - rollout.logprobs).abs().max() < 0.2  # why bf16 computes old ones again
+
+
+def test_draws_are_from_the_softmax_and_never_of_probability_zero():
+    logp = torch.log_softmax(torch.tensor([0.0, 1.0, -1.0, 2.0, -30.0]), -1)
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = torch.bincount(sampling.draw(logp.expand(20_000, -1), uniforms), minlength=5) / 20_000
+    torch.testing.assert_close(counts, logp.exp(), atol=0.012, rtol=0)  # 3 standard errors
+    holes = torch.log(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])).expand(4, -1)
+    edges = torch.tensor([0.0, 0.25, 0.5, 1 - 1e-12], dtype=torch.float64)
+    assert set(sampling.draw(holes, edges).tolist()) <= {1, 3}
+
+
+@pytest.mark.parametrize("kind", ["top two", "opt"])
+def test_kl_of_an_explanation_is_zero_untuned_and_positive_tuned(kind):
+    explainer = tuned(kind)
+    with explainer.reference():
+        first = sampling.explain(explainer, [RECORD] * 3, 6, 0.7, seed=0)
+    assert len(first.texts) == 3
+    assert (first.kl == 0).all() and all((r <= 0).all() for r in first.reference)
+    tune_randomly(explainer, 0.3)
+    assert (sampling.explain(explainer, [RECORD] * 3, 6, 0.7, seed=0).kl > 0).all()
