@@ -65,7 +65,7 @@ def test_rows_are_results_in_the_order_of_the_arms():
     assert table["arm"].unique().tolist() == ["main", "no_projection", "b"]
     assert runs.value(table, "top10_overlap", "no_projection") == 0.5
     assert runs.value(table, "ctr_lift", "b", "base") == 0.5
-    assert not table.duplicated(list(runs.RESULT_KEY)).any()
+    assert not table.duplicated(["arm", "against", "group", "measure"]).any()
 
 
 @pytest.fixture
