@@ -182,7 +182,7 @@ def measure(
         "parity_gap": parity_gap(said["quality"].to_numpy(), gender),
         "parity_gap_ndcg": parity_gap(ndcg, everybody),
         "privacy_leak_rate": float(np.mean(leaked)),
-        "parity_groups": float(len(set(gender) - {None})),
+        "parity_groups": float(pd.Series(gender, dtype=object).nunique()),
         "n_texts": float(len(texts)),
     }
 

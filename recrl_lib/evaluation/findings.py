@@ -311,8 +311,8 @@ def example(
         catalogue: Knows which words of a text are claims, and which claims are true.
     """
     parts = [
-        Markup("<h3>Percentile {}: {}</h3><p>Watched last: {}.</p>").format(
-            percentile, record["title"], "; ".join(record["history_titles"])
+        Markup("<h3>Percentile {}: {}</h3><p>At place {}. Watched last: {}.</p>").format(
+            percentile, record["title"], record["position"], "; ".join(record["history_titles"])
         )
     ]
     for arm in ("base", *SHARED):

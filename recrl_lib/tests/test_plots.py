@@ -1,7 +1,5 @@
 """Figures: they draw the numbers they are given, files are repeatable, and no title breaks them."""
 
-from types import SimpleNamespace
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -57,23 +55,6 @@ def test_arms_differ_without_colour():
     fig, ax = plt.subplots()
     ax.errorbar(0, 1, yerr=1, **plots.dot("shielded"))
     ax.bar(0, 1, **plots.bar("shielded"))
-
-
-def test_energy_outside_the_directions():
-    assert plots.outside_energy([3, 1, 0]).tolist() == [1, 0.25, 0, 0]
-    assert plots.outside_energy([1, 1e-12])[1] == pytest.approx(1e-12, rel=1e-6)
-
-
-def test_spectrum_marks_where_the_shield_stops():
-    protected = {
-        f"{layer}.{kind}": SimpleNamespace(spectrum=np.geomspace(1, 1e-6, 12), width=12, rank=5)
-        for layer in range(3)
-        for kind in ("attention", "output")
-    }
-    fig = plots.spectrum(protected)
-    assert [ax.get_title() for ax in fig.axes] == ["attention input", "output input"]
-    dots = [x for x in fig.axes[0].lines if x.get_marker() == "o"]
-    assert [x.get_xdata()[0] for x in dots] == [5, 5, 5]
 
 
 def points() -> pd.DataFrame:
