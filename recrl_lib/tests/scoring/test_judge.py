@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -29,57 +30,48 @@ RECORDS = [
     )
     for i in range(N)
 ]
+# Lost River (1980), Action and Comedy; liked Lost Engine (Action) and Golden Engine (Horror).
+RECORD = RECORDS[0]
 REFERENCES = [reference_line(r) for r in RECORDS]
 LOGPROBS = [np.log(np.full(8, 0.25))] * N
-RECORD = RECORDS[
-    0
-]  # Lost River (1980), Action and Comedy; liked Lost Engine (Action) and Golden Engine (Horror)
+SAME_USER = [[RECORDS[i], *(RECORDS[j] for j in range(N) if j != i)][:10] for i in range(N)]
 
 
-class BagOfWords:
-    """A real, tiny encoder: unit vectors of word counts. MiniLM itself is too large for a unit test."""
+class WordCounts:
+    """A tiny encoder: unit vectors of counts of the titles' and genres' words."""
 
-    def encode(self, texts, batch=64):
-        vocabulary = {
-            w: i
-            for i, w in enumerate(
-                sorted({w for t in TITLES for w in t.lower().split()} | set(map(str.lower, GENRES)))
-            )
-        }
-        counts = np.zeros((len(texts), len(vocabulary) + 1), np.float32)
-        for row, text in zip(counts, texts, strict=True):
-            for word in claims.words(text.lower()):
-                row[vocabulary.get(word, -1)] += word in vocabulary
+    words = sorted({w for t in TITLES for w in t.lower().split()} | {g.lower() for g in GENRES})
+
+    def encode(self, texts):
+        said = [re.findall(r"\w+", text.lower()) for text in texts]
+        counts = np.array([[t.count(w) for w in self.words] for t in said], np.float32)
         return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
+
+
+def judge_of(records=RECORDS, seed: int = 0) -> judge.Judge:
+    return judge.Judge(records, SAME_USER[: len(records)], CATALOGUE, WordCounts(), seed)
+
+
+# --- grounding and features
 
 
 @pytest.mark.parametrize(
     "text, precision, recall",
-    [
-        (
-            "Because you liked Lost Engine, try Lost River (1980), an action comedy.",
-            1,
-            1,
-        ),  # the year is no fact to recall
+    [  # the year is no fact to recall; "1990" of the history is not known to be true
+        ("Because you liked Lost Engine, try Lost River (1980), an action comedy.", 1, 1),
         ("Lost River is an action film by John Smith.", 2 / 3, 2 / 4),
         ("Golden Castle is a western.", 0, 0),
-        (
-            "You liked Golden Engine, a horror film of 1990.",
-            2 / 3,
-            1 / 4,
-        ),  # true of the history; the year is not known to be
+        ("You liked Golden Engine, a horror film of 1990.", 2 / 3, 1 / 4),
         ("A very good film.", math.nan, 0),
         ("", math.nan, 0),
     ],
 )
 def test_grounding_by_hand(text, precision, recall):
-    assert judge.grounding(RECORD, text, CATALOGUE) == pytest.approx(
-        (precision, recall), nan_ok=True
-    )
+    found = judge.grounding(RECORD, text, CATALOGUE)
+    assert found == pytest.approx((precision, recall), nan_ok=True)
 
 
 def test_f1():
-    assert judge.f1(1, 1) == 1
     assert judge.f1(0.5, 0.25) == pytest.approx(1 / 3)
     assert judge.f1(math.nan, 0) == judge.f1(0, 0) == 0
 
@@ -87,198 +79,99 @@ def test_f1():
 def test_every_reference_line_is_true_and_complete():
     for record, line in zip(RECORDS, REFERENCES, strict=True):
         assert judge.grounding(record, line, CATALOGUE) == (1, 1), line
-    assert len({line.split()[0] for line in REFERENCES}) == 3  # more than one opening
-
-
-@pytest.mark.parametrize(
-    "changed, line",
-    [
-        (
-            dict(genres=["unknown"], year=0),
-            "Because you liked Golden Engine and Lost Engine, I recommend Lost River, a film in the same vein.",
-        ),
-        (
-            dict(genres=["Comedy"], history_titles=[], history_genres=[]),
-            "I recommend Lost River (1980), a comedy film.",
-        ),
-        (
-            dict(
-                genres=["Action", "Comedy", "Film-Noir"],
-                history_titles=["Lost Engine"],
-                history_genres=[[]],
-            ),
-            "Because you liked Lost Engine, I recommend Lost River (1980), an action, comedy and film noir film.",
-        ),
-    ],
-)
-def test_reference_line_with_parts_missing(changed, line):
-    assert (
-        reference_line(RECORD | changed | dict(user=2)) == line
-    )  # user + item = 3: the first opening
-
-
-def test_card():
-    assert (
-        judge.card(RECORD)
-        == "Lost River (1980). Genres: Action, Comedy. The viewer liked Lost Engine, Golden Engine."
-    )
-    assert judge.card(RECORD | dict(year=0, genres=[], history_titles=[])) == "Lost River."
-
-
-def test_retrieval_finds_its_own_card_and_shuffled_texts_do_not():
-    texts, rounds = REFERENCES, 40
-    own = np.mean(
-        [
-            judge.own_item_retrieval(texts, RECORDS, BagOfWords(), np.random.default_rng(s)).mean()
-            for s in range(rounds)
-        ]
-    )
-    rng = np.random.default_rng(0)
-    shuffled = np.mean(
-        [
-            judge.own_item_retrieval(
-                [texts[i] for i in rng.permutation(N)],
-                RECORDS,
-                BagOfWords(),
-                np.random.default_rng(s),
-            ).mean()
-            for s in range(rounds)
-        ]
-    )
-    assert own > 0.95
-    assert shuffled == pytest.approx(0.1, abs=0.06)
-
-
-def test_retrieval_counts_ties_and_empty_texts_against_the_text():
-    rng = np.random.default_rng(0)
-    assert not judge.own_item_retrieval([""] * N, RECORDS, BagOfWords(), rng).any()
-    assert not judge.own_item_retrieval(
-        ["same words for all"] * N, RECORDS, BagOfWords(), rng
-    ).any()
-
-
-def test_masking_removes_the_titles_only():
-    assert (
-        judge._mask(RECORD, "Lost River, lost engine: action, not Lost Rivers")
-        == "this film, this film: action, not Lost Rivers"
-    )
-    plain = [
-        f"I recommend {r['title']} after {' and '.join(r['history_titles'])}." for r in RECORDS
-    ]
-    assert (
-        judge.own_item_retrieval(plain, RECORDS, BagOfWords(), np.random.default_rng(0)).mean()
-        > 0.5
-    )
-    assert not judge.own_item_retrieval(
-        plain, RECORDS, BagOfWords(), np.random.default_rng(0), mask_titles=True
-    ).any()
-
-
-def test_candidates_are_other_cards_and_the_same_in_every_arm():
-    repeated = RECORDS + RECORDS  # two samples of each prompt: a text's twin is no distractor
-    a = judge.card_cosines(REFERENCES * 2, repeated, BagOfWords(), np.random.default_rng(5))
-    b = judge.card_cosines(REFERENCES * 2, repeated, BagOfWords(), np.random.default_rng(5))
-    assert a.shape == (2 * N, 10) and np.array_equal(a, b)
-    own = np.array(
-        [
-            float(
-                BagOfWords().encode([t, judge.card(r)])[0]
-                @ BagOfWords().encode([t, judge.card(r)])[1]
-            )
-            for t, r in zip(REFERENCES, RECORDS, strict=True)
-        ]
-    )
-    assert a[:N, 0] == pytest.approx(own)
-    all_others = judge.card_cosines(
-        REFERENCES, RECORDS, BagOfWords(), np.random.default_rng(0), n=N
-    )
-    full = BagOfWords().encode(REFERENCES) @ BagOfWords().encode([judge.card(r) for r in RECORDS]).T
-    assert np.sort(all_others, 1) == pytest.approx(
-        np.sort(full, 1), abs=1e-6
-    )  # each other card once, none twice
-    with pytest.raises(ValueError, match="raise eval_users"):
-        judge.card_cosines(REFERENCES[:3], RECORDS[:3], BagOfWords(), np.random.default_rng(0))
-
-
-RIVALS = [[RECORDS[i], *(RECORDS[j] for j in range(N) if j != i)][:10] for i in range(N)]
 
 
 def test_features_by_hand():
     text = "Because you liked Lost Engine, try Lost River, an action film unlike Golden Castle."
-    assert judge.features(RECORD, text, CATALOGUE) == {
-        "Lost Engine",
-        "Lost River",
-        "Golden Castle",
-        "Action",
-    }
+    wanted = {"Lost Engine", "Lost River", "Golden Castle", "Action"}
+    assert judge.features(RECORD, text, CATALOGUE) == wanted
     assert judge.true_features(RECORD) == {"Lost River", "Action", "Comedy"}
     named = [frozenset({"Lost River", "Action"}), frozenset({"Action", "Horror"}), frozenset()]
     # wanted of the two records: Lost River, Action, Comedy, and Lost Castle, Comedy, Drama
     assert judge.feature_coverage(RECORDS[:2], named) == pytest.approx(2 / 5)
-    assert judge.feature_diversity(named) == pytest.approx(
-        1 / 3
-    )  # one pair of three shares one feature
-    twin = [len(a & b) for i, a in enumerate(named) for b in named[i + 1 :]]
-    assert (
-        judge.feature_diversity(named) == np.mean(twin) and judge.feature_diversity(named[:1]) == 0
+    shared = [len(a & b) for i, a in enumerate(named) for b in named[i + 1 :]]
+    assert judge.feature_diversity(named) == pytest.approx(np.mean(shared))
+    assert judge.feature_diversity(named[:1]) == 0
+
+
+# --- retrieval
+
+
+def test_cards():
+    card = "Lost River (1980). Genres: Action, Comedy."
+    assert judge.card(RECORD) == f"{card} The viewer liked Lost Engine, Golden Engine."
+    assert judge.card(RECORD, history=False) == card
+    assert judge.card(RECORD | dict(year=0, genres=[], history_titles=[])) == "Lost River."
+
+
+def test_candidates_are_the_own_card_first_and_different_others():
+    twice = RECORDS + RECORDS  # two samples of each prompt: a text's twin is no distractor
+    cards = judge.candidate_cards(twice, np.random.default_rng(5))
+    assert [row[0] for row in cards] == [judge.card(r) for r in twice]
+    assert all(len(set(row)) == 10 for row in cards)
+    everything = judge.candidate_cards(RECORDS, np.random.default_rng(5), n=N)
+    assert all(set(row) == {judge.card(r) for r in RECORDS} for row in everything)
+    with pytest.raises(ValueError, match="not 3; raise eval_users"):
+        judge.candidate_cards(RECORDS[:3], np.random.default_rng(0))
+    with pytest.raises(ValueError, match="its own first"):
+        judge.card_cosines(REFERENCES, cards, WordCounts())
+
+
+def test_texts_pick_their_own_record_and_shuffled_ones_do_not():
+    own, other = [], []
+    for seed in range(20):
+        own.append(judge_of(seed=seed).paired(REFERENCES)["specificity"].mean())
+        other.append(judge_of(seed=seed).shuffled(REFERENCES))
+    assert np.mean(own) > 0.95
+    assert np.mean([table["specificity"].mean() for table in other]) < 0.2  # chance is .1
+    assert all(table["grounding_precision"].max() < 1 for table in other)  # nobody keeps their own
+    assert set(other[0]) == {*judge.PAIRED, "specificity_probability"}
+
+
+@pytest.mark.parametrize("text", ["", "same words for all"])
+def test_ties_and_empty_texts_count_against_a_text(text):
+    found = judge_of().paired([text] * N)
+    assert not found[[m for m in judge.PAIRED if m.startswith("specificity")]].any(axis=None)
+
+
+def test_titles_and_history_give_away_no_more_than_they_should():
+    titled = [
+        f"I recommend {r['title']} after {' and '.join(r['history_titles'])}." for r in RECORDS
+    ]
+    by_titles = judge_of().paired(titled)
+    assert by_titles["specificity"].mean() > 0.5 and not by_titles["specificity_masked"].any()
+    by_history = judge_of().paired([f"You liked {r['history_titles'][0]}." for r in RECORDS])
+    assert by_history["specificity_same_user"].mean() < 0.4
+    plain = judge_of().paired([f"{r['title']}, {' and '.join(r['genres'])}." for r in RECORDS])
+    assert plain["specificity_same_user"].all()
+    masked = judge.mask_titles(RECORD, "Lost River, lost engine: action, not Lost Rivers")
+    assert masked == "this film, this film: action, not Lost Rivers"
+
+
+def test_the_first_few_texts_face_the_same_candidates():
+    whole, few = judge_of().paired(REFERENCES), judge_of().paired(REFERENCES[:4])
+    assert whole[:4].equals(few)
+
+
+def test_probability_is_the_softmax_at_the_own_card():
+    made = judge_of(seed=3)
+    cosines = judge.card_cosines(REFERENCES, made.cards["specificity"], WordCounts()).astype(float)
+    wanted = [math.exp(c[0] / 0.05) / sum(math.exp(x / 0.05) for x in c) for c in cosines]
+    assert made.paired(REFERENCES)["specificity_probability"].tolist() == pytest.approx(
+        wanted, 1e-4
     )
-    assert judge.feature_diversity([frozenset({"a", "b"})] * 4) == 2
 
 
-def test_the_film_is_picked_among_the_same_users_films():
-    plain = [f"I recommend {r['title']}, {' and '.join(r['genres'])}." for r in RECORDS]
-    assert judge.own_film(plain, RIVALS, BagOfWords()).all()
-    by_history = [f"You liked {' and '.join(r['history_titles'])}, so try it." for r in RECORDS]
-    assert (
-        judge.own_film(by_history, RIVALS, BagOfWords()).mean() < 0.4
-    )  # the history gives nothing away
-    assert not judge.own_film(["the same for all"] * N, RIVALS, BagOfWords()).any()
-    with pytest.raises(ValueError, match="as many rivals"):
-        judge.own_film(REFERENCES, RIVALS[1:], BagOfWords())
-
-
-def test_candidates_from_a_pool_are_the_same_for_the_first_few():
-    whole = judge.card_cosines(REFERENCES, RECORDS, BagOfWords(), np.random.default_rng(5))
-    few = judge.card_cosines(
-        REFERENCES[:4], RECORDS[:4], BagOfWords(), np.random.default_rng(5), pool=RECORDS
-    )
-    assert np.array_equal(whole[:4], few)
-
-
-def test_shuffled_texts_are_never_their_own():
-    for seed in range(5):
-        frame = judge.shuffled(
-            RECORDS, REFERENCES, BagOfWords(), CATALOGUE, np.random.default_rng(seed), rivals=RIVALS
-        )
-        assert list(frame.drop(columns="own_item_probability")) == list(judge.PAIRED)
-        assert frame["grounding_precision"].max() < 1 and frame["own_item"].mean() < 0.3
+# --- language
 
 
 def test_own_words_by_hand():
     question = messages(RECORD)[1]["content"]
     assert judge.own_words(RECORD, question) == 0 and judge.own_words(RECORD, "") == 1
     assert judge.own_words(RECORD, REFERENCES[0]) == 1
-    # 4-grams: 6 copied of "why do you recommend lost river 1980 genres action"[:9], 3 with the two words after it
+    # of 8 4-grams 6 are copied, 2 hold the words after them
     copied = "why do you recommend Lost River (1980), genres Action so good"
     assert judge.own_words(RECORD, copied) == pytest.approx(2 * 2 / 8)
-
-
-def test_controls_are_about_their_records_as_they_should():
-    texts = control_texts(RECORDS, [f"prompt {i}" for i in range(N)])
-    assert {name: len(said) for name, said in texts.items()} == dict.fromkeys(texts, N) and len(
-        texts
-    ) == 6
-    assert set(texts["empty"]) == {""} and len(set(texts["constant"])) == 1
-    assert all(len(claims.words(t)) > 90 for t in texts["longest"])
-    assert (
-        texts["another_item"] == REFERENCES[1:] + REFERENCES[:1]
-        and texts["copied_prompt"][3] == "prompt 3"
-    )
-    assert [
-        judge.grounding(r, t, CATALOGUE) for r, t in zip(RECORDS, texts["keywords"], strict=True)
-    ] == [(1, 1)] * N
-    with pytest.raises(ValueError, match="two records"):
-        control_texts(RECORDS[:1], ["p"])
 
 
 def test_fluency_by_hand():
@@ -289,149 +182,98 @@ def test_fluency_by_hand():
             judge.fluency([np.array(bad)])
 
 
-@pytest.mark.parametrize(
-    "word, n",
-    [
-        ("film", 1),
-        ("like", 1),
-        ("action", 2),
-        ("comedy", 3),
-        ("the", 1),
-        ("table", 2),
-        ("movies", 2),
-        ("boxes", 2),
-        ("makes", 1),
-        ("hmm", 1),
-    ],
+SYLLABLES = dict(
+    film=1, like=1, action=2, comedy=3, the=1, table=2, movies=2, boxes=2, makes=1, hmm=1
 )
+
+
+@pytest.mark.parametrize("word, n", SYLLABLES.items())
 def test_syllables(word, n):
     assert judge.syllables(word) == n
 
 
 def test_readability_by_hand():
-    # 6 words, 2 sentences, 7 syllables (action has two)
-    assert judge.readability("I like this film. Good action!") == pytest.approx(
-        206.835 - 1.015 * 3 - 84.6 * 7 / 6
-    )
+    wanted = 206.835 - 1.015 * 3 - 84.6 * 7 / 6  # 6 words, 2 sentences, 7 syllables
+    assert judge.readability("I like this film. Good action!") == pytest.approx(wanted)
     assert math.isnan(judge.readability(""))
     assert judge.readability("Extraordinarily complicated considerations notwithstanding") < 0
 
 
 def test_language_discounts_loops():
-    once, loop = "It is a good film for you.", "It is a good film for you. " * 5
-    assert judge.language(once, 0.2) == pytest.approx(
-        (0.2 + 1) / 2
-    )  # reading ease above 100 counts as 100
-    assert judge.language(loop, 0.9) < judge.language(once, 0.2) / 2
+    once = "It is a good film for you."
+    assert judge.language(once, 0.2) == pytest.approx((0.2 + 1) / 2)  # reading ease is cut at 100
+    assert judge.language(" ".join([once] * 5), 0.9) < judge.language(once, 0.2) / 2
     assert judge.language("", 1.0) == 0
 
 
-def test_quality_orders_texts_and_the_controls_do_not_win():
-    def judged(texts):
-        return judge.judge_texts(
-            RECORDS, texts, LOGPROBS, BagOfWords(), CATALOGUE, np.random.default_rng(0)
-        )
+def test_diversity_of_a_corpus():
+    texts = ["Good film.", "good film", "bad bad film"]
+    assert judge.distinct_n(texts, 1) == 3 / 7 and judge.distinct_n(texts, 2) == 3 / 4
+    assert judge.distinct_n(["it's sci-fi"], 1) == 1  # two words, not four
+    assert judge.distinct_n(["a"], 2) == 0
+    found = judge_of().corpus(texts)
+    assert found["unique_texts"] == 2 / 3 and found["claiming_share"] == 0
 
-    honest = judged(REFERENCES)
-    paired = [m for m in judge.PAIRED if not m.startswith("own_film")]  # no rivals given
-    assert set(honest) == {
-        *paired,
-        "own_item_probability",
-        "fluency",
-        "readability",
-        "words",
-        "quality",
-    }
+
+# --- quality
+
+
+def test_quality_is_the_mean_of_its_parts_and_no_control_wins():
+    made = judge_of()
+    honest = made.score(REFERENCES, LOGPROBS)
+    assert set(honest) == {*judge.JUDGED, "specificity_probability"}
     assert honest["quality"].between(0, 1).all() and honest["fluency"].to_numpy() == pytest.approx(
         0.25
     )
-    row = honest.iloc[0]
-    language = judge.language(REFERENCES[0], 0.25)
-    assert row["quality"] == pytest.approx(
-        (row["grounding_f1"] + row["own_item_probability"] + language) / 3
-    )
-    controls = {
-        "empty": [""] * N,
-        "constant": ["This is a great film that you will love to see with your friends."] * N,
-        "longest": [
-            "It is the one that you want to see when you come home and it is what it is and so on. "
-            * 6
-        ]
-        * N,
-        "keywords": [", ".join([r["title"], *r["history_titles"], *r["genres"]]) for r in RECORDS],
-        "another item": REFERENCES[1:] + REFERENCES[:1],
-        "copied prompt": [messages(r)[1]["content"] for r in RECORDS],
-    }
-    for name, texts in controls.items():
-        assert judged(texts)["quality"].mean() < honest["quality"].mean() - 0.2, name
-    assert (judged(controls["empty"])["quality"] == 0).all()
-
-
-def test_probability_is_the_softmax_at_the_own_card():
-    frame = judge.judge_texts(
-        RECORDS, REFERENCES, LOGPROBS, BagOfWords(), CATALOGUE, np.random.default_rng(3)
-    )
-    seed = int(np.random.default_rng(3).integers(2**63))
-    cosines = judge.card_cosines(
-        REFERENCES, RECORDS, BagOfWords(), np.random.default_rng(seed)
-    ).astype(float)
-    twin = [math.exp(c[0] / 0.05) / sum(math.exp(x / 0.05) for x in c) for c in cosines]
-    assert frame["own_item_probability"].to_numpy() == pytest.approx(twin, rel=1e-4)
-
-
-def test_errors():
+    row, language = honest.iloc[0], judge.language(REFERENCES[0], 0.25)
+    parts = row["grounding_f1"] + row["specificity_probability"] + language
+    assert row["quality"] == pytest.approx(parts / 3)
+    texts = control_texts(RECORDS, [messages(r)[1]["content"] for r in RECORDS])
+    assert len(texts) == 6
+    for name, said in texts.items():
+        quality = made.score(said, LOGPROBS)["quality"]
+        assert quality.mean() < honest["quality"].mean() - 0.2, name
+        assert name != "empty" or (quality == 0).all()
     with pytest.raises(ValueError, match="arrays of log-probabilities"):
-        judge.judge_texts(
-            RECORDS, REFERENCES, LOGPROBS[1:], BagOfWords(), CATALOGUE, np.random.default_rng(0)
-        )
-    with pytest.raises(RuntimeError, match="minilm_folder"):
-        judge.SentenceEncoder("nowhere")
+        made.score(REFERENCES, LOGPROBS[1:])
 
 
-@pytest.fixture(scope="module")
-def tiny_encoder(tmp_path_factory):
-    """A random two-layer BERT on disk: exercises loading, pooling and order, without a download."""
+def test_controls_are_about_their_records_as_they_should():
+    texts = control_texts(RECORDS, [f"prompt {i}" for i in range(N)])
+    assert set(texts["empty"]) == {""} and len(set(texts["constant"])) == 1
+    assert all(len(claims.words(t)) > 90 for t in texts["longest"])
+    assert texts["another_item"] == REFERENCES[1:] + REFERENCES[:1]
+    assert texts["copied_prompt"][3] == "prompt 3"
+    for record, text in zip(RECORDS, texts["keywords"], strict=True):
+        assert judge.grounding(record, text, CATALOGUE) == (1, 1)
+
+
+# --- the encoder
+
+
+def test_the_encoder_reads_a_local_folder(tmp_path):
+    """A random two-layer BERT on disk: texts alone and together get the same unit vectors."""
     import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    folder = tmp_path_factory.mktemp("encoder")
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *"a good film about the river".split(),
-    ]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a good film about the river".split()]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
     torch.manual_seed(0)
-    size = dict(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=300,
-    )
-    BertModel(BertConfig(**size)).save_pretrained(folder)
-    return judge.SentenceEncoder(folder)
+    size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    BertModel(BertConfig(vocab_size=len(words), **size)).save_pretrained(tmp_path / "bert")
+    layers = [Transformer(str(tmp_path / "bert")), Pooling(16)]
+    SentenceTransformer(modules=layers).save(str(tmp_path / "encoder"))
 
-
-def test_encoder_pools_over_real_tokens(tiny_encoder):
-    import torch
-
-    texts = ["a good film about the river", "film", "a good film", "the river " * 20, "film"]
-    vectors = tiny_encoder.encode(texts, batch=2)
-    assert vectors.shape == (5, 16) and vectors.dtype == np.float32
-    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(5), abs=1e-5)
-    assert np.array_equal(vectors[1], vectors[4])
-    for text, vector in zip(texts, vectors, strict=True):  # alone, without padding, so a plain mean
-        with torch.no_grad():
-            alone = (
-                tiny_encoder.model(**tiny_encoder.tokenizer([text], return_tensors="pt"))
-                .last_hidden_state[0]
-                .mean(0)
-            )
-        assert vector == pytest.approx((alone / alone.norm()).numpy(), abs=1e-5)
+    encoder = judge.SentenceEncoder(tmp_path / "encoder")
+    texts = ["a good film about the river", "film", "the river " * 200, "film"]
+    vectors = encoder.encode(texts)
+    assert vectors.shape == (4, 16) and vectors.dtype == np.float32
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(4), abs=1e-5)
+    alone = [judge.SentenceEncoder(tmp_path / "encoder").encode([t])[0] for t in texts]
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
     assert abs(vectors[0] - vectors[1]).max() > 1e-2
+    with pytest.raises(RuntimeError, match="minilm_folder"):
+        judge.SentenceEncoder("nowhere")
