@@ -1,4 +1,4 @@
-"""A private house for tests of runs and runner: a temporary notebooks/ and runs/, and toy notebooks to put there."""
+"""Fixtures: notebooks/ and runs/ in a temporary folder, toy notebooks, a finished run."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recrl_lib import paths, runs
+from recrl_lib import measures, paths, runs
 from recrl_lib.params import PIPELINE, Params, parameters_cell, stage_named
 from recrl_lib.pipeline import derive
 from recrl_lib.runs import write_atomic
@@ -56,7 +56,7 @@ class House:
         self.notebooks, self.runs = root / "notebooks", root / "runs"
 
     def write(self, stage: str, *bodies: str) -> Path:
-        """A notebook for ``stage`` that moves its own kernel into this house and then runs ``bodies``, one a cell."""
+        """A notebook for ``stage`` that uses these folders and runs ``bodies``, one a cell."""
         move = (
             "from pathlib import Path\nfrom recrl_lib import paths\n"
             f"paths.NOTEBOOKS, paths.RUNS = Path({str(self.notebooks)!r}), Path({str(self.runs)!r})"
@@ -76,19 +76,19 @@ def house(tmp_path, monkeypatch) -> Iterator[House]:
     monkeypatch.setattr(paths, "NOTEBOOKS", built.notebooks)
     monkeypatch.setattr(paths, "RUNS", built.runs)
     yield built
-    torch.use_deterministic_algorithms(
-        False
-    )  # runs.start switches it on, and other tests share this process
+    torch.use_deterministic_algorithms(False)  # runs.start switches it on for the whole process
+
+
+def required(stage: str, value: float = 0.5) -> list[dict]:
+    """A result for every measure that ``stage`` must write."""
+    return [{"measure": m, "value": value} for m in measures.REQUIRED_MEASURES.get(stage, ())]
 
 
 BASE = Params(run="base", seed=4)
 OWN = {
-    "data": "interactions", "ranker": "ranker", "explainer": "first", "shield": "subspaces", "shielded_ppo": "adapter",
-    "evaluation": "said",
+    "data": "interactions", "ranker": "ranker", "explainer": "first", "shield": "subspaces",
+    "shielded_ppo": "adapter", "evaluation": "said",
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------- a finished run to derive from
 
 
 def finish(name: str, params: Params, value: float = 1.0) -> None:
@@ -121,9 +121,7 @@ def finish(name: str, params: Params, value: float = 1.0) -> None:
                 f"adapter_{arm}_warm",
                 warm_start.stack(half, {key: torch.zeros_like(x) for key, x in half.items()}),
             )
-    stage.metrics(
-        {key: 0.5 for key in runs.REQUIRED_METRICS.get(runs.metrics_name(name), ())} | {"n": value}
-    )
+    stage.results([*required(name), {"measure": "n", "value": value}])
     stage.finish()
 
 
@@ -137,16 +135,11 @@ def finished(tmp_path_factory):
         patch.setattr(paths, "NOTEBOOKS", house.notebooks)
         patch.setattr(paths, "RUNS", house.runs)
         for stage in PIPELINE:
-            path = house.notebooks / stage.notebook
-            write_atomic(
-                path,
-                json.dumps(
-                    notebook(
-                        code(parameters_cell(stage.name), "parameters"),
-                        code("from recrl_lib import runs"),
-                    )
-                ),
+            cells = (
+                code(parameters_cell(stage.name), "parameters"),
+                code("from recrl_lib import runs"),
             )
+            write_atomic(house.notebooks / stage.notebook, json.dumps(notebook(*cells)))
         for name in (*derive.PREPARING, "shielded_ppo", "evaluation"):
             finish(name, BASE)
     torch.use_deterministic_algorithms(False)
