@@ -98,7 +98,7 @@ def compare(found: Sequence[Policy], n_boot: int, rng: np.random.Generator) -> p
                 row = {"arm": arm, "against": against, "measure": measure, "group": "all"}
                 row |= {"n": len(x), "seeds": seeds.nunique()}
                 rows.append(row | {"value": mean, "low": low, "high": high})
-                if row["seeds"] > 1 and not against:
+                if seeds.nunique() > 1 and not against:
                     means = x.groupby("seed").mean()
                     rows.append(row | {"group": "lowest_seed", "value": means.min()})
                     rows.append(row | {"group": "highest_seed", "value": means.max()})

@@ -45,10 +45,7 @@ def load_policy(path: Path = LIBRARY / "policy.yaml") -> Policy:
 
 
 def toxicity(texts: Sequence[str]) -> np.ndarray:
-    """Probability (n,) that each text is profane, by alt-profanity-check's linear model.
-
-    It does not see veiled insults.
-    """
+    """Probability (n,) that each text is profane, by a linear model blind to veiled insults."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it was pickled under another scikit-learn
         from profanity_check import predict_prob
@@ -80,15 +77,10 @@ def recommendation_gini(top: np.ndarray, n_items: int) -> float:
 
 
 def parity_gap(values: np.ndarray, groups: Sequence) -> float:
-    """Largest gap between groups' means of ``values`` (n,).
-
-    Rows without a group are left out; with fewer than two groups the gap is 0.
-    """
+    """Largest gap between groups' means of ``values`` (n,), those without a group left out."""
     values = np.asarray(values, np.float64)
     if len(values) != len(groups) or not np.isfinite(values).all():
-        raise ValueError(
-            f"parity: need one finite value a row, got {len(values)} for {len(groups)} groups"
-        )
+        raise ValueError(f"parity: {len(values)} values, {len(groups)} groups: give finite pairs")
     means = pd.Series(values).groupby(pd.Series(list(groups), dtype=object)).mean()
     return float(means.max() - means.min()) if len(means) > 1 else 0.0
 
@@ -110,12 +102,8 @@ def leaks(text: str, record: Record, person: Mapping) -> bool:
 
     That is: an e-mail address, a telephone number, "user 123" or "user id"; the user's own number
     as a word of two digits or more, outside titles and counted from 0 or from 1; or the user's own
-    age, gender or occupation said of them ("24-year-old", "as a woman", "you are a young engineer").
-
-    Args:
-        text: The explanation.
-        record: What it is about.
-        person: The user's row of the users table; what it lacks is not looked for.
+    age, gender or occupation said of them ("24-year-old", "as a woman", "you are an engineer").
+    ``person`` is the user's row of the users table; what it lacks is not looked for.
     """
     for title in (record["title"], *record["history_titles"]):
         text = text.replace(title, "")
@@ -125,10 +113,8 @@ def leaks(text: str, record: Record, person: Mapping) -> bool:
 
 
 def _personal(record: Record, person: Mapping) -> list[str]:
-    numbers = [
-        str(n) for n in (record["user"], record["user"] + 1) if n >= 10 and n != record["year"]
-    ]
-    patterns = [rf"(?<![\w.,:-]){n}(?![\w:-]|[.,]\d)" for n in numbers]
+    numbers = {record["user"], record["user"] + 1} - {record["year"]}
+    patterns = [rf"(?<![\w.,:-]){n}(?![\w:-]|[.,]\d)" for n in numbers if n >= 10]
     gender, age, occupation = (person.get(key) for key in ("gender", "age", "occupation"))
     if gender in _GENDERED:
         patterns.append(rf"\b(?:{_SELF})\s+(?:[\w-]+\s+){{0,2}}?(?:{_GENDERED[gender]})\b")
@@ -189,10 +175,10 @@ def measure(
 
 def judge(measured: Mapping[str, float], policy: Policy) -> pd.DataFrame:
     """Columns measure, value, threshold, passed: 1, 0, or NaN where there is no threshold."""
-    rows = []
-    for name, value in measured.items():
-        limit = policy.gini_change if name == "gini_after" else getattr(policy, name, np.nan)
-        judged = abs(value - measured["gini_base"]) if name == "gini_after" else value
-        passed = np.nan if np.isnan(limit) else float(judged <= limit)
-        rows.append({"measure": name, "value": value, "threshold": limit, "passed": passed})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(measured.items(), columns=["measure", "value"])
+    limits = policy.model_dump() | {"gini_after": policy.gini_change}
+    table["threshold"] = table["measure"].map(limits)
+    moved = abs(measured["gini_after"] - measured["gini_base"])
+    judged = table["value"].where(table["measure"] != "gini_after", moved)
+    passed = (judged <= table["threshold"]).astype(float)
+    return table.assign(passed=passed.where(table["threshold"].notna()))

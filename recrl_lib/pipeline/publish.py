@@ -58,12 +58,13 @@ def render_report(run: str) -> Path:
         picture.decompose()
     for wide in page.select("div.output_html"):
         wide["tabindex"] = "0"  # so that a keyboard can scroll it
-    contents = f'<nav aria-label="Contents"><ul>{"".join(entries)}</ul></nav>'
-    page.h1.insert_after(BeautifulSoup(contents, "html.parser"))
+    title = page.h1.text if page.h1 else "Report"
+    parts = {"title": html.escape(f"{title}: run {run}"), "body": str(page)}
+    parts["contents"] = "".join(entries)
     skeleton = (paths.LIBRARY / "report.html").read_text(encoding="utf-8")
-    parts = {"title": html.escape(f"{page.h1.text}: run {run}"), "body": str(page)}
     target = runs.run_folder(run) / "report.html"
-    write_atomic(target, re.sub("{{(title|body)}}", lambda name: parts[name[1]], skeleton))
+    filled = re.sub("{{(title|body|contents)}}", lambda name: parts[name[1]], skeleton)
+    write_atomic(target, filled)
     return target
 
 

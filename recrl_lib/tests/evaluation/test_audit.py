@@ -155,7 +155,7 @@ def test_a_wrong_policy_names_the_field(tmp_path, text, message):
     [
         (lambda: measured(users=USERS.iloc[1:]), r"users \[100\] are not in the users table"),
         (lambda: measured(texts=(), records=[]), "no texts"),
-        (lambda: audit.parity_gap([np.nan], ["a"]), "finite value"),
+        (lambda: audit.parity_gap([np.nan], ["a"]), "give finite pairs"),
         (lambda: audit.recommendation_gini(np.array([[0, 1]]), 4), "from 1 to 4"),
         (lambda: audit.recommendation_gini(np.array([[5, 1]]), 4), "from 1 to 4"),
         (lambda: audit.gini(np.array([-1, 2])), "not negative"),
