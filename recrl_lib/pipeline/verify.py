@@ -177,7 +177,8 @@ def compare(
         The key, ``column`` (value, low, high or passed), stored, expected, tolerance, holds.
     """
     numbers = ["value", "low", "high", "passed"]
-    expected = expected.reindex(columns=KEY + numbers).astype(dict.fromkeys(numbers, float))
+    kinds = dict.fromkeys(KEY, object) | dict.fromkeys(numbers, float)
+    expected = expected.reindex(columns=KEY + numbers).astype(kinds)
     expected = expected.fillna({"arm": "", "against": "", "group": "all"})
     stored = stored.reindex(columns=KEY + numbers)
     both = expected.merge(stored, "left", KEY, suffixes=("", "_stored"))
