@@ -1,9 +1,7 @@
-"""Checkpoints of one arm in training: whole files, named by step, bound to what made them.
+"""Checkpoints of one arm in training: safetensors files named by step, all else as JSON in their header.
 
-A checkpoint is one safetensors file: tensors, and all else as JSON in its header. It is written to a
-temporary name, flushed and renamed, so a process killed at any moment leaves the one before it. ``key``
-says what the run is (parameters, code, inputs: ``runs.stage_key``); files with another key are of no
-use to this run and are removed.
+A file is written to a temporary name, flushed and renamed: a process killed at any moment leaves the
+one before it. accelerate's ``save_state`` pickles, and knows neither our generators nor the rows.
 """
 
 import json
@@ -15,9 +13,14 @@ from torch import Tensor
 
 from recrl_lib.runs import write_atomic
 
+Content = tuple[dict[str, Tensor], dict]  # (tensors, JSON object)
+
 
 class Store:
-    """The checkpoints below ``folder``. Content is a pair (tensors, JSON object)."""
+    """The checkpoints below ``folder`` of the run that ``key`` stands for (``runs.stage_key``).
+
+    Files with another key are of no use to this run and are removed.
+    """
 
     def __init__(self, folder: Path, key: str, keep: int = 2):
         self.folder, self.key, self.keep = Path(folder), key, keep
@@ -27,8 +30,8 @@ class Store:
         content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         write_atomic(self.folder / f"{name}.safetensors", save(content, header))
 
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
-        """``None`` if there is no such checkpoint of this run. ``RuntimeError`` names a damaged file."""
+    def load(self, name: str) -> Content | None:
+        """``None`` if this run has no such checkpoint. ``RuntimeError`` names a damaged file."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
@@ -38,9 +41,8 @@ class Store:
                 if plain.pop("key") == self.key:
                     return {k: file.get_tensor(k) for k in file.keys()}, plain
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise RuntimeError(
-                f"checkpoint {path.name} cannot be read ({error}): delete {path}"
-            ) from None
+            said = f"checkpoint {path.name} cannot be read ({error}): delete {path}"
+            raise RuntimeError(said) from None
         path.unlink()
         return None
 
@@ -50,7 +52,7 @@ class Store:
         for old in self._steps()[: -self.keep]:
             (self.folder / f"{old}.safetensors").unlink()
 
-    def latest(self) -> tuple[dict[str, Tensor], dict] | None:
+    def latest(self) -> Content | None:
         """The newest step of this run, if any."""
         for torn in self.folder.glob(".*.tmp"):  # of a process that was killed while writing
             torn.unlink()

@@ -1,104 +1,124 @@
-r"""Shielded PPO: tune the explainer's adapters on a text reward, with the shield in the optimizer.
+"""Shielded PPO: reinforcement learning of the explainer's adapters, the shield in the optimizer.
 
-One iteration, in the order of ``step()``:
+One iteration is ``PPO.step``. Its pieces are plain functions, called one by one in notebook 05.
+Shapes: B texts, R tokens a text. Masks are True on real tokens, the end token included, and every
+mean is over them. Where public trainers differ, after Huang et al. 2024 (arXiv 2403.17031):
 
-1. *Roll out*: sample responses to prompts, keeping log-probs, values and trunk states as they come.
-2. *Reward*: the text's score on its last token; on every token ``-kl_coef * (logp - logp_ref)``
-   (k1, computed once, no gradient), where the reference is this model with its adapters off.
-3. *Advantages*: GAE (gamma 1), whitened over the whole rollout.
-4. *Update*: ``ppo_epochs`` x ``minibatches`` real optimizer steps on the clipped surrogate and the
-   clipped value loss; gradient clipping, then the shield (its hooks sit on the optimizer).
+tokens      Padding is not the end token; prompts are padded on the left; the score is on the last
+            real token; a text cut off pays ``missing_eos_penalty`` and counts as ended.
+policy      One temperature, no top-p, top-k or dropout; log-softmax in float32. Old log-
+            probabilities are the sampler's; in bfloat16 they are computed anew.
+reward      k1 KL penalty per token, without gradient; no KL in the loss; no scaling. The logged
+            KL is k3, never negative (Schulman, "Approximating KL Divergence").
+advantages  GAE, gamma 1, lambda 1 (below 1, values that know little credit tokens for being
+            late); whitened over the rollout.
+values      A float32 head on the detached state before the token, so that the shield sees the
+            policy's gradient alone. It starts at the first mean score: from 0, its climb to the
+            level of the scores was most of the advantages' spread.
+loss        Ratios clipped at .2, log-ratios at 20; sums over the minibatch's token count, so
+            that micro-batches and processes change nothing; no entropy bonus.
+step        Norm clip, replay gradient (unclipped), projection. AdamW, eps 1e-5, no decay; rates
+            constant or linear in the planned steps; on request a stop on approximate KL.
 
-What each statistic of a step means is said once, in ``recrl_lib.vitals``.
-
-Conventions, after Huang et al. 2024 (arXiv 2403.17031) where not argued otherwise:
-
-* One boolean mask marks response tokens (EOS included); every mean is over it. Losses are sums over a
-  minibatch's tokens divided by its token count, so a long answer does not weigh less per token, and
-  neither micro-batches nor processes change the update.
-* A response cut off before its EOS pays ``missing_eos_penalty``; its end counts as terminal (no
-  bootstrap), as in the reference implementations.
-* The value head reads the hidden state before each token and is detached from the trunk: the shield
-  then sees the policy gradient and nothing else. It starts at the first rollout's mean score, with a small
-  rate: one Adam step moves V by up to ``value_lr`` times the sum of a state's absolute entries (640 for
-  SmolLM2-135M). In the laptop run published at d90c9b9 it started at 0 with 1e-4; while it climbed to the
-  scores' level, the spread of the unshielded arm's advantages tripled (.10 to .33), most of it noise.
-* The logged KL is k3, ``exp(-x) - 1 + x`` with ``x = logp - logp_ref``, which is never negative (Schulman,
-  "Approximating KL Divergence"); the reward uses k1, which is unbiased.
-* The reward is in [0, 1] by construction, so it is not normalised again.
-* lambda is 1 by default: with a value head that knows little, a smaller one would credit late tokens for
-  nothing but being late.
-* In float32 the sampler's log-probs are those of the training code (``ratio_first_minibatch_max_dev``
-  watches it). In bfloat16 they are not, and are computed anew by the training code.
-
-Data parallel: every process holds the model, samples its share of the prompts with the uniforms that one
-process would have drawn for them, and takes its rows of each minibatch; token counts, gradients and means
-are summed over the processes (plain ``torch.distributed``). So n processes do the update of one.
-
-The checklist of PPO for language models (the items that Huang et al. and the public trainers disagree about or
-got wrong), in four groups; "no" is a choice:
-
-======  ==============================================================================================
- 1-8    PAD != EOS asserted; masks from lengths; EOS looked for in the response alone; left-padded prompts, one
-        position helper; a missing EOS costs, in one place; texts decoded without specials; the score on the last
-        real token (EOS or the cut); what SFT put after EOS is never scored, since sampling stops at EOS.
- 9-15   One temperature; no top-p, top-k or other processor; old log-probs from the sampler in float32, anew in
-        bfloat16; dropout asserted 0; float32 log-softmax; first ratio 1 (tested, and it watches whatever the
-        sampler fuses); frozen weights hashed before and after.
-16-20   k1 in the reward, no KL in the loss; log-ratios clamped to +-20; no scaling, no whitening of rewards.
-21-27   Advantages whitened over the rollout, raw spread logged; GAE against a double loop; cut off = ended, no
-        bootstrap; float32 head read before the token, detached; value clip; no value-only warm-up: starting at
-        the mean score does its work for nothing. In a short run it hardly moves from there: a batch-mean baseline.
-28-35   Clip .2, steps counted in a test; no dual clip (clamped ratios, few epochs); a minibatch's token count before
-        micro-batches; token mean; norm clip, then shield (a replay's gradient joins there, unclipped; its norm is logged); AdamW, eps 1e-5, no decay; constant or linear rate by
-        planned optimizer step; fixed or adaptive KL (Ziegler et al. 2019).
-36-40   Approximate-KL stop between epochs, logged; entropy logged, no bonus; ``vitals``; a generator each for
-        prompts, sampling and minibatches; checkpoints of all that decides the next step (``state``).
-======  ==============================================================================================
+Data parallel: each process samples its share of the prompts with the random numbers that one
+process would have drawn for them; token counts, gradients and means are summed over processes.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import messages, prompt_ids
 from recrl_lib.explainer.sampling import Rollout, response_hidden, sample, token_logprobs
+from recrl_lib.params import Params
 from recrl_lib.progress import track
 from recrl_lib.shield.projection import Shield
 from recrl_lib.training.checkpoint import Store
-from recrl_lib.training.diagnostics import autocasts
+from recrl_lib.training.diagnostics import autocasts, precision
 
-# --- the pieces ---------------------------------------------------------------------------------
+Log = Callable[[dict, int], None]  # called with (row, step)
+Losses = tuple[Tensor, Tensor, Tensor]
+Texts = TypeVar("Texts", bound=Rollout)
 
-
-def total(x: Tensor) -> Tensor:
-    """Sum of ``x`` over the processes, in place; with one process, ``x``."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+# --- sample ------------------------------------------------------------------------------------
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the masked entries on all processes."""
-    return total((x * mask).sum()) / total(mask.sum())
+class ValueHead(nn.Linear):
+    """V(state) from a detached hidden state (..., d), in float32; 0 everywhere at first."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.detach().float())
 
 
-def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the masked entries (of all processes); 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean).square(), mask)
-    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+def roll_out(
+    explainer: Explainer, records: list[dict], params: Params, generator: Generator, head: ValueHead
+) -> Rollout:
+    """``samples_per_prompt`` texts a record, adjacent, with log-probabilities and values."""
+    prompts = [prompt_ids(explainer, messages(record)) for record in records]
+    settings = params.samples_per_prompt, params.max_new_tokens, params.temperature
+    gpu = explainer.device.type == "cuda"  # on a CPU the sampler packs float32 weights
+    with precision(params, explainer.device) if gpu else nullcontext():
+        rollout = sample(explainer, prompts, *settings, generator, head)
+    if autocasts(params, explainer.device):
+        rollout.logprobs = logprobs(explainer, rollout, params)
+    return rollout
+
+
+@torch.no_grad()
+def logprobs(explainer: Explainer, rollout: Rollout, params: Params) -> Tensor:
+    """Log-probabilities (B, R) of the sampled tokens under the adapters as they are now."""
+    found = torch.zeros_like(rollout.logprobs)
+    for rows in torch.arange(len(found), device=found.device).split(params.micro_batch):
+        part = part_of(rollout, rows)
+        with precision(params, explainer.device):
+            found[rows, : part.mask.shape[1]] = token_logprobs(explainer, part, params.temperature)
+    return found
+
+
+@dataclass
+class Batch(Rollout):
+    """A rollout to learn from: with whitened advantages and returns, both (B, R)."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+WIDE = ("response", "mask", "logprobs", "values", "advantages", "returns")  # (B, R)
+
+
+def part_of(texts: Texts, rows: Tensor) -> Texts:
+    """The given rows (perhaps none), no wider than their prompts and responses."""
+    rows = rows.to(texts.mask.device)
+    start = min(texts.prompt_mask[rows].int().argmax(-1).tolist(), default=0)
+    length = max(texts.mask[rows].sum(-1).tolist(), default=0)
+    end = texts.prompt_mask.shape[1] + length - 1
+    cut = {name: getattr(texts, name)[rows, :length] for name in WIDE if hasattr(texts, name)}
+    cut |= {"prompt_mask": texts.prompt_mask[rows, start:], "ended": texts.ended[rows]}
+    return replace(texts, **cut, states=texts.states[rows, start:end], texts=[])
+
+
+# --- rewards and advantages --------------------------------------------------------------------
 
 
 def token_rewards(
     score: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """Rewards (B, R): the k1 KL penalty on every token, plus ``score`` (B,) on the last real one."""
+    """Rewards (B, R): a k1 KL penalty on every token, plus ``score`` (B,) on the last real one."""
     rewards = -kl_coef * (logprobs - reference) * mask
     last = mask.sum(-1) - 1
     rewards[torch.arange(len(score)), last] += score
@@ -106,7 +126,7 @@ def token_rewards(
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
-    """Generalised advantages (B, R), gamma 1, value 0 after the last real token (Schulman et al. 2016)."""
+    """Generalised advantages (B, R), gamma 1, value 0 after the end (Schulman et al. 2016)."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -118,10 +138,52 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
     return advantages
 
 
+def processes() -> tuple[int, int]:
+    """(rank of this process, number of processes) of a data-parallel training."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+
+def total(x: Tensor, largest: bool = False) -> Tensor:
+    """Sum (or maximum) of ``x`` over the processes, in place; with one process, ``x``."""
+    if processes()[1] > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return x
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the masked entries of all processes."""
+    return total((x * mask).sum()) / total(mask.sum())
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
+def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the masked entries of all processes; 0 elsewhere."""
+    scale = torch.rsqrt(masked_variance(x, mask) + 1e-8)
+    return (x - masked_mean(x, mask)) * scale * mask
+
+
+def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Non-negative estimate of KL(policy || reference) per token of the policy's own samples."""
+    x = (logprobs - reference).clamp(-20, 20)
+    return torch.expm1(-x) + x
+
+
+def adapted(kl_coef: float, kl: float, target: float) -> float:
+    """The next KL coefficient: at most 2 % nearer to ``target`` (Ziegler et al. 2019, sec. 2.2)."""
+    return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+
+
+# --- update ------------------------------------------------------------------------------------
+
+
 def policy_loss(
     new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the clipped surrogate over tokens, number of clipped tokens, ratios (B, R)) (Schulman et al. 2017, eq. 7)."""
+    """(summed clipped surrogate, clipped tokens, ratios (B, R)) (Schulman et al. 2017, eq. 7)."""
     ratio = (new - old).clamp(-20, 20).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = -(torch.minimum(plain, clipped) * mask).sum()
@@ -134,351 +196,218 @@ def value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: fl
     return 0.5 * (torch.maximum((new - returns).square(), (near - returns).square()) * mask).sum()
 
 
-def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Non-negative estimate of KL(policy || reference) per token of the policy's own samples."""
-    x = (logprobs - reference).clamp(-20, 20)
-    return torch.expm1(-x) + x
+STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy")
 
 
-def adapted(kl_coef: float, kl: float, target: float) -> float:
-    """The next KL coefficient: proportional control with the error cut to +-.2 (Ziegler et al. 2019, sec. 2.2)."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + 0.1 * error)
+def losses(explainer: Explainer, head: ValueHead, batch: Batch, params: Params) -> Losses:
+    """(loss, ``STATISTICS`` (5,), largest |ratio - 1|) of a micro-batch, the first two summed."""
+    with precision(params, explainer.device):
+        hidden = response_hidden(explainer, batch)
+        logp = explainer.log_softmax(hidden, params.temperature)
+    new = logp.gather(-1, batch.response[..., None])[..., 0].masked_fill(~batch.mask, 0.0)
+    old, values, mask = batch.logprobs, head(hidden)[..., 0], batch.mask
+    policy, clipped, ratio = policy_loss(new, old, batch.advantages, mask, params.clip_range)
+    value = value_loss(values, batch.values, batch.returns, mask, params.value_clip)
+    with torch.no_grad():
+        approx_kl = ((ratio - 1 - (new - old)) * mask).sum()
+        entropy = -((logp.exp() * logp).sum(-1) * mask).sum()
+        statistics = torch.stack([policy, value, clipped, approx_kl, entropy])
+    return policy + value, statistics, ((ratio - 1).abs() * mask).max()
 
 
-def part_of(rollout: Rollout, rows: Tensor) -> Rollout:
-    """The given rows, without the columns that only longer prompts and responses need. No texts."""
-    start = int(rollout.prompt_mask[rows].int().argmax(-1).min())
-    length = int(rollout.mask[rows].sum(-1).max())
-    prompt = rollout.prompt_mask[rows, start:]
-    return Rollout(
-        prompt,
-        rollout.response[rows, :length],
-        rollout.mask[rows, :length],
-        rollout.logprobs[rows, :length],
-        rollout.values[rows, :length],
-        rollout.states[rows, start : start + prompt.shape[1] + length - 1],
-        rollout.ended[rows],
-        [],
-    )
+def make_optimizer(explainer: Explainer, head: ValueHead, params: Params) -> AdamW:
+    """AdamW on the adapters (group 0) and the value head (group 1)."""
+    adapters = {"params": explainer.adapter_parameters(), "lr": params.learning_rate}
+    values = {"params": list(head.parameters()), "lr": params.value_lr}
+    return AdamW([adapters, values], eps=1e-5, weight_decay=0.0)
 
 
-class ValueHead(nn.Linear):
-    """V(state) from a detached hidden state, in float32; starts at 0 everywhere."""
+def optimizer_step(
+    optimizer: Optimizer, explainer: Explainer, head: ValueHead, batch: Batch, params: Params
+) -> dict[str, float]:
+    """One step on a minibatch; means over its tokens. ``RuntimeError`` if no finite gradient."""
+    tokens = total(batch.mask.sum())
+    sums = torch.zeros(len(STATISTICS), device=tokens.device)
+    deviation = torch.zeros((), device=tokens.device)
+    optimizer.zero_grad(set_to_none=True)
+    texts = torch.arange(len(batch.mask))  # of this process: perhaps none
+    for rows in texts.split(params.micro_batch) if len(texts) else ():
+        loss, statistics, off = losses(explainer, head, part_of(batch, rows), params)
+        (loss / tokens).backward()
+        sums, deviation = sums + statistics, torch.maximum(deviation, off)
+    adapters = explainer.adapter_parameters()
+    for p in (*adapters, *head.parameters()):
+        p.grad = total(torch.zeros_like(p) if p.grad is None else p.grad)
+    norm = nn.utils.clip_grad_norm_(adapters, params.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise RuntimeError("the gradient is not finite; lower learning_rate or kl_coef")
+    nn.utils.clip_grad_norm_(head.parameters(), params.max_grad_norm)
+    optimizer.step()
+    means = dict(zip(STATISTICS, (total(sums) / tokens).tolist(), strict=True))
+    largest = float(total(deviation, largest=True))
+    return {**means, "gradient_norm": float(norm), "ratio_deviation": largest}
 
-    def __init__(self, width: int):
-        super().__init__(width, 1)
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.detach().float())
-
-
-# --- the trainer --------------------------------------------------------------------------------
+# --- the whole training ------------------------------------------------------------------------
 
 
 class PPO:
-    """One arm. ``reward(records, texts)`` returns (totals (n,), parts: dict of (n,) arrays).
+    """The training of one policy.
 
-    ``params`` is a ``config.Params``; ``shield`` is attached to the optimizer for the trainer's life.
-    Three generators (prompt order, sampling, minibatches) come from ``seed``, so two arms with equal
-    seeds meet the same prompts and the same random numbers. Raises ``ValueError`` for a model without
-    adapters, with dropout or with PAD = EOS, and for too few prompts.
+    ``reward(records, texts)`` returns totals (n,) and a dict of parts, each (n,). The shield stays on
+    the optimizer. Equal seeds meet the same prompts and the same random numbers.
     """
 
     def __init__(
         self,
         explainer: Explainer,
-        reward,
+        reward: Callable,
         records: list[dict],
-        params,
+        params: Params,
         seed: int,
         shield: Shield | None = None,
     ):
-        _check(explainer, records, params)
+        if not explainer.adapter_parameters():
+            raise ValueError("the explainer has nothing to train; call add_lora first")
+        if len(records) < (n := params.prompts_per_step):
+            raise ValueError(f"prompts_per_step={n}, but there are only {len(records)} prompts")
         self.explainer, self.reward, self.records, self.params = explainer, reward, records, params
         self.value_head = ValueHead(explainer.lm.config.hidden_size).to(explainer.device)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": explainer.adapter_parameters(), "lr": params.learning_rate},
-                {"params": list(self.value_head.parameters()), "lr": params.value_lr},
-            ],
-            eps=1e-5,
-            weight_decay=0.0,
-        )
+        self.optimizer = make_optimizer(explainer, self.value_head, params)
         self.shield = shield.attach(self.optimizer) if shield else None
-        self._generators = {
-            name: torch.Generator().manual_seed(seed * 3 + n)
-            for n, name in enumerate(("order", "sampling", "minibatch"))
-        }
-        if shield and shield.replay:
-            self._generators["replay"] = shield.replay.generator  # saved with the others
+        self._replay = shield.replay if shield else None
+        names = ("order", "sampling", "minibatch")
+        self._generators = {k: Generator().manual_seed(seed * 3 + i) for i, k in enumerate(names)}
+        if self._replay:
+            self._generators["replay"] = self._replay.generator  # saved with the others
         self._queue: list[int] = []
-        self.kl_coef = params.kl_coef
+        self.kl_coef, self.steps_done = params.kl_coef, 0
         self.rows: list[dict] = []
-        self.steps_done = self.optimizer_steps = 0
-        self.rank, self.processes = (
-            (dist.get_rank(), dist.get_world_size())
-            if dist.is_available() and dist.is_initialized()
-            else (0, 1)
-        )
-        half = autocasts(params, explainer.device)
-        self._precision = (
-            (lambda: torch.autocast(explainer.device.type, torch.bfloat16)) if half else nullcontext
-        )
+        self._rank, self._processes = processes()
 
     def train(
-        self,
-        steps: int,
-        desc: str = "ppo",
-        store: Store | None = None,
-        log: Callable[[dict, int], None] | None = None,
+        self, steps: int, desc: str = "ppo", store: Store | None = None, log: Log | None = None
     ) -> list[dict]:
-        """Go on until ``steps`` iterations are done, from the newest checkpoint of ``store``; a row of statistics each.
+        """Go on until ``steps`` iterations are done; a row of statistics each, told to ``log``.
 
-        ``log(row, step)`` is told of every new row. The shield stays on the optimizer.
+        Starts from the newest checkpoint of ``store``, and writes one every ``checkpoint_every``.
         """
         if store and (found := store.latest()):
             self.load_state(*found)
         for _ in track(range(self.steps_done, steps), desc):
             row = self.step()
-            if log and self.rank == 0:
+            if log and self._rank == 0:
                 log(row, self.steps_done)
             due = self.steps_done % self.params.checkpoint_every == 0 or self.steps_done == steps
-            if store and due and self.rank == 0:
+            if store and due and self._rank == 0:
                 store.save_step(self.steps_done, *self.state())
         return self.rows
 
     def step(self) -> dict:
-        start, shield_before = perf_counter(), self.shield.seconds if self.shield else 0.0
-        rollout, repeated = self._roll_out()
-        sampled = perf_counter()
-        total_reward, parts = self.reward(repeated, rollout.texts)
-        mask, every = (
-            rollout.mask,
-            torch.ones_like(rollout.ended),
-        )  # every: to take means over responses
-        reward = torch.as_tensor(total_reward, dtype=torch.float32, device=mask.device)
-        score = reward - self.params.missing_eos_penalty * ~rollout.ended
-        if self.steps_done == 0:
-            with torch.no_grad():
-                self.value_head.bias.fill_(masked_mean(score, every))
-            rollout.values = self.value_head.bias.detach() * mask
+        """One iteration; its row of statistics, which notebook 05 explains."""
+        start, before = perf_counter(), self.shield.seconds if self.shield else 0.0
+        rollout, records = self._roll_out()
+        sampled, mask, texts = perf_counter(), rollout.mask, len(records) * self._processes
+        scores = self._scores(records, rollout)
         with self.explainer.reference():
-            reference = self._logprobs(rollout)
-        rewards = token_rewards(score, rollout.logprobs, reference, mask, self.kl_coef)
+            reference = logprobs(self.explainer, rollout, self.params)
+        rewards = token_rewards(scores["score"], rollout.logprobs, reference, mask, self.kl_coef)
         advantages = gae(rewards, rollout.values, mask, self.params.gae_lambda)
-        returns = advantages + rollout.values
-        update = self._update(rollout, masked_whiten(advantages, mask), returns)
+        white, returns = masked_whiten(advantages, mask), advantages + rollout.values
+        update = self._update(Batch(**vars(rollout), advantages=white, returns=returns))
         self.steps_done += 1
-        center = masked_mean(returns, mask)
-        spread, residual = (
-            masked_mean((returns - center).square(), mask),
-            masked_mean(advantages.square(), mask),
-        )
-        texts = len(repeated) * self.processes
-        tokens = int(total(mask.sum()))
-        self.rows.append(
-            {
-                "step": self.steps_done,
-                "episodes": self.steps_done * texts,
-                "reward": float(masked_mean(reward, every)),
-                "score": float(masked_mean(score, every)),
-                **{
-                    f"reward_{name}": float(
-                        masked_mean(torch.as_tensor(part, device=mask.device), every)
-                    )
-                    for name, part in parts.items()
-                },
-                "kl": float(masked_mean((k3(rollout.logprobs, reference) * mask).sum(-1), every)),
-                "kl_coef": self.kl_coef,
-                "surprisal": float(-masked_mean(rollout.logprobs, mask)),
-                "length": tokens / texts,
-                "eos_rate": float(masked_mean(rollout.ended.float(), every)),
-                "advantage_std": float(
-                    (residual - masked_mean(advantages, mask).square()).clamp(min=0).sqrt()
-                ),
-                "explained_variance": float(1 - residual / spread.clamp(min=1e-8)),
-                **update,
-                "generated_tokens_per_second": tokens / (sampled - start),
-                "shield_seconds": (self.shield.seconds if self.shield else 0.0) - shield_before,
-                "step_seconds": perf_counter() - start,
-            }
-        )
+        scores["kl"] = (k3(rollout.logprobs, reference) * mask).sum(-1)
+        residual = masked_mean(advantages.square(), mask)
+        every, tokens = torch.ones_like(rollout.ended), int(total(mask.sum()))
+        row = {
+            "step": self.steps_done,
+            "episodes": self.steps_done * texts,
+            **{name: float(masked_mean(values, every)) for name, values in scores.items()},
+            "kl_coef": self.kl_coef,
+            "surprisal": float(-masked_mean(rollout.logprobs, mask)),
+            "length": tokens / texts,
+            "advantage_std": float(masked_variance(advantages, mask).sqrt()),
+            "explained_variance": float(1 - residual / masked_variance(returns, mask).clamp(1e-8)),
+            **update,
+            "generated_tokens_per_second": tokens / (sampled - start),
+            "shield_seconds": (self.shield.seconds if self.shield else 0.0) - before,
+            "step_seconds": perf_counter() - start,
+        }
+        self.rows.append(row)
         if self.params.kl_target:
-            self.kl_coef = adapted(self.kl_coef, self.rows[-1]["kl"], self.params.kl_target)
-        return self.rows[-1]
-
-    # Rollout
-
-    def _next_records(self) -> list[dict]:
-        """The next prompts, of all processes, of a random order that is drawn anew when it runs out."""
-        n = self.params.prompts_per_step
-        if len(self._queue) < n:
-            self._queue = torch.randperm(
-                len(self.records), generator=self._generators["order"]
-            ).tolist()
-        chosen, self._queue = self._queue[:n], self._queue[n:]
-        return [self.records[i] for i in chosen]
+            self.kl_coef = adapted(self.kl_coef, row["kl"], self.params.kl_target)
+        return row
 
     def _roll_out(self) -> tuple[Rollout, list[dict]]:
-        """This process's share of the rollout, and the record of each of its rows."""
-        share, samples = (
-            self.params.prompts_per_step // self.processes,
-            self.params.samples_per_prompt,
+        """This process's share of the rollout, and the record of each of its texts."""
+        n, samples = self.params.prompts_per_step, self.params.samples_per_prompt
+        if len(self._queue) < n:  # a random order of all prompts, drawn anew when it runs out
+            order = torch.randperm(len(self.records), generator=self._generators["order"])
+            self._queue = order.tolist()
+        chosen, self._queue = self._queue[:n], self._queue[n:]
+        share, sampling = n // self._processes, self._generators["sampling"]
+        first = self._rank * share
+
+        def skip(prompts: int) -> None:  # the random numbers of the other processes' texts
+            size = prompts * samples, self.params.max_new_tokens
+            torch.rand(size, generator=sampling, dtype=torch.float64)
+
+        records = [self.records[i] for i in chosen[first : first + share]]
+        skip(first)
+        rollout = roll_out(self.explainer, records, self.params, sampling, self.value_head)
+        skip(n - first - share)
+        return rollout, [record for record in records for _ in range(samples)]
+
+    def _scores(self, records: list[dict], rollout: Rollout) -> dict[str, Tensor]:
+        """Reward, its parts, score and "ended" of each text (B,); the first ones set the values."""
+        reward, parts = self.reward(records, rollout.texts)
+        column = partial(torch.as_tensor, dtype=torch.float32, device=rollout.mask.device)
+        scores = {"reward": column(reward)}
+        scores |= {f"reward_{name}": column(part) for name, part in parts.items()}
+        scores["eos_rate"] = rollout.ended.float()
+        scores["score"] = scores["reward"] - self.params.missing_eos_penalty * ~rollout.ended
+        if self.steps_done == 0:
+            mean = masked_mean(scores["score"], torch.ones_like(rollout.ended))
+            nn.init.constant_(self.value_head.bias, float(mean))
+            rollout.values = self.value_head.bias.detach() * rollout.mask
+        return scores
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        """``ppo_epochs`` passes over the rollout; means of the steps' statistics."""
+        params, steps, epoch, mine = self.params, [], 0, len(batch.mask)
+        texts, done = (
+            mine * self._processes,
+            self.steps_done * params.ppo_epochs * params.minibatches,
         )
-        records = self._next_records()[self.rank * share : (self.rank + 1) * share]
-        prompts = [prompt_ids(self.explainer, messages(r)) for r in records]
-        self._skip_uniforms(self.rank * share * samples)
-        with (
-            self._precision() if self.explainer.device.type == "cuda" else nullcontext()
-        ):  # on a CPU the sampler packs float32 weights
-            rollout = sample(
-                self.explainer,
-                prompts,
-                samples,
-                self.params.max_new_tokens,
-                self.params.temperature,
-                self._generators["sampling"],
-                self.value_head,
-            )
-        self._skip_uniforms((self.processes - 1 - self.rank) * share * samples)
-        if self._precision is not nullcontext:
-            rollout.logprobs = self._logprobs(rollout)
-        return rollout, [r for r in records for _ in range(samples)]
-
-    def _skip_uniforms(self, rows: int) -> None:
-        """Pass over what ``sample`` would draw for rows of other processes."""
-        torch.rand(
-            rows,
-            self.params.max_new_tokens,
-            generator=self._generators["sampling"],
-            dtype=torch.float64,
-        )
-
-    @torch.no_grad()
-    def _logprobs(self, rollout: Rollout) -> Tensor:
-        """``token_logprobs`` (B, R) by micro-batches, with the training code's precision."""
-        found = torch.zeros_like(rollout.logprobs)
-        for rows in torch.arange(len(found), device=found.device).split(self.params.micro_batch):
-            part = part_of(rollout, rows)
-            with self._precision():
-                found[rows, : part.mask.shape[1]] = token_logprobs(
-                    self.explainer, part, self.params.temperature
-                )
-        return found
-
-    # Update
-
-    def _update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict:
-        params, mine, steps, first_deviation = self.params, len(rollout.response), [], None
-        size = mine * self.processes // params.minibatches
         for epoch in range(params.ppo_epochs):
-            order = torch.randperm(mine * self.processes, generator=self._generators["minibatch"])
-            for n, chosen in enumerate(order.split(size)):
-                rows = chosen[chosen // mine == self.rank] % mine  # of this process; perhaps none
-                self._set_rates(
-                    (self.steps_done * params.ppo_epochs + epoch) * params.minibatches + n
-                )
-                statistics, deviation = self._minibatch_step(
-                    rollout, rows.to(advantages.device), advantages, returns
-                )
-                steps.append(statistics)
-                if first_deviation is None:
-                    first_deviation = (
-                        deviation  # sampler and training code must agree: ratio 1 before any step
-                    )
-            if (
-                params.stop_kl
-                and sum(s["approx_kl"] for s in steps[-params.minibatches :]) / params.minibatches
-                > params.stop_kl
-            ):
+            order = torch.randperm(texts, generator=self._generators["minibatch"])
+            for chosen in order.split(texts // params.minibatches):
+                self._set_rates(done + len(steps))
+                part = part_of(batch, chosen[chosen // mine == self._rank] % mine)
+                pieces = self.optimizer, self.explainer, self.value_head, part, params
+                steps.append(optimizer_step(*pieces))
+                steps[-1]["replay_norm"] = self._replay.norm if self._replay else 0.0
+            recent = [step["approx_kl"] for step in steps[-params.minibatches :]]
+            if params.stop_kl and sum(recent) / len(recent) > params.stop_kl:
                 break
-        means = {key: sum(s[key] for s in steps) / len(steps) for key in steps[0]}
-        return {
-            **means,
-            "epochs_skipped": params.ppo_epochs - 1 - epoch,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "ratio_first_minibatch_max_dev": first_deviation,
-        }
+        first = steps[0]["ratio_deviation"]  # 1 before any step, if sampler and update agree
+        means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
+        del means["ratio_deviation"]
+        rate, skipped = self.optimizer.param_groups[0]["lr"], params.ppo_epochs - 1 - epoch
+        extra = {"learning_rate": rate, "epochs_skipped": skipped}
+        return {**means, **extra, "ratio_first_minibatch_max_dev": first}
 
-    def _set_rates(self, planned: int) -> None:
-        """Learning rates of optimizer step ``planned``, counted from 0 as if no epoch were ever skipped."""
-        whole = self.params.ppo_steps * self.params.ppo_epochs * self.params.minibatches
-        factor = max(1 - planned / whole, 0.0) if self.params.lr_schedule == "linear" else 1.0
-        for group, rate in zip(
-            self.optimizer.param_groups, (self.params.learning_rate, self.params.value_lr)
-        ):
-            group["lr"] = rate * factor
-
-    def _minibatch_step(
-        self, rollout: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor
-    ) -> tuple[dict, float]:
-        names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy")
-        tokens = total(rollout.mask[rows].sum())
-        sums, deviation = (
-            torch.zeros(len(names), device=tokens.device),
-            torch.zeros((), device=tokens.device),
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        for some in rows.split(self.params.micro_batch) if len(rows) else ():
-            part = part_of(rollout, some)
-            mask, cut = part.mask, part.mask.shape[1]
-            with self._precision():
-                hidden = response_hidden(self.explainer, part)
-                logp = self.explainer.log_softmax(hidden, self.params.temperature)
-            new = logp.gather(-1, part.response[..., None])[..., 0].masked_fill(~mask, 0.0)
-            pg, clipped, ratio = policy_loss(
-                new, part.logprobs, advantages[some, :cut], mask, self.params.clip_range
-            )
-            vf = value_loss(
-                self.value_head(hidden)[..., 0],
-                part.values,
-                returns[some, :cut],
-                mask,
-                self.params.value_clip,
-            )
-            ((pg + vf) / tokens).backward()
-            with torch.no_grad():
-                drift = ((ratio - 1 - (new - part.logprobs)) * mask).sum()
-                entropy = -((logp.exp() * logp).sum(-1) * mask).sum()
-                sums += torch.stack([pg, vf, clipped, drift, entropy])
-                deviation = torch.maximum(deviation, ((ratio - 1).abs() * mask).max())
-        self._sum_gradients()
-        adapters = self.explainer.adapter_parameters()
-        norm = nn.utils.clip_grad_norm_(adapters, self.params.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise RuntimeError(
-                f"step {self.steps_done + 1}: the gradient is not finite; lower learning_rate or kl_coef"
-            )
-        nn.utils.clip_grad_norm_(self.value_head.parameters(), self.params.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer_steps += 1
-        replay = self.shield.replay if self.shield else None
-        norms = {"gradient_norm": float(norm), "replay_norm": replay.norm if replay else 0.0}
-        return {**dict(zip(names, (total(sums) / tokens).tolist())), **norms}, float(
-            _largest(deviation)
-        )
-
-    def _sum_gradients(self) -> None:
-        """Over the processes, in one message; a process without rows contributes zeros."""
-        if self.processes == 1:
-            return
-        parameters = [*self.explainer.adapter_parameters(), *self.value_head.parameters()]
-        flat = total(
-            torch.cat(
-                [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-            )
-        )
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = grad.view_as(p)
-
-    # Checkpoints: all that decides the next step
+    def _set_rates(self, done: int) -> None:
+        """Rates after ``done`` planned optimizer steps, counted as if no pass were ever skipped."""
+        params, factor = self.params, 1.0
+        if params.lr_schedule == "linear":
+            planned = params.ppo_steps * params.ppo_epochs * params.minibatches
+            factor = max(1 - done / planned, 0.0)
+        adapters, values = self.optimizer.param_groups
+        adapters["lr"], values["lr"] = params.learning_rate * factor, params.value_lr * factor
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
-        """(tensors, JSON) for ``load_state``: adapter, value head, optimizer, generators; counters, queue, rows."""
+        """(tensors, JSON): all that decides the next step."""
         moments = self.optimizer.state_dict()["state"]
         tensors = {
             **{f"adapter/{k}": v for k, v in self.explainer.adapter_state().items()},
@@ -486,58 +415,22 @@ class PPO:
             **{f"optimizer/{n}/{k}": v for n, entry in moments.items() for k, v in entry.items()},
             **{f"generator/{k}": g.get_state() for k, g in self._generators.items()},
         }
-        return tensors, {
-            "steps_done": self.steps_done,
-            "optimizer_steps": self.optimizer_steps,
-            "kl_coef": self.kl_coef,
-            "queue": self._queue,
-            "rows": self.rows,
-        }
+        counters = {name: getattr(self, name) for name in ("steps_done", "kl_coef", "rows")}
+        return tensors, {**counters, "queue": self._queue}
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict) -> None:
-        parts = {kind: {} for kind in ("adapter", "value", "optimizer", "generator")}
+        parts: dict[str, dict] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
-            parts[kind][rest] = tensor
+            parts.setdefault(kind, {})[rest] = tensor
         self.explainer.load_adapter(parts["adapter"])
         self.value_head.load_state_dict(parts["value"])
-        moments: dict[int, dict] = {}
+        state = self.optimizer.state_dict() | {"state": {}}
         for name, tensor in parts["optimizer"].items():
             n, key = name.split("/")
-            moments.setdefault(int(n), {})[key] = tensor
-        self.optimizer.load_state_dict(
-            {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
+            state["state"].setdefault(int(n), {})[key] = tensor
+        self.optimizer.load_state_dict(state)
         for name, generator in self._generators.items():
             generator.set_state(parts["generator"][name])
-        self.steps_done, self.optimizer_steps, self.kl_coef = (
-            plain["steps_done"],
-            plain["optimizer_steps"],
-            plain["kl_coef"],
-        )
+        self.steps_done, self.kl_coef = plain["steps_done"], plain["kl_coef"]
         self._queue, self.rows = plain["queue"], plain["rows"]
-
-
-def _check(explainer: Explainer, records: list[dict], params) -> None:
-    if not explainer.adapter_parameters():
-        raise ValueError("the explainer has nothing to train; call add_lora first")
-    if len(records) < params.prompts_per_step:
-        raise ValueError(
-            f"prompts_per_step={params.prompts_per_step}, but there are only {len(records)} prompts"
-        )
-    if explainer.pad_id == explainer.eos_id:
-        raise ValueError(
-            "the padding token is the end token: a policy could not learn to stop; choose another pad_id"
-        )
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in explainer.lm.modules()) or getattr(
-        explainer.lm.config, "attention_dropout", 0
-    ):
-        raise ValueError(
-            "the model has dropout: old and new log-probabilities would differ by chance; set it to 0"
-        )
-
-
-def _largest(x: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-    return x
