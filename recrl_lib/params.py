@@ -27,7 +27,7 @@ ShieldMode = Literal["gradient", "update", "frozen_a", "penalty", "restart"]
 ShieldBasis = Literal["activation", "sensitivity", "boundary", "contrastive", "readout", "random"]
 FrontierPoints = Literal["none", "small", "full"]
 Algorithm = Literal["ppo", "rloo", "grpo"]
-Tracker = Literal["none", "wandb", "tensorboard"]
+Tracker = Literal["none", "wandb", "wandb-online", "tensorboard", "trackio"]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""One arm of the study, from the base model to its final adapter: warm start, merge, reinforcement learning, settling.
+"""One arm of the study, from the base model to its final adapter.
 
-An arm is stored as one adapter on the *base* model (``load_tuned``), whatever happened on the way, so
-that its leak, its item vectors and its KL are all measured against the same model.
+    training = Training("shielded", stage, study, protected, reward)
+    training.warm_start()        # supervised steps, merged into the frozen weights
+    training.reinforce()         # PPO, or TRL's RLOO or GRPO
+    arm = training.finish()      # replay steps after training, if any; one adapter on the base
 
-A run that was killed goes on: the warm start is kept as ``runs/<run>/checkpoints/<arm>/warm.safetensors`` and
-Shielded PPO from its newest checkpoint beside it. With ``processes`` > 1 the PPO of an arm runs in as many
-processes (``accelerate launch ... -m recrl_lib.training.arms --run RUN --arm ARM``), which leave their result as the
-last checkpoint; this process picks it up there and only settles.
+A run that was killed goes on from ``runs/<run>/checkpoints/<arm>/``. With ``processes`` > 1,
+``reinforce`` starts as many (``accelerate launch -m recrl_lib.training.arms``), which leave their
+result as the last checkpoint; this process goes on from there.
 """
 
 import argparse
@@ -14,13 +15,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch import device as Device
 
 from recrl_lib import paths, runs, study
 from recrl_lib.explainer import item_texts, model
@@ -31,8 +31,7 @@ from recrl_lib.shield import projection, subspaces
 from recrl_lib.shield.projection import Shield
 from recrl_lib.shield.replay import replay_for
 from recrl_lib.shield.subspaces import Subspace
-from recrl_lib.study import Study
-from recrl_lib.training import ppo, tracking, warm_start
+from recrl_lib.training import diagnostics, ppo, warm_start
 from recrl_lib.training.checkpoint import Store
 
 TRAINED = ("unshielded", "shielded")
@@ -40,229 +39,197 @@ TRAINED = ("unshielded", "shielded")
 
 @dataclass
 class Arm:
-    """What training left: an adapter for ``load_tuned``, a row per iteration, a row per warm-start step."""
+    """What training left."""
 
     name: str
-    adapter: dict[str, Tensor]
-    warm_adapter: dict[str, Tensor] | None  # the policy as the reinforcement learning met it
-    curve: list[dict]
-    warm_curve: list[dict]
-    leak: float  # of the whole update, against the subspaces given, shielded or not
-    settle_seconds: float  # in ``Shield.settle``, after the training
-    frozen_intact: bool  # training itself never touched a frozen weight
+    adapter: dict[str, Tensor]  # for ``load_tuned``
+    warm_adapter: dict[str, Tensor] | None  # the policy before reinforcement learning
+    curve: list[dict]  # a row an iteration
+    warm_curve: list[dict]  # a row a warm-start step
+    leak: float  # of the whole update, against the protected subspaces, shielded or not
+    replay_seconds: float  # spent in replay steps after training
+    peak_memory_gb: float  # of the process, so far
+    frozen_intact: bool  # training itself touched no frozen weight
+
+
+class Training:
+    """The training of arm ``name``; arms share their seeds, so that they are comparable."""
+
+    def __init__(
+        self,
+        name: str,
+        stage: runs.StageRun,
+        study: study.Study,
+        protected: dict[str, Subspace],
+        reward: Reward,
+    ):
+        if name not in TRAINED:
+            raise ValueError(f"arm {name!r}: only {', '.join(TRAINED)} are trained")
+        self.name, self.stage, self.params = name, stage, stage.params
+        self.protected, self.reward, self.records = protected, reward, study.training_records()
+        # "settle", the replay steps after training, has the name that it had in published runs.
+        phases = ("lora", "warm", "ppo", "settle")
+        self._seeds = {phase: stage.torch_seed(phase) % 2**32 for phase in phases}
+        self.explainer = model.load_for(self.params, self._seeds["lora"], stage.device)
+        self._store, self._replay = checkpoints(self.params, name), None
+        if name == "shielded":
+            held = set(stage.load_json("held_out_items"))
+            self._replay = replay_for(self.explainer, study, self.params, held)
+        self._first: dict[str, Tensor] | None = None  # the warm start's adapter, merged by now
+        self._warm = {"curve": [], "intact": True}
+        self._frozen = item_texts.weights_sha256(self.explainer)
+        self.curve: list[dict] = []
+
+    def warm_start(self) -> None:
+        """Supervised steps on composed explanations; then "adapter off" is the tuned model."""
+        if not self.params.warm_start:
+            return
+        fresh, seed = self.explainer.adapter_state(), self._seeds["warm"]
+        found = self._store.load("warm")
+        if found is None:
+            shield, desc = self.shield("warm"), f"warm start, {self.name}"
+            rows = warm_start.fit(self.explainer, self.records, self.params, seed, shield, desc)
+            found = self.explainer.adapter_state(), {"curve": rows, "intact": self._intact()}
+            self._store.save("warm", *found)
+        self._first, self._warm = found
+        self.explainer.load_adapter(self._first)
+        warm_start.merge(self.explainer, fresh)
+        self._frozen = item_texts.weights_sha256(self.explainer)
+
+    def shield(self, phase: str) -> Shield | None:
+        """A new shield for ``phase``: warm, ppo or settle. None in the unshielded arm."""
+        if self.name != "shielded":
+            return None
+        replay = self._replay
+        if replay:  # a run that goes on after the warm start replays the same texts
+            replay.generator.manual_seed(self._seeds[phase])
+        # Replay steps after training: if set, projecting PPO runs without replay, whose gradient
+        # would be many times the reward's and cost a tenth of the step.
+        if (
+            phase == "ppo"
+            and self.params.shield_replay_steps
+            and self.params.shield_mode != "penalty"
+        ):
+            replay = None
+        return Shield(self.explainer, self.protected, self.params.shield_mode, replay)
+
+    def reinforce(self) -> None:
+        """Reinforcement learning on the reward, for ``ppo_steps`` iterations."""
+        if self.params.processes > 1 and not dist.is_initialized():
+            _launch(self.name, self.stage)
+        tracker = diagnostics.start_tracker(self.stage, self.name)
+        shield, seed = self.shield("ppo"), self._seeds["ppo"]
+        given = self.explainer, self.reward, self.records, self.params, seed, shield
+        if self.params.algorithm == "ppo":
+            steps, desc = self.params.ppo_steps, f"ppo, {self.name}"
+            self.curve = ppo.PPO(*given).train(steps, desc, self._store, tracker.log)
+            if shield:
+                shield.detach()
+        elif (found := self._store.load(self.params.algorithm)) is not None:
+            self.explainer.load_adapter(found[0])
+            self.curve = found[1]["rows"]
+        else:
+            from recrl_lib.training import trl  # takes seconds
+
+            self.curve = trl.train(*given, tracker.log)
+            adapter = self.explainer.adapter_state()
+            self._store.save(self.params.algorithm, adapter, {"rows": self.curve})
+        tracker.finish()
+
+    def finish(self) -> Arm:
+        """Replay steps after training, if the run has them; the arm as one adapter on the base."""
+        start, steps = perf_counter(), self.params.shield_replay_steps
+        if steps and not dist.is_initialized() and (shield := self.shield("settle")):
+            shield.run_replay(steps)  # in one process; a run that goes on replays anew
+        seconds, intact = perf_counter() - start, self._warm["intact"] and self._intact()
+        adapter, warm_adapter = self.explainer.adapter_state(), None
+        if self._first is not None:
+            nothing = {key: tensor.new_zeros(tensor.shape) for key, tensor in adapter.items()}
+            warm_adapter = warm_start.stack(self._first, nothing)
+            adapter = warm_start.stack(self._first, adapter)
+        device = self.stage.device
+        memory = diagnostics.peak_memory_gb(device)
+        del self.explainer, self._replay  # make room for the model that the leak is measured on
+        leak = projection.leak(load_tuned(self.params, adapter, device), self.protected)
+        curves = self.curve, self._warm["curve"]
+        return Arm(self.name, adapter, warm_adapter, *curves, leak, seconds, memory, intact)
+
+    def _intact(self) -> bool:
+        return item_texts.weights_sha256(self.explainer) == self._frozen
+
+
+def train(name: str, *given) -> Arm:
+    """A whole ``Training`` of arm ``name`` in one call."""
+    training = Training(name, *given)
+    training.warm_start()
+    training.reinforce()
+    return training.finish()
 
 
 def checkpoints(params: Params, name: str) -> Store:
-    """Where arm ``name`` of the run keeps what it has reached, bound to parameters, code and inputs."""
-    return Store(
-        runs.run_folder(params.run) / "checkpoints" / name,
-        runs.stage_key("shielded_ppo", params),
-        params.checkpoint_keep,
-    )
+    """Where arm ``name`` keeps what it has reached, bound to parameters, code and inputs."""
+    folder = runs.run_folder(params.run) / "checkpoints" / name
+    return Store(folder, runs.stage_key("shielded_ppo", params), params.checkpoint_keep)
 
 
-def forget(stage: runs.StageRun) -> None:
+def delete_checkpoints(stage: runs.StageRun) -> None:
     """Delete the checkpoints of every arm: the stage has finished."""
     shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
 
 
-def train(
-    name: str, stage: runs.StageRun, world: Study, protected: dict[str, Subspace], reward
-) -> Arm:
-    """Tune arm ``name``, ``unshielded`` or ``shielded``; arms share their seeds, so that they are comparable."""
-    if name not in TRAINED:
-        raise ValueError(f"arm {name!r}: only {', '.join(TRAINED)} are trained")
-    params, store = stage.params, checkpoints(stage.params, name)
-    seeds = {phase: stage.torch_seed(phase) % 2**32 for phase in ("lora", "warm", "ppo", "settle")}
-    explainer = model.load_for(params, seeds["lora"], stage.device)
-    records = world.training_records()
-
-    shielded = name == "shielded"
-    replay = (
-        replay_for(explainer, world, params, set(stage.load_json("held_out_items")))
-        if shielded
-        else None
-    )
-    # Beside PPO's gradient a replay's is many times as large, and costs a tenth of the step; an arm that settles does without it there.
-    only_later = params.shield_replay_steps and params.shield_mode != "penalty"
-
-    def guard(phase: str) -> Shield | None:
-        if replay:
-            replay.generator.manual_seed(
-                seeds[phase]
-            )  # a run that goes on after the warm start replays the same texts
-        beside = None if phase == "ppo" and only_later else replay
-        return Shield(explainer, protected, params.shield_mode, beside) if shielded else None
-
-    first, warm = None, {"curve": [], "intact": True}
-    if params.warm_start:
-        fresh, before = explainer.adapter_state(), item_texts.weights_sha256(explainer)
-        found = store.load("warm")
-        if found is None:
-            curve = warm_start.fit(
-                explainer,
-                records,
-                params.warm_steps,
-                params.warm_batch,
-                params.warm_lr,
-                seeds["warm"],
-                guard("warm"),
-                f"warm start, {name}",
-            )
-            found = (
-                explainer.adapter_state(),
-                {"curve": curve, "intact": item_texts.weights_sha256(explainer) == before},
-            )
-            store.save("warm", *found)
-        first, warm = found
-        explainer.load_adapter(first)
-        warm_start.merge(explainer, fresh)
-    before, shield, desc = (
-        item_texts.weights_sha256(explainer),
-        guard("ppo"),
-        f"{params.algorithm}, {name}",
-    )
-    if params.processes > 1 and not dist.is_initialized():
-        _launch(name, stage)
-    tracker = _tracker(name, stage)
-    if params.algorithm == "ppo":
-        curve = ppo.PPO(explainer, reward, records, params, seeds["ppo"], shield).train(
-            params.ppo_steps, desc, store, tracker.log
-        )
-        if shield:
-            shield.detach()
-    else:
-        curve = _by_trl(
-            explainer, reward, records, params, seeds["ppo"], shield, store, desc, tracker.log
-        )
-    tracker.finish()
-    start = perf_counter()
-    if (
-        shielded and params.shield_replay_steps and not dist.is_initialized()
-    ):  # in one process; a run that goes on settles anew
-        guard("settle").settle(params.shield_replay_steps)
-    settle_seconds = perf_counter() - start
-    intact = warm["intact"] and item_texts.weights_sha256(explainer) == before
-    second = explainer.adapter_state()
-    adapter, warm_adapter = second, None
-    if first is not None:
-        nothing = {key: tensor.new_zeros(tensor.shape) for key, tensor in second.items()}
-        adapter, warm_adapter = warm_start.stack(first, second), warm_start.stack(first, nothing)
-    del explainer, shield
-    sealed = projection.leak(load_tuned(params, adapter, stage.device), protected)
-    return Arm(name, adapter, warm_adapter, curve, warm["curve"], sealed, settle_seconds, intact)
-
-
-def _tracker(name: str, stage: runs.StageRun) -> tracking.Tracker:
-    """The arm's curve as it grows; of several processes, the first one of those that train has it."""
-    params = stage.params
-    silent = params.processes > 1 and (not dist.is_initialized() or dist.get_rank() > 0)
-    return tracking.open(
-        "none" if silent else params.tracker,
-        stage.folder / "logs",
-        name,
-        params.run,
-        params.as_dict(),
-    )
-
-
-def _by_trl(
-    explainer: Explainer,
-    reward,
-    records: list[dict],
-    params: Params,
-    seed: int,
-    shield: Shield | None,
-    store: Store,
-    desc: str,
-    log: Callable[[dict, int], None],
-) -> list[dict]:
-    """RLOO or GRPO. Such an arm is stored when it is done, not on the way."""
-    from recrl_lib.training import trl  # TRL takes seconds to import
-
-    found = store.load(params.algorithm)
-    if found is None:
-        rows = trl.train(explainer, reward, records, params, seed, shield, desc, log)
-        found = explainer.adapter_state(), {"rows": rows}
-        store.save(params.algorithm, *found)
-    explainer.load_adapter(found[0])
-    return found[1]["rows"]
-
-
 def load_tuned(
-    params: Params, adapter: dict[str, Tensor] | None = None, device: Device | str = "cpu"
+    params: Params, adapter: dict[str, Tensor] | None = None, device: torch.device | str = "cpu"
 ) -> Explainer:
-    """The base model with adapters of an arm's final shape: rank 2r after a warm start, else r. B = 0 without ``adapter``."""
-    parts = 2 if params.warm_start else 1
-    explainer = model.load(params.llm, device).add_lora(
-        params.lora_rank * parts, params.lora_alpha * parts, params.lora_layers, seed=0
-    )
+    """The base model with adapters of an arm's final shape: update 0 without ``adapter``."""
+    parts = 2 if params.warm_start else 1  # see ``warm_start.stack``
+    rank, alpha = params.lora_rank * parts, params.lora_alpha * parts
+    explainer = model.load(params.llm, device).add_lora(rank, alpha, params.lora_layers, seed=0)
     if adapter is not None:
         explainer.load_adapter(adapter)
     return explainer
 
 
-# --- several processes --------------------------------------------------------------------------
+# --- several processes -------------------------------------------------------------------------
 
 
 def _launch(name: str, stage: runs.StageRun) -> None:
-    """Train one arm's PPO in ``processes`` processes. ``RuntimeError`` names the log if one of them fails."""
-    # --multi_gpu is what makes accelerate start several processes, on a CPU (gloo) too: with --cpu it starts one.
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        str(stage.params.processes),
-    ]
-    command += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
-    command += ["-m", "recrl_lib.training.arms", "--run", stage.params.run, "--arm", name]
+    """Train an arm's PPO in ``processes`` processes. ``RuntimeError`` names a failure's log."""
+    count = stage.params.processes
+    # --multi_gpu is what makes accelerate start several processes, on a CPU (gloo) too.
+    options = f"--multi_gpu --num_processes {count} --num_machines 1 --mixed_precision no"
+    options += " --dynamo_backend no --main_process_port 0 -m recrl_lib.training.arms"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
+    command += ["--run", stage.params.run, "--arm", name]
     log = stage.folder / "logs" / f"ppo_{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"RECRL_PROGRESS": "off", **os.environ}
     with open(log, "wb") as out:
-        done = subprocess.run(
-            command,
-            stdout=out,
-            stderr=out,
-            cwd=paths.ROOT,
-            env={"RECRL_PROGRESS": "off", **os.environ},
-        )
+        done = subprocess.run(command, stdout=out, stderr=out, cwd=paths.ROOT, env=environment)
     if done.returncode:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        failed = f"arm {name!r} in {stage.params.processes} processes: exit code {done.returncode}"
+        failed = f"arm {name!r} in {count} processes: exit code {done.returncode}"
         raise RuntimeError(f"{failed}, see {runs.display(log)}: {''.join(last)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """One of the processes. The run's parameters, inputs and warm start lie in its folder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    from accelerate import Accelerator
+
+    parser = argparse.ArgumentParser(description="train one arm in a process of accelerate launch")
     parser.add_argument("--run", required=True)
     parser.add_argument("--arm", required=True, choices=TRAINED)
     given = parser.parse_args(arguments)
     params = runs.read_params(given.run)
     if params is None:
         parser.error(f"run {given.run!r} does not exist")
-    from accelerate import Accelerator
-
     stage = runs.start("shielded_ppo", params.as_dict())
     accelerator = Accelerator(cpu=stage.device.type == "cpu")  # joins the other processes
     if accelerator.process_index:
         os.environ["RECRL_PROGRESS"] = "off"
     if stage.device.type == "cuda":
         stage.device = accelerator.device
-    world = study.load(stage)
-    scorer = Reward.of(params, world.catalogue)
-    train(given.arm, stage, world, subspaces.from_tensors(stage.load_tensors("subspaces")), scorer)
+    loaded, protected = study.load(stage), subspaces.from_tensors(stage.load_tensors("subspaces"))
+    train(given.arm, stage, loaded, protected, Reward.of(params, loaded.catalogue))
     accelerator.end_training()
 
 

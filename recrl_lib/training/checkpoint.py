@@ -1,7 +1,7 @@
-"""Checkpoints of one arm in training: safetensors files named by step, all else as JSON in their header.
+"""Checkpoints of one arm: safetensors files named by step, all but tensors as JSON in their header.
 
-A file is written to a temporary name, flushed and renamed: a process killed at any moment leaves the
-one before it. accelerate's ``save_state`` pickles, and knows neither our generators nor the rows.
+A file is written to a temporary name, flushed and renamed: a process killed at any moment leaves
+the one before it. accelerate's ``save_state`` pickles, and knows neither our generators nor rows.
 """
 
 import json
@@ -39,7 +39,7 @@ class Store:
             with safe_open(path, "pt") as file:
                 plain = json.loads(file.metadata()["json"])
                 if plain.pop("key") == self.key:
-                    return {k: file.get_tensor(k) for k in file.keys()}, plain
+                    return file.get_tensors(), plain
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             said = f"checkpoint {path.name} cannot be read ({error}): delete {path}"
             raise RuntimeError(said) from None

@@ -12,9 +12,8 @@ reward      k1 KL penalty per token, without gradient; no KL in the loss; no sca
             KL is k3, never negative (Schulman, "Approximating KL Divergence").
 advantages  GAE, gamma 1, lambda 1 (below 1, values that know little credit tokens for being
             late); whitened over the rollout.
-values      A float32 head on the detached state before the token, so that the shield sees the
-            policy's gradient alone. It starts at the first mean score: from 0, its climb to the
-            level of the scores was most of the advantages' spread.
+values      A float32 head on the detached state before the token: the shield sees the policy's
+            gradient alone. It starts at the first mean score, else its climb adds noise.
 loss        Ratios clipped at .2, log-ratios at 20; sums over the minibatch's token count, so
             that micro-batches and processes change nothing; no entropy bonus.
 step        Norm clip, replay gradient (unclipped), projection. AdamW, eps 1e-5, no decay; rates
@@ -32,7 +31,6 @@ from time import perf_counter
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -42,6 +40,7 @@ from recrl_lib.explainer.sampling import Rollout, response_hidden, sample, token
 from recrl_lib.params import Params
 from recrl_lib.progress import track
 from recrl_lib.shield.projection import Shield
+from recrl_lib.training import masked
 from recrl_lib.training.checkpoint import Store
 from recrl_lib.training.diagnostics import autocasts, precision
 
@@ -49,14 +48,13 @@ Log = Callable[[dict, int], None]  # called with (row, step)
 Losses = tuple[Tensor, Tensor, Tensor]
 Texts = TypeVar("Texts", bound=Rollout)
 
-# --- sample ------------------------------------------------------------------------------------
+# --- the pieces ---------------------------------------------------------------------------------
 
 
 class ValueHead(nn.Linear):
     """V(state) from a detached hidden state (..., d), in float32; 0 everywhere at first."""
 
-    def __init__(self, width: int):
-        super().__init__(width, 1)
+    def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -112,9 +110,6 @@ def part_of(texts: Texts, rows: Tensor) -> Texts:
     return replace(texts, **cut, states=texts.states[rows, start:end], texts=[])
 
 
-# --- rewards and advantages --------------------------------------------------------------------
-
-
 def token_rewards(
     score: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coef: float
 ) -> Tensor:
@@ -138,34 +133,6 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
     return advantages
 
 
-def processes() -> tuple[int, int]:
-    """(rank of this process, number of processes) of a data-parallel training."""
-    several = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-
-
-def total(x: Tensor, largest: bool = False) -> Tensor:
-    """Sum (or maximum) of ``x`` over the processes, in place; with one process, ``x``."""
-    if processes()[1] > 1:
-        dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
-    return x
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the masked entries of all processes."""
-    return total((x * mask).sum()) / total(mask.sum())
-
-
-def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
-    return masked_mean((x - masked_mean(x, mask)).square(), mask)
-
-
-def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the masked entries of all processes; 0 elsewhere."""
-    scale = torch.rsqrt(masked_variance(x, mask) + 1e-8)
-    return (x - masked_mean(x, mask)) * scale * mask
-
-
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Non-negative estimate of KL(policy || reference) per token of the policy's own samples."""
     x = (logprobs - reference).clamp(-20, 20)
@@ -175,9 +142,6 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 def adapted(kl_coef: float, kl: float, target: float) -> float:
     """The next KL coefficient: at most 2 % nearer to ``target`` (Ziegler et al. 2019, sec. 2.2)."""
     return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
-
-
-# --- update ------------------------------------------------------------------------------------
 
 
 def policy_loss(
@@ -215,18 +179,19 @@ def losses(explainer: Explainer, head: ValueHead, batch: Batch, params: Params) 
     return policy + value, statistics, ((ratio - 1).abs() * mask).max()
 
 
-def make_optimizer(explainer: Explainer, head: ValueHead, params: Params) -> AdamW:
-    """AdamW on the adapters (group 0) and the value head (group 1)."""
+def learner(explainer: Explainer, params: Params) -> tuple[ValueHead, AdamW]:
+    """A new value head, and AdamW on the adapters (group 0) and on it (group 1)."""
+    head = ValueHead(explainer.lm.config.hidden_size, 1, device=explainer.device)
     adapters = {"params": explainer.adapter_parameters(), "lr": params.learning_rate}
     values = {"params": list(head.parameters()), "lr": params.value_lr}
-    return AdamW([adapters, values], eps=1e-5, weight_decay=0.0)
+    return head, AdamW([adapters, values], eps=1e-5, weight_decay=0.0)
 
 
 def optimizer_step(
     optimizer: Optimizer, explainer: Explainer, head: ValueHead, batch: Batch, params: Params
 ) -> dict[str, float]:
-    """One step on a minibatch; means over its tokens. ``RuntimeError`` if no finite gradient."""
-    tokens = total(batch.mask.sum())
+    """One step on a minibatch; means over its tokens. ``RuntimeError``: gradient not finite."""
+    tokens = masked.total(batch.mask.sum())
     sums = torch.zeros(len(STATISTICS), device=tokens.device)
     deviation = torch.zeros((), device=tokens.device)
     optimizer.zero_grad(set_to_none=True)
@@ -237,14 +202,14 @@ def optimizer_step(
         sums, deviation = sums + statistics, torch.maximum(deviation, off)
     adapters = explainer.adapter_parameters()
     for p in (*adapters, *head.parameters()):
-        p.grad = total(torch.zeros_like(p) if p.grad is None else p.grad)
+        p.grad = masked.total(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = nn.utils.clip_grad_norm_(adapters, params.max_grad_norm)
     if not torch.isfinite(norm):
         raise RuntimeError("the gradient is not finite; lower learning_rate or kl_coef")
     nn.utils.clip_grad_norm_(head.parameters(), params.max_grad_norm)
     optimizer.step()
-    means = dict(zip(STATISTICS, (total(sums) / tokens).tolist(), strict=True))
-    largest = float(total(deviation, largest=True))
+    means = dict(zip(STATISTICS, (masked.total(sums) / tokens).tolist(), strict=True))
+    largest = float(masked.total(deviation, largest=True))
     return {**means, "gradient_norm": float(norm), "ratio_deviation": largest}
 
 
@@ -254,8 +219,8 @@ def optimizer_step(
 class PPO:
     """The training of one policy.
 
-    ``reward(records, texts)`` returns totals (n,) and a dict of parts, each (n,). The shield stays on
-    the optimizer. Equal seeds meet the same prompts and the same random numbers.
+    ``reward(records, texts)`` returns totals (n,) and a dict of parts, each (n,). The shield stays
+    on the optimizer. Equal seeds meet the same prompts and the same random numbers.
     """
 
     def __init__(
@@ -272,8 +237,7 @@ class PPO:
         if len(records) < (n := params.prompts_per_step):
             raise ValueError(f"prompts_per_step={n}, but there are only {len(records)} prompts")
         self.explainer, self.reward, self.records, self.params = explainer, reward, records, params
-        self.value_head = ValueHead(explainer.lm.config.hidden_size).to(explainer.device)
-        self.optimizer = make_optimizer(explainer, self.value_head, params)
+        self.value_head, self.optimizer = learner(explainer, params)
         self.shield = shield.attach(self.optimizer) if shield else None
         self._replay = shield.replay if shield else None
         names = ("order", "sampling", "minibatch")
@@ -283,7 +247,7 @@ class PPO:
         self._queue: list[int] = []
         self.kl_coef, self.steps_done = params.kl_coef, 0
         self.rows: list[dict] = []
-        self._rank, self._processes = processes()
+        self._rank, self._processes = masked.processes()
 
     def train(
         self, steps: int, desc: str = "ppo", store: Store | None = None, log: Log | None = None
@@ -313,21 +277,21 @@ class PPO:
             reference = logprobs(self.explainer, rollout, self.params)
         rewards = token_rewards(scores["score"], rollout.logprobs, reference, mask, self.kl_coef)
         advantages = gae(rewards, rollout.values, mask, self.params.gae_lambda)
-        white, returns = masked_whiten(advantages, mask), advantages + rollout.values
+        white, returns = masked.whiten(advantages, mask), advantages + rollout.values
         update = self._update(Batch(**vars(rollout), advantages=white, returns=returns))
         self.steps_done += 1
         scores["kl"] = (k3(rollout.logprobs, reference) * mask).sum(-1)
-        residual = masked_mean(advantages.square(), mask)
-        every, tokens = torch.ones_like(rollout.ended), int(total(mask.sum()))
+        residual = masked.mean(advantages.square(), mask)
+        every, tokens = torch.ones_like(rollout.ended), int(masked.total(mask.sum()))
         row = {
             "step": self.steps_done,
             "episodes": self.steps_done * texts,
-            **{name: float(masked_mean(values, every)) for name, values in scores.items()},
+            **{name: float(masked.mean(values, every)) for name, values in scores.items()},
             "kl_coef": self.kl_coef,
-            "surprisal": float(-masked_mean(rollout.logprobs, mask)),
+            "surprisal": float(-masked.mean(rollout.logprobs, mask)),
             "length": tokens / texts,
-            "advantage_std": float(masked_variance(advantages, mask).sqrt()),
-            "explained_variance": float(1 - residual / masked_variance(returns, mask).clamp(1e-8)),
+            "advantage_std": float(masked.variance(advantages, mask).sqrt()),
+            "explained_variance": float(1 - residual / masked.variance(returns, mask).clamp(1e-8)),
             **update,
             "generated_tokens_per_second": tokens / (sampled - start),
             "shield_seconds": (self.shield.seconds if self.shield else 0.0) - before,
@@ -367,19 +331,19 @@ class PPO:
         scores["eos_rate"] = rollout.ended.float()
         scores["score"] = scores["reward"] - self.params.missing_eos_penalty * ~rollout.ended
         if self.steps_done == 0:
-            mean = masked_mean(scores["score"], torch.ones_like(rollout.ended))
+            mean = masked.mean(scores["score"], torch.ones_like(rollout.ended))
             nn.init.constant_(self.value_head.bias, float(mean))
             rollout.values = self.value_head.bias.detach() * rollout.mask
         return scores
 
     def _update(self, batch: Batch) -> dict[str, float]:
         """``ppo_epochs`` passes over the rollout; means of the steps' statistics."""
-        params, steps, epoch, mine = self.params, [], 0, len(batch.mask)
+        params, steps, mine = self.params, [], len(batch.mask)
         texts, done = (
             mine * self._processes,
             self.steps_done * params.ppo_epochs * params.minibatches,
         )
-        for epoch in range(params.ppo_epochs):
+        for _ in range(params.ppo_epochs):
             order = torch.randperm(texts, generator=self._generators["minibatch"])
             for chosen in order.split(texts // params.minibatches):
                 self._set_rates(done + len(steps))
@@ -393,9 +357,12 @@ class PPO:
         first = steps[0]["ratio_deviation"]  # 1 before any step, if sampler and update agree
         means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
         del means["ratio_deviation"]
-        rate, skipped = self.optimizer.param_groups[0]["lr"], params.ppo_epochs - 1 - epoch
-        extra = {"learning_rate": rate, "epochs_skipped": skipped}
-        return {**means, **extra, "ratio_first_minibatch_max_dev": first}
+        return {
+            **means,
+            "epochs_skipped": params.ppo_epochs - len(steps) // params.minibatches,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "ratio_first_minibatch_max_dev": first,
+        }
 
     def _set_rates(self, done: int) -> None:
         """Rates after ``done`` planned optimizer steps, counted as if no pass were ever skipped."""

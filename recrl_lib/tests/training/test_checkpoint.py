@@ -1,4 +1,4 @@
-"""Checkpoints, and runs that are really killed: a process ends itself with SIGKILL at a chosen moment, another goes on."""
+"""Checkpoints, and runs that are really killed: one process ends by SIGKILL, another goes on."""
 
 import json
 import multiprocessing
@@ -6,83 +6,42 @@ import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 
 from recrl_lib import runs
-from recrl_lib.explainer.item_texts import ItemTexts
-from recrl_lib.params import resolve
-from recrl_lib.shield import projection, subspaces
-from recrl_lib.tests.tiny import tiny_explainer
-from recrl_lib.training import checkpoint, diagnostics, ppo
+from recrl_lib.tests.training.small import PARAMS as SMALL
+from recrl_lib.tests.training.small import red, timeless
+from recrl_lib.tests.training.small import trainer as trainer_of
+from recrl_lib.training import checkpoint, ppo
 
-# A server that has imported the library forks the processes to kill: a start costs nothing, and no thread is forked.
+# A server that has imported the library forks the processes to kill: a start costs nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["recrl_lib.training.ppo", "recrl_lib.tests.tiny"])
-PARAMS = resolve(
-    "smoke",
-    lora_layers=1,
-    max_new_tokens=8,
-    temperature=1.0,
-    learning_rate=3e-2,
-    ppo_steps=4,
-    checkpoint_every=2,
-    checkpoint_keep=1,
-    kl_target=0.01,
-    stop_kl=0.05,
-    lr_schedule="linear",
-)
-RECORDS = [
-    dict(
-        user=u,
-        item=1,
-        position=1,
-        title="the red film",
-        year=0,
-        genres=["good"],
-        history_titles=["blue", word],
-        history_genres=[],
-    )
-    for u, word in enumerate(["short", "long", "green", "bad", "a", "and"])
-]
+PROCESSES.set_forkserver_preload(["recrl_lib.tests.training.small"])
+PARAMS = SMALL.replace(
+    ppo_steps=4, checkpoint_every=2, checkpoint_keep=1,
+    learning_rate=3e-2, kl_target=0.01, stop_kl=0.05, lr_schedule="linear",
+)  # fmt: skip
 
 
-def red(records, texts):
-    total = np.array(["red" in t.split() for t in texts], dtype=np.float32)
-    return total, {"word": total}
+def build(reward=red) -> ppo.PPO:
+    return trainer_of(reward, mode="update", params=PARAMS)
 
 
-def build(reward=red, seed=0, **changes) -> ppo.PPO:
-    explainer = tiny_explainer(lora_layers=1)
-    protected = subspaces.subspaces(
-        subspaces.item_grams(
-            explainer, ItemTexts(explainer, ["good film", "the red film and a blue film"])
-        )[0],
-        0.9,
-    )
-    return ppo.PPO(
-        explainer,
-        reward,
-        RECORDS,
-        PARAMS.replace(**changes),
-        seed,
-        projection.Shield(explainer, protected),
-    )
-
-
-def result(trainer: ppo.PPO) -> bytes:
+def result(trained: ppo.PPO) -> bytes:
     """Everything that training left, but for the times."""
-    tensors, plain = trainer.state()
-    plain["rows"] = [
-        {k: v for k, v in row.items() if k not in diagnostics.TIMES} for row in plain["rows"]
-    ]
-    return save(tensors) + json.dumps(plain).encode()
+    tensors, plain = trained.state()
+    return save(tensors) + json.dumps({**plain, "rows": timeless(plain["rows"])}).encode()
 
 
-def die() -> None:
+def die(*_) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_written(descriptor: int) -> None:
+    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+    die()
 
 
 def on_call(n: int, function, before):
@@ -97,27 +56,20 @@ def on_call(n: int, function, before):
     return counted
 
 
-def half_written(descriptor: int) -> None:
-    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-    die()
-
-
 def run(folder: str, moment: str = "", n: int = 0) -> None:
     """The process: trains from what ``folder`` holds to the end, unless ``moment`` comes first."""
     torch.set_num_threads(1)
     os.environ["RECRL_HOME"], os.environ["RECRL_PROGRESS"] = folder, "off"
-    trainer = build(on_call(n, red, lambda *a: die()) if moment == "reward" else red)
+    trained = build(on_call(n, red, die) if moment == "reward" else red)
     if moment == "optimizer step":
-        trainer.optimizer.step = on_call(n, trainer.optimizer.step, die)
+        trained.optimizer.step = on_call(n, trained.optimizer.step, die)
     elif moment == "half a file":
         runs.os.fsync = on_call(n, os.fsync, half_written)
     elif moment == "rename":
-        runs.os.replace = on_call(n, os.replace, lambda *a: die())
-    trainer.train(
-        PARAMS.ppo_steps,
-        store=checkpoint.Store(Path(folder) / "checkpoints", "key", PARAMS.checkpoint_keep),
-    )
-    (Path(folder) / "result").write_bytes(result(trainer))
+        runs.os.replace = on_call(n, os.replace, die)
+    store = checkpoint.Store(Path(folder) / "checkpoints", "key", PARAMS.checkpoint_keep)
+    trained.train(PARAMS.ppo_steps, store=store)
+    (Path(folder) / "result").write_bytes(result(trained))
 
 
 def process(*args) -> int | None:
@@ -163,17 +115,10 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(tmp_path, never_k
 
 def test_resuming_a_finished_run_does_nothing(tmp_path):
     store = checkpoint.Store(tmp_path, "key")
-    first = build()
+    first, again = build(), build(reward=None)  # would fail if its reward were asked
     first.train(2, store=store)
-    again = build(reward=None)  # would fail if it were asked
-    rows = again.train(2, store=store)
-    assert rows == json.loads(json.dumps(first.rows)) and result(again) == result(first)
-
-
-def test_a_checkpoint_of_another_setting_is_not_used(tmp_path):
-    build().train(1, store=checkpoint.Store(tmp_path / "c", "key"))
-    other = checkpoint.Store(tmp_path / "c", "another key")
-    assert other.latest() is None and not list((tmp_path / "c").iterdir())
+    assert again.train(2, store=store) == json.loads(json.dumps(first.rows))
+    assert result(again) == result(first)
 
 
 def test_the_store_keeps_the_newest_and_gives_back_what_it_got(tmp_path):
@@ -184,13 +129,15 @@ def test_the_store_keeps_the_newest_and_gives_back_what_it_got(tmp_path):
     assert sorted(p.stem for p in tmp_path.iterdir()) == ["step-000010", "step-000011"]
     tensors, plain = store.latest()
     assert plain == {"step": 11, "rows": [{"kl": 0.1 + 0.2}]}
-    assert tensors.keys() == content.keys() and all(
-        torch.equal(tensors[k], v) for k, v in content.items()
-    )
+    assert tensors.keys() == content.keys()
+    assert all(torch.equal(tensors[k], v) for k, v in content.items())
     assert store.load("warm") is None
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def test_a_checkpoint_of_another_setting_is_removed_and_a_damaged_one_is_named(tmp_path):
+    checkpoint.Store(tmp_path, "key").save_step(1, {}, {})
+    other = checkpoint.Store(tmp_path, "another key")
+    assert other.latest() is None and not list(tmp_path.iterdir())
     (tmp_path / "step-000001.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(RuntimeError, match="step-000001.safetensors.*delete"):
-        checkpoint.Store(tmp_path, "key").latest()
+        other.latest()
