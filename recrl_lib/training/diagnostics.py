@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from recrl_lib.memory import peak_rss
@@ -143,6 +144,7 @@ def start_tracker(stage: StageRun, arm: str) -> GeneralTracker:
 
 
 def _started(kind: str, name: str, options: dict) -> GeneralTracker:
+    PartialState()  # accelerate's trackers and loggers ask for it
     tracker = LOGGER_TYPE_TO_CLASS[kind](name, **options)
     tracker.start()
     return tracker
