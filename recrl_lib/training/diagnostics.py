@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from recrl_lib.memory import peak_rss
+from recrl_lib.environment import peak_rss
 from recrl_lib.params import Params
 from recrl_lib.runs import StageRun
 from recrl_lib.training import masked

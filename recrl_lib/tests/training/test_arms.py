@@ -122,7 +122,7 @@ def test_a_second_call_goes_on_from_what_is_stored(stage, monkeypatch):
 
 
 def test_replay_steps_after_training_take_the_replay_out_of_projecting_ppo(stage, monkeypatch):
-    """Mode penalty has nothing else and keeps its replay. A run that goes on replays the same way."""
+    """Mode penalty has nothing else and keeps its replay. A run that goes on does the same."""
     vectors = ItemTexts(load_for(stage.params, 0), PROTECTED_TEXTS).base_vectors()
     readout = torch.randn(4, vectors.shape[1], generator=torch.Generator().manual_seed(3))
 
