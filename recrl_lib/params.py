@@ -177,7 +177,7 @@ class PPOParams(StageParams):
     checkpoint_every: int = _p(1, "iterations between checkpoints", 1)
     checkpoint_keep: int = _p(2, "checkpoints kept of each arm while it trains", 1)
     processes: int = _p(1, "data-parallel processes; must divide prompts_per_step", 1)
-    tracker: Tracker = _p("none", "mirror the curves to a tracker, files in logs/")
+    tracker: Tracker = _p("none", "mirrors the curves")
 
     @property
     def samples_per_step(self) -> int:
