@@ -11,21 +11,21 @@ STAMP := $(if $(filter .venv/bin/python,$(PY)),.venv/.installed)
 
 OPTIONS := $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) $(if $(SEED),--seed $(SEED)) \
 	$(if $(DATASET),--set dataset=$(DATASET)) $(if $(DATA_DIR),--set "data_dir=$(DATA_DIR)") \
-	$(if $(filter 1,$(FORCE)),--force) $(if $(SET),--set $(SET)) $(if $(TO),--to $(TO))
+	$(if $(filter 1,$(FORCE)),--force) $(if $(SET),--set $(SET)) $(if $(TO),--to $(TO)) $(if $(filter 1,$(LIST)),--list)
 
 .DEFAULT_GOAL := help
 BATCH := --grid $(GRID) $(if $(BASE),--base $(BASE)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) \
 	$(if $(ENGINE),--engine $(ENGINE)) $(if $(ADDRESS),--address $(ADDRESS)) $(if $(GPUS),--gpus $(GPUS)) \
 	$(if $(CPUS),--cpus $(CPUS)) $(if $(filter 1,$(LIST)),--list)
 
-.PHONY: help env all test lab bench notebooks batch verify sync-reference sync-frontier pod-setup pod-run clean distclean
+.PHONY: help env all test lint lab bench notebooks batch verify sync-reference sync-frontier pod-setup pod-run clean distclean
 
 ## this list
 help:
 	@awk '/^## /{text = substr($$0, 4); next} \
 		/^[a-z-]+:/ && text {split($$0, name, ":"); printf "make %-15s %s\n", name[1], text} {text = ""}' $(MAKEFILE_LIST)
 	@echo
-	@echo 'make all takes PROFILE=smoke|laptop|pod|paper RUN=name SEED=n FORCE=1 SET="name=value ..." TO=stage'
+	@echo 'make all takes PROFILE=smoke|laptop|pod|paper RUN=name SEED=n FORCE=1 SET="name=value ..." TO=stage LIST=1'
 	@echo '              DATASET=ml-100k|ml-25m|ml-32m|ml-latest-small|amazon-books[-2018|-2014]|steam-200k|csv DATA_DIR=folder with its files'
 	@echo 'make batch takes GRID=name or path, BASE=run SEEDS="0 1" JOBS=n LIST=1, ENGINE=ray ADDRESS=auto GPUS=.5 CPUS=n'
 	@echo 'make env takes PYTHON=python3.12 (the interpreter to build on) and PIP_ARGS="..." (options for pip install)'
@@ -47,7 +47,7 @@ env: $(STAMP)
 
 ## run the whole study; a second call runs only what has changed
 all: $(STAMP)
-	@$(PY) -m recrl_lib.pipeline.execute all $(OPTIONS)
+	@$(PY) -m recrl_lib.pipeline.tasks all $(OPTIONS)
 
 ## unit tests, every notebook against its stored outputs (from an empty runs/smoke), and the rules for notebooks
 test: $(STAMP)
@@ -58,6 +58,14 @@ test: $(STAMP)
 	$(PY) -m pytest recrl_lib/tests/test_notebooks.py
 	$(PY) -m recrl_lib.pipeline.verify --run smoke
 
+## format, style, layers, types of the library, and its size
+lint: $(STAMP)
+	$(PY) -m ruff format --check recrl_lib
+	$(PY) -m ruff check recrl_lib
+	$(dir $(PY))lint-imports
+	$(dir $(PY))basedpyright --level error
+	$(PY) -m recrl_lib.pipeline.sizes
+
 ## open the notebooks in JupyterLab
 lab: $(STAMP)
 	$(PY) -m jupyter lab --LabApp.default_url=/lab/tree/notebooks $(LAB_ARGS)
@@ -66,9 +74,9 @@ lab: $(STAMP)
 bench: $(STAMP)
 	$(PY) -m recrl_lib.pipeline.bench
 
-## execute notebooks/ with their own parameters and store the outputs (needed after an edit)
+## execute notebooks/ with their own parameters and store the outputs (needed after an edit; ONLY=4: one)
 notebooks: $(STAMP)
-	@$(PY) -m recrl_lib.pipeline.execute publish
+	@$(PY) -m recrl_lib.pipeline.tasks publish $(if $(ONLY),--only $(ONLY))
 
 ## many runs derived from a finished one: make batch GRID=ablations BASE=laptop JOBS=2
 batch: $(STAMP)

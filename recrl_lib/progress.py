@@ -1,6 +1,5 @@
 """Progress of long loops: a tqdm bar for people, nothing in stored notebooks."""
 
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -12,8 +11,8 @@ EVERY = 0.5  # seconds between two updates
 def track(items: Iterable, desc: str, total: int | None = None) -> Iterator:
     """Yield from ``items`` and report how many are done, as ``RECRL_PROGRESS`` says.
 
-    Unset: a tqdm bar. ``off``: silence. A path: JSON lines appended to it, which ``execute`` shows
-    live from inside a papermill cell, where a bar would be stored in the notebook.
+    Unset: a tqdm bar. ``off``: silence. A path: lines such as ``ppo 4/12`` appended to it, which
+    ``execute`` shows live from inside a papermill cell, where a bar would be stored.
     """
     sink = os.environ.get("RECRL_PROGRESS", "")
     if sink == "off":
@@ -32,5 +31,5 @@ def _to_file(items: Iterable, desc: str, total: int | None, sink: str) -> Iterat
         for done, item in enumerate(items, 1):
             yield item
             if time.monotonic() - last >= EVERY or done == total:
-                out.write(json.dumps({"desc": desc, "done": done, "total": total}) + "\n")
+                out.write(f"{desc} {done}" + (f"/{total}" if total else "") + "\n")
                 last = time.monotonic()

@@ -9,7 +9,8 @@ import pytest
 
 from recrl_lib import measures, paths, runs
 from recrl_lib.params import PIPELINE, Params, parameters_cell, stage_named
-from recrl_lib.pipeline import derive
+from recrl_lib.pipeline.batch import Job
+from recrl_lib.pipeline.tasks import with_needs
 from recrl_lib.runs import write_atomic
 
 
@@ -91,36 +92,23 @@ OWN = {
 }  # fmt: skip
 
 
+def derived(run: str, **changes) -> Params:
+    """Make the run folder of a batch's job that changes this of the run ``base``."""
+    params = BASE.replace(run=run, **changes)
+    Job(run, "", "base", changes, params, ("evaluation",)).prepare()
+    return params
+
+
 def finish(name: str, params: Params, value: float = 1.0) -> None:
     """Stage ``name`` of a run, finished without its notebook."""
     import torch
-
-    from recrl_lib.training import arms, warm_start
 
     stage = runs.start(name, params.as_dict())
     for need in stage_named(name).needs:
         if need in OWN:
             stage.load_tensors(OWN[need])
-    if name == "shield":
-        stage.save_tensors(
-            "subspaces", {"0.attn/basis": torch.zeros(8, 5), "0.attn/spectrum": torch.zeros(8)}
-        )
-    elif name in OWN:
+    if name in OWN:
         stage.save_tensors(OWN[name], {"x": torch.tensor([value])})
-    if name == "shielded_ppo":
-        stage.curve(
-            [{"arm": arm, "step": 1, "loss": len(arm) * value} for arm in arms.TRAINED],
-            "warm_start",
-        )
-        for arm in arms.TRAINED:
-            half = {
-                "lora_A": torch.full((1, 2), value),
-                "lora_B": torch.full((2, 1), float(len(arm))),
-            }
-            stage.save_tensors(
-                f"adapter_{arm}_warm",
-                warm_start.stack(half, {key: torch.zeros_like(x) for key, x in half.items()}),
-            )
     stage.results([*required(name), {"measure": "n", "value": value}])
     stage.finish()
 
@@ -140,8 +128,8 @@ def finished(tmp_path_factory):
                 code("from recrl_lib import runs"),
             )
             write_atomic(house.notebooks / stage.notebook, json.dumps(notebook(*cells)))
-        for name in (*derive.PREPARING, "shielded_ppo", "evaluation"):
-            finish(name, BASE)
+        for stage in with_needs("environment", "evaluation"):
+            finish(stage.name, BASE)
     torch.use_deterministic_algorithms(False)
     return house
 

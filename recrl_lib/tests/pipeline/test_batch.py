@@ -1,24 +1,22 @@
-"""Batches: grids checked whole, jobs run once, kept going, tried again, ended; on this machine and on two Ray nodes."""
+"""Batches: grids checked whole; what jobs share; jobs kept, tried again and ended; Ray's nodes."""
 
 import io
 import os
 import subprocess
 import sys
 import threading
-import time
 import types
 from pathlib import Path
 
 import pytest
 
 from recrl_lib import paths, runs
-from recrl_lib.pipeline import batch, derive, execute
-from recrl_lib.tests.conftest import BASE
+from recrl_lib.pipeline import batch, tasks
+from recrl_lib.runs import write_atomic
+from recrl_lib.tests.conftest import BASE, derived, finish
+from recrl_lib.tests.pipeline.test_tasks import TOY, until
 
-FINISH = (
-    "from recrl_lib import runs\nstage = runs.start({0!r}, globals())\n"
-    "stage.metrics({{key: .5 for key in runs.REQUIRED_METRICS.get(runs.metrics_name({0!r}), ())}})\nstage.finish()"
-)
+HEAD = "base: base\nstages: [evaluation]\nseeds: [4]\n"
 
 
 def grid_of(tmp_path: Path, text: str, name: str = "g") -> str:
@@ -27,107 +25,65 @@ def grid_of(tmp_path: Path, text: str, name: str = "g") -> str:
     return str(path)
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+# ----------------------------------------------------------------------------------------- grids
 
 
-# ------------------------------------------------------------------------------------------------ grids
-
-
-def test_arms_seeds_and_lists_are_crossed_and_what_is_to_be_skipped_is_not_there(base, tmp_path):
-    grid = batch.load(grid_of(tmp_path, """
+def test_arms_seeds_and_lists_are_crossed_and_skipped(base, tmp_path):
+    for stage in tasks.with_needs("shielded_ppo"):
+        finish(stage.name, BASE.replace(run="base-seed5", seed=5))
+    text = """
         base: base
         stages: [evaluation]
         seeds: [4, 5]
         fixed: {eval_users: 12}
-        arms: {main: {}, lora4: {lora_rank: 3, eval_users: 13}}
-        cross: {kl_coef: [0.0, 0.1]}
+        arms: {main: {}, lora4: {lora_rank: 3, eval_users: x0.5, ppo_steps: x2, kl_coef: x0.2}}
+        cross: {sim_beta: [0.0, 0.1]}
         skip: [{arm: main-0.1, seed: 5}, {arm: lora4-0.0}]
-    """))  # fmt: skip
-    assert [job.run for job in grid.jobs] == [
-        "base-g-main-0.0-seed4", "base-g-main-0.0-seed5", "base-g-main-0.1-seed4", "base-g-lora4-0.1-seed4", "base-g-lora4-0.1-seed5",
-    ]  # fmt: skip
-    assert grid.jobs[1].changes == {"seed": 5, "eval_users": 12, "kl_coef": 0.0}
-    assert grid.jobs[-1].changes == {"seed": 5, "eval_users": 13, "kl_coef": 0.1, "lora_rank": 3}
-    assert grid.jobs[-1].params == BASE.replace(
-        run="base-g-lora4-0.1-seed5", **grid.jobs[-1].changes
-    )
-    assert all(job.stages == ("shielded_ppo", "evaluation") for job in grid.jobs)
-
-
-def test_factors_multiply_the_base_runs_values(base, tmp_path):
-    text = "base: base\nstages: [evaluation]\narms: {a: {ppo_steps: x2, learning_rate: x0.5, lora_rank: x0.2}}"
-    (job,) = batch.load(grid_of(tmp_path, text)).jobs
-    assert (job.params.ppo_steps, job.params.learning_rate, job.params.lora_rank) == (
-        2 * BASE.ppo_steps,
-        BASE.learning_rate / 2,
-        3,
-    )
-
-
-def test_a_job_that_changes_nothing_has_nothing_to_run(base, tmp_path):
-    (job,) = batch.load(
-        grid_of(tmp_path, "base: base\nstages: [evaluation]\nseeds: [4]\narms: {main: {}}")
-    ).jobs
-    assert job.stages == ()
-    assert batch.load(
-        grid_of(tmp_path, "base: base\nstages: [audit]\nseeds: [4]\narms: {main: {}}")
-    ).jobs[0].stages == ("audit",)
+    """
+    jobs = batch.load(grid_of(tmp_path, text))
+    names = [
+        "main-0.0-seed4",
+        "main-0.0-seed5",
+        "main-0.1-seed4",
+        "lora4-0.1-seed4",
+        "lora4-0.1-seed5",
+    ]
+    assert [job.run for job in jobs] == [f"base-g-{name}" for name in names]
+    assert jobs[1].changes == {"seed": 5, "eval_users": 12, "sim_beta": 0.0}
+    assert [job.base for job in jobs] == ["base", "base-seed5", "base", "base", "base-seed5"]
+    scaled = {
+        "eval_users": BASE.eval_users // 2,
+        "ppo_steps": 2 * BASE.ppo_steps,
+        "kl_coef": BASE.kl_coef * 0.2,
+    }
+    own = {"run": jobs[-1].run, "seed": 5, "lora_rank": 3, "sim_beta": 0.1}
+    assert jobs[-1].params == BASE.replace(**own, **scaled)
+    assert jobs[1].shared() == ["data", "ranker", "explainer", "shield", "shielded_ppo"]
+    assert jobs[-1].shared() == ["data", "ranker"]
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("- a", "must be a mapping with the fields base, stages"),
+        ("- a", "valid dictionary"),
         ("a: [", "not valid YAML"),
-        ("base: base\nstages: [evaluation]\narm: {a: {}}", "unknown field 'arm'; fields: base"),
-        ("stages: [evaluation]\narms: {a: {}}", "base: give the name of a finished run"),
-        (
-            "base: base\nstages: [everything]\narms: {a: {}}",
-            "stages: give a list of environment, data",
-        ),
-        (
-            "base: base\nstages: [evaluation]\nseeds: [a]\narms: {a: {}}",
-            "seeds: give a list of integers from 0",
-        ),
-        (
-            "base: base\nstages: [evaluation]\narms: {a: {kl_coeff: 0.0}}",
-            "arms: a: unknown parameter 'kl_coeff'; did you mean kl_coef",
-        ),
-        (
-            "base: base\nstages: [evaluation]\narms: {a: {kl_coef: -1.0}}",
-            "arm 'a': parameter kl_coef=-1.0: must be at least 0",
-        ),
-        (
-            "base: base\nstages: [evaluation]\narms: {a: {kl_coef: 1e-4}}",
-            "is text; write numbers as 3, 0.0001 or 1.0e-4",
-        ),
-        (
-            "base: base\nstages: [evaluation]\narms: {a: {reward: x2}}",
-            "parameter reward='x2': choose one of",
-        ),
-        (
-            "base: base\nstages: [evaluation]\narms: {a: {seed: 3}}",
-            "seeds have a field of their own",
-        ),
-        ("base: base\nstages: [evaluation]\narms: {a b: {}}", "'a b': use letters"),
-        ("base: base\nstages: [evaluation]\ncross: {kl_coef: 0.1}", "cross: kl_coef: give a list"),
-        (
-            "base: base\nstages: [evaluation]\narms: {a: {}}\nskip: [{arm: b}]",
-            "skip: {'arm': 'b'} matches no job",
-        ),
-        (
-            "base: base\nstages: [evaluation]\ncross: {kl_coef: [0.1, 0.1]}",
-            "several jobs would be called base-g-0.1-seed0",
-        ),
-        ("base: base\nstages: [evaluation]", "there is no job in it"),
-        (
-            "base: none\nstages: [evaluation]\narms: {a: {}}",
-            "runs/none does not exist; make all RUN=none",
-        ),
+        (HEAD + "arm: {a: {}}", "arm: unknown field; fields: base, stages"),
+        ("stages: [evaluation]\narms: {a: {}}", "base: Field required"),
+        ("base: base\nstages: [all]\narms: {a: {}}", "stages.0: no stage is called 'all'"),
+        (HEAD.replace("4", "a") + "arms: {a: {}}", "seeds.0: Input should be a valid integer"),
+        (HEAD + "arms: {a: {kl_coeff: 0.0}}", "unknown parameter 'kl_coeff'; did you mean kl_coef"),
+        (HEAD + "arms: {a: {kl_coef: -1.0}}", "arm 'a': parameter kl_coef=-1.0: must be at"),
+        (HEAD + "arms: {a: {kl_coef: 1e-4}}", "is text; write 3, 0.0001, 1.0e-4"),
+        (HEAD + "arms: {a: {reward: x2}}", "parameter reward='x2': choose one of"),
+        (HEAD + "arms: {a: {seed: 3}}", "arms.a: run and seed are not set here"),
+        (HEAD + "arms: {a b: {}}", "arms.a b.[key]: String should match"),
+        (HEAD + "cross: {kl_coef: 0.1}", "cross.kl_coef: Input should be a valid list"),
+        (HEAD + "arms: {a: {}}\nskip: [{arm: b}]", "skip: {'arm': 'b'} matches no job"),
+        (HEAD + "cross: {kl_coef: [0.1, 0.1]}", "several jobs would be called base-g-0.1-seed4"),
+        (HEAD, "there is no job in it"),
+        (HEAD.replace("base: base", "base: none"), "runs/none does not exist; make all RUN=none"),
     ],
-)
+)  # fmt: skip
 def test_a_grid_that_is_wrong_is_refused_with_file_and_field(base, tmp_path, text, words, capsys):
     assert batch.main(["--grid", grid_of(tmp_path, text)]) == 2
     message = capsys.readouterr().err
@@ -136,334 +92,286 @@ def test_a_grid_that_is_wrong_is_refused_with_file_and_field(base, tmp_path, tex
 
 
 def test_all_that_is_wrong_is_listed_at_once(base, tmp_path):
-    text = "base: base\nstages: [evaluation]\narms: {a: {kl_coef: -1.0}, b: {clip_range: 2.0}, c: {}}\nskip: [{arm: d}]"
+    text = "arms: {a: {kl_coef: -1.0}, b: {clip_range: 2.0}, c: {}}\nskip: [{arm: d}]"
     with pytest.raises(ValueError) as error:
-        batch.load(grid_of(tmp_path, text))
+        batch.load(grid_of(tmp_path, HEAD + text))
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_the_grids_of_the_study_are_valid(base):
-    names = sorted(p.stem for p in batch.GRIDS.glob("*.yaml"))
-    assert {"ablations", "frontier", "smoke"} <= set(names)
-    for name in names:
-        assert batch.load(name, "base").jobs
-    with pytest.raises(ValueError, match="one of ablations, frontier"):
+def test_a_base_that_lacks_what_every_job_needs_is_refused(base, tmp_path, capsys):
+    path = grid_of(tmp_path, HEAD + "arms: {a: {}}")
+    assert batch.main(["--grid", path, "--seeds", "5"]) == 2
+    assert "base run 'base-seed5': stages data, ranker" in capsys.readouterr().err
+    (runs.run_folder("base") / "artifacts/ranker.safetensors").unlink()
+    assert batch.main(["--grid", path]) == 2
+    message = capsys.readouterr().err
+    assert "base run 'base': stages ranker, explainer, shield, shielded_ppo are" in message
+    assert "make all RUN=base SEED=4 first" in message
+
+
+def test_the_grids_of_the_study_are_valid_and_repeat_no_early_stage(base):
+    """Arms of later parameters leave the shield shared; the others do not run its frontier anew."""
+    names = sorted(path.stem for path in batch.GRIDS.glob("*.yaml"))
+    assert names == ["ablations", "frontier", "smoke"]
+    for job in [job for name in names for job in batch.load(name, "base", [4])]:
+        assert "shield" in job.shared() or job.params.frontier_points == "none"
+        assert "ranker" in job.shared()
+    with pytest.raises(ValueError, match="GRID=ablation: .* one of ablations, frontier, smoke"):
         batch.load("ablation")
-    main, *others = batch.load("ablations", "base", [0, 1]).jobs
-    assert main.arm == "main" and {job.params.seed for job in others} == {0, 1}
-    assert not {"data", "ranker", "explainer", "shield"} & {
-        stage for job in others for stage in job.stages
-    }
 
 
-@pytest.mark.parametrize("name, chosen", [("smoke", ""), ("mine", ' SET="batch=mine"')])
-def test_the_closing_hint_names_the_grid_where_the_base_run_does_not(
-    base, tmp_path, capsys, name, chosen
+# --------------------------------------------------------------------------- what a job shares
+
+
+@pytest.mark.parametrize(
+    "changes, left",
+    [
+        ({}, []),
+        ({"sim_beta": 1.0}, ["evaluation"]),
+        ({"kl_coef": 0.0}, ["shielded_ppo", "evaluation"]),
+        ({"shield_energy": 0.5}, ["shield", "shielded_ppo", "evaluation"]),
+        ({"lora_rank": 3}, ["explainer", "shield", "shielded_ppo", "evaluation"]),
+        ({"seed": 5}, ["data", "ranker", "explainer", "shield", "shielded_ppo", "evaluation"]),
+    ],
+)
+def test_what_a_change_does_not_reach_is_the_base_runs_own_file(base, changes, left):
+    params, before = derived("d", **changes), runs.read_manifest("base")
+    manifest = runs.read_manifest("d")
+    assert runs.read_params("d") == params and manifest["seed"] == params.seed
+    for stage in tasks.with_needs("evaluation"):
+        name = stage.name
+        assert runs.up_to_date(name, params) == (name not in left)
+        if name not in left:
+            assert manifest["stages"][name] == before["stages"][name]
+            for file in before["stages"][name]["outputs"]:
+                assert (runs.run_folder("d") / file).samefile(runs.run_folder("base") / file)
+    for name in left:
+        finish(name, params)
+    assert derived("d", **changes) == params and runs.up_to_date("evaluation", params)
+
+
+def test_neither_run_can_reach_into_the_other(base):
+    params = derived("d", kl_coef=0.0)
+    finish("shield", base, value=2.0)  # writes whole files
+    assert runs.up_to_date("shield", params) and not runs.up_to_date("shielded_ppo", base)
+    finish("shielded_ppo", params)
+    derived("d", kl_coef=0.0)  # the base's new files are taken over, and what was made of the old
+    assert runs.up_to_date("shield", params) and not runs.up_to_date("shielded_ppo", params)
+    write_atomic(runs.run_folder("d") / "manifest.json", "{")
+    with pytest.raises(RuntimeError, match="not valid JSON"):
+        derived("d", kl_coef=0.0)
+
+
+def test_across_file_systems_files_are_copied(base, monkeypatch):
+    def refuse(*_):
+        raise OSError("cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    params = derived("d", kl_coef=0.0)
+    ours, theirs = (runs.run_folder(r) / "artifacts/ranker.safetensors" for r in ("d", "base"))
+    assert not ours.samefile(theirs) and runs.up_to_date("ranker", params)
+
+
+# ---------------------------------------------------------------------- one machine, toy jobs
+
+# What a toy job does, by arm: its trace is one line a start, its marker makes it done.
+TOY_JOB = """
+import os, sys, time
+from pathlib import Path
+folder, arm = Path(sys.argv[1]), sys.argv[2]
+names = ["OMP_NUM_THREADS", "RECRL_BATCH", "RECRL_ARM"]
+with open(folder / "trace", "a") as trace:
+    trace.write(" ".join([arm, str(os.getpid()), *(os.environ.get(n, "-") for n in names)]) + "\\n")
+starts = (folder / "trace").read_text().count(f"{arm} ")
+print(f"{arm}: at work", flush=True)
+if arm == "fails":
+    print("FAILED stage 1/1, cell 3: ValueError: bad"); sys.exit(1)
+if arm == "lost" and starts == 1 or arm == "hopeless":
+    sys.exit(3)
+if arm == "killed" and starts == 1:
+    os.kill(os.getpid(), 9)
+if arm == "long":
+    sys.stdin.read()
+if arm != "idle":
+    (folder / f"{arm}.done").touch()
+"""
+
+
+@pytest.fixture
+def toys(house, monkeypatch):
+    """``toys(workers, *arms)`` runs toy jobs and returns (failures, output); ``toys.starts()``."""
+    monkeypatch.setattr(
+        batch.Job, "left", lambda job: [] if (house.root / f"{job.arm}.done").exists() else ["x"]
+    )
+
+    class Toys:
+        def __call__(self, workers, *arms, out=None):
+            out = out or io.StringIO()
+            jobs = [batch.Job(f"b-{a}", a, "base", {}, BASE, ("evaluation",)) for a in arms]
+            with batch.local(workers) as submit:
+                failed = batch.run_jobs("toys", jobs, submit, out, self.argv)
+            return failed, out.getvalue()
+
+        def argv(self, job):
+            return [sys.executable, "-c", TOY_JOB, str(house.root), job.arm]
+
+        def trace(self):
+            path = house.root / "trace"
+            return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    return Toys()
+
+
+def test_a_failure_stops_no_other_job_and_is_told(toys):
+    failed, out = toys(2, "fails", "a", "idle")
+    assert list(failed) == ["b-fails", "b-idle"]  # done is what the manifest says
+    assert "cell 3: ValueError: bad; see" in failed["b-fails"] and "b-a: done, " in out
+    assert out.splitlines()[-1].endswith("0 of 3 left")
+    trace = toys.trace()
+    assert len(trace) == 3 and {(row[2], row[3]) for row in trace} == {("1", "toys")}
+    assert all(row[0] == row[4] for row in trace)
+
+
+def test_a_lost_kernel_or_process_is_tried_once_more_and_only_once(toys):
+    failed, _ = toys(3, "lost", "killed", "hopeless")
+    assert list(failed) == ["b-hopeless"]
+    arms = [row[0] for row in toys.trace()]
+    assert {arm: arms.count(arm) for arm in arms} == {"lost": 2, "killed": 2, "hopeless": 2}
+
+
+def test_an_interrupt_ends_the_jobs_and_a_terminal_shows_what_they_are_at(toys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            if "long: long: at work" in text:
+                raise KeyboardInterrupt
+            return super().write(text)
+
+    with pytest.raises(KeyboardInterrupt):
+        toys(1, "long", "a", out=Terminal())
+    (row,) = toys.trace()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(row[1]), 0)
+
+
+# ---------------------------------------------------------------------- one machine, real jobs
+
+
+@pytest.fixture
+def moved(house, monkeypatch):
+    """Jobs' processes whose notebooks and runs are this house's."""
+    real = batch.command
+    script = (
+        "import sys; from pathlib import Path; from recrl_lib import paths\n"
+        "from recrl_lib.pipeline import tasks\n"
+        f"paths.NOTEBOOKS, paths.RUNS = Path({str(house.notebooks)!r}), Path({str(house.runs)!r})\n"
+        "sys.exit(tasks.main(sys.argv[1:]))"
+    )
+    return lambda job: [sys.executable, "-c", script, *real(job)[3:]]
+
+
+def test_a_batch_of_real_notebooks(base, house, moved, tmp_path, monkeypatch, capsys):
+    """Two runs through papermill; the second time only what failed runs, and then nothing."""
+    monkeypatch.setattr(batch.run_jobs, "__defaults__", (moved,))
+    house.write("evaluation", "assert sim_beta < 2, 'too much'\n" + TOY.format("evaluation"))
+    finish("evaluation", BASE)
+    path = grid_of(tmp_path, HEAD + "arms: {low: {sim_beta: 1.0}, high: {sim_beta: 3.0}}", "mine")
+    assert batch.main(["--grid", path, "--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "base-mine-low-seed4: changes seed=4, sim_beta=1.0; runs evaluation"
+    )
+    assert batch.main(["--grid", path, "--jobs", "2"]) == 1
+    out = capsys.readouterr().out
+    assert "2 jobs, 0 done before" in out and "batch mine: 1 of 2 jobs done" in out
+    assert "FAILED base-mine-high-seed4: FAILED stage 6/6 evaluation, cell 4: AssertionError" in out
+    low, base_entries = (
+        runs.read_manifest("base-mine-low-seed4"),
+        runs.read_manifest("base")["stages"],
+    )
+    assert low["stages"]["shielded_ppo"] == base_entries["shielded_ppo"]
+    assert low["stages"]["evaluation"]["status"] == "finished"
+    path = grid_of(tmp_path, HEAD + "arms: {low: {sim_beta: 1.0}}", "mine")
+    assert batch.main(["--grid", path]) == 0
+    out = capsys.readouterr().out
+    assert "1 jobs, 1 done before" in out
+    assert 'make all RUN=base SET="batch=mine", with its profile' in out
+
+
+def test_a_job_ends_with_its_parent_and_its_run_is_executed_by_one_process_at_a_time(
+    base, house, moved, tmp_path
 ):
-    assert BASE.batch == "smoke"
-    assert (
-        batch.main(
-            [
-                "--grid",
-                grid_of(
-                    tmp_path, "base: base\nstages: [evaluation]\nseeds: [4]\narms: {main: {}}", name
-                ),
-            ]
-        )
-        == 0
+    marker = tmp_path / "pid"
+    house.write(
+        "evaluation",
+        f"import os, time\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)",
     )
-    assert capsys.readouterr().out.endswith(
-        f"compare them in notebook 07: make all RUN=base{chosen}, with its profile and seed\n"
-    )
+    (job,) = batch.load(grid_of(tmp_path, HEAD + "arms: {a: {}}"))
+    job.prepare()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(moved(job), **pipes)
+    until(lambda: marker.exists() and marker.read_text())
+    second = subprocess.Popen(moved(job), **pipes)
+    assert "another process executes it, waiting" in second.stdout.readline()
+    for process in (second, first):
+        process.stdin.close()
+        assert process.wait(30) == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(marker.read_text()), 0)
+    assert tasks.main(["job", "--run", "unknown", "--stages", "evaluation"]) == 2
+
+
+# ------------------------------------------------------------------------------------------- Ray
 
 
 def test_a_ray_cluster_that_is_not_there_is_one_clear_line(base, tmp_path, monkeypatch, capsys):
     def no_cluster(**options):
-        raise ConnectionError(
-            "Could not find any running Ray instance.\nPlease specify the one to connect to."
-        )
+        raise ConnectionError("Could not find any running Ray instance.\nPlease specify one.")
 
-    monkeypatch.setitem(
-        sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False, init=no_cluster)
-    )
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=no_cluster))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # nobody answers at port 9
-    path = grid_of(tmp_path, "base: base\nstages: [evaluation]\nseeds: [4]\narms: {main: {}}")
+    path = grid_of(tmp_path, HEAD + "arms: {main: {kl_coef: 0.0}}")
     for address, where, without in (
         (["--address", "auto"], "auto", "leave ADDRESS out"),
         ([], "127.0.0.1:9", "unset RAY_ADDRESS"),
     ):
         assert batch.main(["--grid", path, "--engine", "ray", *address]) == 2
         message = capsys.readouterr().err
-        assert message.startswith(
-            f"error: engine ray: no cluster at address '{where}': start one with ray start --head, or {without} "
-        )
-        assert message.count("\n") == 1 and (
-            "Could not find any running Ray instance" in message
-        ) == bool(address)
-    monkeypatch.setattr(
-        sys.modules["ray"], "init", lambda **options: pytest.fail("Ray was asked to wait for it")
-    )
-    assert batch.main(["--grid", path, "--engine", "ray", "--address", "127.0.0.1:9"]) == 2
-    assert "no cluster at address '127.0.0.1:9': start one" in capsys.readouterr().err
+        start = f"error: ENGINE=ray: no cluster at '{where}': start one with ray start --head"
+        assert message.startswith(f"{start}, or {without} ") and message.count("\n") == 1
+        assert ("Could not find any running Ray instance" in message) == bool(address)
 
 
-# -------------------------------------------------------------------------------------- one machine, toy jobs
-
-# What a toy job does, by arm: its trace is one line a start, its marker makes it done.
-TOY = """
-import os, sys, time
-from pathlib import Path
-folder, arm = Path(sys.argv[1]), sys.argv[2]
-with open(folder / "trace", "a") as trace:
-    trace.write(f"{arm} {os.getpid()} {os.environ.get('OMP_NUM_THREADS')} {os.environ['RECRL_BATCH']} {os.environ['RECRL_ARM']}\\n")
-starts = (folder / "trace").read_text().count(f"{arm} ")
-print(f"{arm}: at work", flush=True)
-if arm == "fails":
-    print("FAILED stage 1/1, cell 3: ValueError: bad"); sys.exit(1)
-if arm == "lost" and starts == 1 or arm == "always_lost":
-    sys.exit(3)
-if arm == "killed" and starts == 1:
-    os.kill(os.getpid(), 9)
-time.sleep(60 if arm == "long" else 0.2)
-(folder / f"{arm}.done").touch()
-"""
-
-
-@pytest.fixture
-def toys(house, monkeypatch):
-    """``toys(*arms)``: a grid of toy jobs; ``toys.argv`` starts one; ``toys.starts()`` lists the arms started."""
-    monkeypatch.setattr(batch.Job, "done", lambda job: (house.root / f"{job.arm}.done").exists())
-
-    class Toys:
-        def __call__(self, *arms):
-            jobs = tuple(
-                batch.Job(f"b-{arm}", arm, {}, BASE.replace(run=f"b-{arm}"), ("evaluation",))
-                for arm in arms
-            )
-            return batch.Grid("toys", "base", jobs)
-
-        def argv(self, job):
-            return [sys.executable, "-c", TOY, str(house.root), job.arm]
-
-        def trace(self):
-            return [line.split() for line in (house.root / "trace").read_text().splitlines()]
-
-    return Toys()
-
-
-def test_a_failure_does_not_stop_the_others_and_is_told(toys):
-    out = io.StringIO()
-    failed = batch.run_local(toys("fails", "a", "b"), 2, out, toys.argv, poll=0.05)
-    assert list(failed) == ["b-fails"] and "cell 3: ValueError: bad; see" in failed["b-fails"]
-    lines = out.getvalue().splitlines()
-    assert "b-fails: running | 2 queued, 1 running, 0 done, 0 failed, 00:00" in lines
-    assert (
-        any(line.startswith("b-a: done in 00:0") for line in lines)
-        and "0 queued, 0 running, 2 done, 1 failed" in lines[-1]
-    )
-    assert "left" in lines[-2] or "left" in lines[-1]
-    trace = toys.trace()
-    assert (
-        len(trace) == 3
-        and {(row[2], row[3]) for row in trace} == {("1", "toys")}
-        and all(row[0] == row[4] for row in trace)
-    )
-
-
-def test_a_second_batch_does_only_what_is_left(toys):
-    grid = toys("fails", "a")
-    batch.run_local(grid, 1, io.StringIO(), toys.argv, poll=0.05)
-    out = io.StringIO()
-    assert list(batch.run_local(grid, 1, out, toys.argv, poll=0.05)) == ["b-fails"]
-    assert [row[0] for row in toys.trace()] == [
-        "fails",
-        "a",
-        "fails",
-    ] and "b-a: done (before, kept)" in out.getvalue()
-
-
-def test_a_lost_kernel_or_process_is_tried_once_more_and_only_once(toys):
-    failed = batch.run_local(
-        toys("lost", "killed", "always_lost"), 1, io.StringIO(), toys.argv, poll=0.05
-    )
-    assert list(failed) == ["b-always_lost"]
-    arms = [row[0] for row in toys.trace()]
-    assert {arm: arms.count(arm) for arm in arms} == {"lost": 2, "killed": 2, "always_lost": 2}
-
-
-def test_what_counts_as_lost():
-    assert (
-        batch.lost(execute.KernelDied.exit_code)
-        and batch.lost(-9)
-        and not any(map(batch.lost, (0, 1, 2, 130)))
-    )
-
-
-def test_exit_code_0_alone_does_not_make_a_job_done(toys, monkeypatch):
-    monkeypatch.setattr(batch.Job, "done", lambda job: False)
-    assert list(batch.run_local(toys("a"), 1, io.StringIO(), toys.argv, poll=0.05)) == ["b-a"]
-
-
-def test_an_interrupt_ends_the_jobs(toys, monkeypatch):
-    def interrupt(board):
-        if (paths.RUNS.parent / "trace").exists() and toys.trace():
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(batch.Board, "draw", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        batch.run_local(toys("long", "a"), 1, io.StringIO(), toys.argv, poll=0.05)
-    (row,) = toys.trace()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(row[1]), 0)
-
-
-def test_a_terminal_shows_one_table_with_what_runs_first(toys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("LINES", "5")
-    out = Terminal()
-    batch.run_local(toys("a", "b", "c"), 1, out, toys.argv, poll=0.05)
-    first = out.getvalue().split("\x1b[0J")[0].replace("\x1b[2K", "").splitlines()
-    assert (
-        first[0].startswith("running b-a  00:0")
-        and first[2] == "... and 1 more"
-        and first[3].startswith("2 queued, 1 running")
-    )
-    shown = out.getvalue().split("\x1b[0J")
-    assert any("a: at work" in frame for frame in shown) and "\x1b[4F" in shown[1]
-    assert all(len(line) < 120 for line in out.getvalue().splitlines())
-
-
-# ------------------------------------------------------------------------------- one machine, real jobs
-
-
-@pytest.fixture
-def argv(house):
-    """Starts ``runner job`` in a process whose notebooks and runs are this house's."""
-    moved = (
-        "import sys; from pathlib import Path; from recrl_lib import paths, runner\n"
-        f"paths.NOTEBOOKS, paths.RUNS = Path({str(house.notebooks)!r}), Path({str(house.runs)!r})\n"
-        "sys.exit(runner.main(sys.argv[1:]))"
-    )
-    return lambda job: [sys.executable, "-c", moved, *batch.command(job)[3:]]
-
-
-def test_a_batch_of_real_notebooks(base, house, argv, tmp_path):
-    """Two derived runs through papermill, in processes of their own; the second time only the failed one runs."""
-    house.write("evaluation", "assert sim_beta < 2, 'too much'\n" + FINISH.format("evaluation"))
-    assert (
-        "evaluation" not in derive.base_run("base")[1]
-    )  # its notebook is another now, so it cannot be shared
-    path = grid_of(
-        tmp_path,
-        "base: base\nstages: [evaluation]\nseeds: [4]\narms: {low: {sim_beta: 1.0}, high: {sim_beta: 3.0}}",
-    )
-    for _ in range(2):
-        out, grid = io.StringIO(), batch.load(path)
-        for job in grid.jobs:
-            derive.derive(grid.base, job.run, **job.changes)
-        failed = batch.run_local(grid, 2, out, argv)
-        assert list(failed) == ["base-g-high-seed4"], failed
-        assert "cell 4: AssertionError: too much" in failed["base-g-high-seed4"]
-    assert "base-g-low-seed4: done (before, kept)" in out.getvalue()
-    low = runs.read_manifest("base-g-low-seed4")
-    assert low["stages"]["shielded_ppo"] == runs.read_manifest("base")["stages"]["shielded_ppo"]
-    assert (
-        low["stages"]["evaluation"]["status"] == "finished" and low["derived_from"]["run"] == "base"
-    )
-    assert (runs.run_folder("base-g-high-seed4") / "notebooks" / "06_evaluation.ipynb").is_file()
-
-
-def test_a_job_whose_parent_is_gone_ends_with_its_kernel(base, house, argv, tmp_path):
-    house.write(
-        "evaluation",
-        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)",
-    )
-    (job,) = batch.load(
-        grid_of(tmp_path, "base: base\nstages: [evaluation]\nseeds: [4]\narms: {a: {}}")
-    ).jobs
-    derive.derive("base", job.run)
-    process = batch.launch(batch.log_file(job.run), argv(job), {})
-    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    process.stdin.close()
-    assert process.wait(20) == 130
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
-
-
-def test_a_run_is_executed_by_one_process_at_a_time(base, house, tmp_path, monkeypatch, capfd):
-    house.write("evaluation", FINISH.format("evaluation"))
-    (job,) = batch.load(
-        grid_of(tmp_path, "base: base\nstages: [evaluation]\nseeds: [4]\narms: {a: {}}")
-    ).jobs
-    derive.derive("base", job.run)
-    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1)"
-    held = subprocess.Popen(
-        [sys.executable, "-c", hold, str(runs.run_folder(job.run) / ".lock")],
-        stdout=subprocess.PIPE,
-    )
-    assert held.stdout.readline() == b"held\n"
-    monkeypatch.setattr(execute, "run_all", lambda params, stages: 0)
-    assert execute.main(["job", "--run", job.run, "--stages", *job.stages]) == 0
-    assert "another process executes it, waiting" in capfd.readouterr().out
-    held.wait(5)
-    assert execute.main(["job", "--run", "unknown", "--stages", "evaluation"]) == 2
-
-
-def until(true, limit: float = 40.0):
-    end = time.monotonic() + limit
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-# ------------------------------------------------------------------------------------------ two Ray nodes
-
-
-def test_two_ray_nodes_and_one_is_lost(base, house, argv, tmp_path, monkeypatch):
-    """Four jobs, one GPU each, on two nodes of one GPU; a node goes while it works. Nothing is lost, nothing done twice.
-
-    Skipped where Ray is not installed, as in the study's own environment (see 'optional' in environment.yml).
-    """
-    pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
+def test_two_ray_nodes_and_one_is_lost(base, house, moved, tmp_path):
+    """Four jobs of one GPU on two nodes of one; a node is lost. Nothing is lost or done twice."""
+    pytest.importorskip("ray", reason="Ray is optional, see environment.yml")
     from ray.cluster_utils import Cluster
 
     trace = tmp_path / "trace"
-    note = f"open({str(trace)!r}, 'a').write('%s ' + run + ' ' + os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')"
-    house.write(
-        "evaluation",
-        "\n".join(
-            [
-                "import os, time",
-                note % "start",
-                "time.sleep(6)",
-                FINISH.format("evaluation"),
-                note % "finish",
-            ]
-        ),
-    )
-    path = grid_of(
-        tmp_path,
-        "base: base\nstages: [evaluation]\nseeds: [4]\ncross: {sim_beta: [1.0, 1.1, 1.2, 1.3]}",
-    )
-    grid = batch.load(path)
-    for job in grid.jobs:
-        derive.derive("base", job.run, **job.changes)
+    text = "'%s ' + run + ' ' + os.environ['CUDA_VISIBLE_DEVICES'] + '\\n'"
+    note = f"open({str(trace)!r}, 'a').write({text})"
+    body = [
+        "import os, time",
+        note % "start",
+        "time.sleep(6)",
+        TOY.format("evaluation"),
+        note % "finish",
+    ]
+    house.write("evaluation", "\n".join(body))
+    jobs = batch.load(grid_of(tmp_path, HEAD + "cross: {sim_beta: [1.0, 1.1, 1.2, 1.3]}"))
+    for job in jobs:
+        job.prepare()
 
     def lines(kind):
-        return (
-            [line.split()[1] for line in trace.read_text().splitlines() if line.startswith(kind)]
-            if trace.exists()
-            else []
-        )
+        rows = [line.split() for line in trace.read_text().splitlines()] if trace.exists() else []
+        assert {row[2] for row in rows} <= {"0"}  # Ray gives each job its GPU
+        return [row[1] for row in rows if row[0] == kind]
 
     small = {"object_store_memory": 80_000_000, "include_dashboard": False}
     cluster = Cluster()
     try:
-        cluster.add_node(
-            wait=False, num_cpus=0, **small
-        )  # the head; without waiting, since Ray waits 30 s only
+        cluster.add_node(wait=False, num_cpus=0, **small)  # the head
         nodes = [cluster.add_node(wait=False, num_cpus=1, num_gpus=1, **small) for _ in range(2)]
         cluster.wait_for_nodes(300)
 
@@ -474,19 +382,11 @@ def test_two_ray_nodes_and_one_is_lost(base, house, argv, tmp_path, monkeypatch)
         killer = threading.Thread(target=lose_one)
         killer.start()
         out = io.StringIO()
-        failed = batch.run_ray(grid, cluster.address, gpus=1, cpus=1, out=out, argv=argv)
+        with batch.on_ray(cluster.address, gpus=1, cpus=1) as submit:
+            failed = batch.run_jobs("g", jobs, submit, out, moved)
         killer.join()
     finally:
-        ray.shutdown()
         cluster.shutdown()
-    runs_ = sorted(job.run for job in grid.jobs)
-    assert failed == {} and all(job.done() for job in grid.jobs), out.getvalue()
-    assert sorted(lines("finish")) == runs_  # each once
-    assert (
-        sorted(set(lines("start"))) == runs_ and len(lines("start")) == len(runs_) + 1
-    )  # the lost one began again
-    assert all(
-        line.split()[2] == "0" for line in trace.read_text().splitlines()
-    )  # Ray gave each its GPU
-    started = len(lines("start"))
-    assert batch.run_local(grid, 1, io.StringIO(), argv) == {} and len(lines("start")) == started
+    assert failed == {} and not any(job.left() for job in jobs), out.getvalue()
+    assert sorted(lines("finish")) == sorted(job.run for job in jobs)  # each once
+    assert len(lines("start")) == len(jobs) + 1  # the lost one began again

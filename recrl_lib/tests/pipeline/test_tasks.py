@@ -1,0 +1,239 @@
+"""The stages of a run: refused before they start, skipped, resumed; and the words of make."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from recrl_lib import paths, runs
+from recrl_lib.params import PIPELINE, PROFILES, STAGES, Params, resolve
+from recrl_lib.pipeline import tasks
+from recrl_lib.runs import write_atomic
+from recrl_lib.tests.conftest import BASE, finish
+
+ENVIRONMENT, DATA = STAGES[:2]
+TOY = """
+from recrl_lib import measures, runs
+stage = runs.start({!r}, globals())
+names = measures.REQUIRED_MEASURES.get(stage.name, ["n"])
+stage.results([dict(measure=name, value=0.5) for name in names])
+stage.finish()
+"""
+
+
+def until(true, limit: float = 60.0) -> None:
+    end = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+# -------------------------------------------------------------------------- before anything runs
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--set", "sheild_rank=3"], "did you mean shield_rank"),
+        (["--set", "ranker_dim=wide"], "ranker_dim='wide' is not of type int"),
+        (["--set", "ranker_dim"], "SET 'ranker_dim': must have the form name=value"),
+        (["--set", "seed=3"], "SET 'seed=3': give SEED=3 beside it"),
+        (["--set", "ppo_users=7"], "ppo_users=7.0: must be at most"),
+        (["--run", "a/b"], "parameter run"),
+        (["--to", "end"], "TO=end: choose one of environment, data"),
+        (["--profile", "big"], "PROFILE=big: choose one of smoke, laptop"),
+        (["--seed", "one"], "SEED: invalid int value: 'one'"),
+        (["--sed", "1"], "unrecognized arguments: SED 1; make help"),
+    ],
+)
+def test_wrong_arguments_exit_2_in_makes_words_and_write_nothing(house, capsys, arguments, words):
+    assert tasks.main(["all", "--profile", "smoke", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and words in message
+    assert not house.runs.exists()
+
+
+def test_all_faults_of_all_notebooks_are_told_before_anything_runs(house):
+    house.write("data")
+    path = house.write("ranker")
+    path.write_text(path.read_text().replace("ranker_dim =", "ranker_dimension ="))
+    with pytest.raises(ValueError) as error:
+        tasks.run_all(Params(), STAGES[:4], out=io.StringIO())
+    lines = str(error.value).splitlines()
+    assert [("is missing" in line, "lacks" in line) for line in lines] == [
+        (True, False), (False, True), (True, False),
+    ]  # fmt: skip
+    assert "02_ranker.ipynb" in lines[1] and "ranker_dim, ranker_dimension" in lines[1]
+    assert not house.runs.exists()
+
+
+def test_a_run_named_after_a_profile_has_it(monkeypatch):
+    for cuda, machine in ((False, "laptop"), (True, "pod")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
+        wanted = {None: machine, "mine": machine, "smoke-main-seed0": machine}
+        wanted |= {name: name for name in PROFILES} | {"paper-seed1": "paper"}
+        assert {run: tasks.default_profile(run) for run in wanted} == wanted
+
+
+def test_settings_get_their_types_and_reach_the_run(house, monkeypatch):
+    given = []
+    monkeypatch.setattr(tasks, "run_all", lambda *all_given: given.append(all_given) or 0)
+    settings = ["ppo_steps=3", "kl_coef=1e-3", "llm=a=b"]
+    assert tasks.main(["all", "--profile", "smoke", "--seed", "2", "--set", *settings]) == 0
+    assert tasks.main(["all", "--run", "smoke", "--to", "ranker", "--force"]) == 0
+    expected = resolve("smoke", run="smoke-seed2", seed=2, ppo_steps=3, kl_coef=1e-3, llm="a=b")
+    assert given == [(expected, PIPELINE, False), (resolve("smoke", run="smoke"), STAGES[:3], True)]
+
+
+# --------------------------------------------------------------------------------------- running
+
+
+def test_a_stage_is_kept_until_something_changes_and_a_failure_stops_the_rest(house, capfd):
+    """In real kernels; what is listed, said, stored and returned on the way."""
+    house.write("environment", TOY.format("environment"), "print(device)")
+    failing = "import sys\nprint('noise', file=sys.stderr)\nraise ValueError('no\\nluck')"
+    house.write("data", failing)
+    house.write("ranker")
+    params = Params(run="r", seed=3, device="cpu")
+
+    def run(stages=STAGES[:3], **options):
+        out = io.StringIO()
+        return tasks.run_all(params, stages, out=out, **options), out.getvalue().splitlines()
+
+    code, lines = run()
+    kept = house.runs / "r" / "notebooks" / "01_data.ipynb"
+    assert code == 1 and lines[0] == "stage 1/3 environment 00:00"
+    assert lines[-3].startswith("stage 1/3 environment: done in 00:")
+    failure = "FAILED stage 2/3 data, cell 4: ValueError: no luck"
+    assert lines[-1] == f"{failure} (notebook kept at {kept})"
+    stored = runs.read_notebook(house.runs / "r" / "notebooks" / "00_environment.ipynb")
+    assert "".join(stored["cells"][-1]["outputs"][0]["text"]) == "cpu\n"
+    assert "ValueError" in kept.read_text() and runs.read_params("r") == params
+    assert sorted(os.listdir(house.notebooks)) == [
+        "00_environment.ipynb", "01_data.ipynb", "02_ranker.ipynb",
+    ]  # fmt: skip
+    assert list(runs.read_manifest("r")["stages"]) == ["environment"]
+    assert capfd.readouterr() == ("", "")
+
+    house.write("data", TOY.format("data"))
+    code, lines = run((ENVIRONMENT, DATA))
+    assert code == 0 and lines[0] == "stage 1/2 environment: unchanged, kept"
+    assert any(line.startswith("run r: 2 stages (1 kept) in 0") for line in lines)
+    listing = ["all", "--profile", "smoke", "--run", "r", "--seed", "3", "--to", "data", "--list"]
+    assert tasks.main([*listing, "--set", "device=cpu", "ppo_users=0.4"]) == 0
+    shown = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert shown[-2:] == [["U", "environment", "environment"], ["R", "data", "data"]]
+    code, lines = run((ENVIRONMENT,), force=True)
+    assert code == 0 and lines[0] == "stage 1/1 environment 00:00"
+
+
+def test_a_stage_that_finished_elsewhere_is_done(base, house):
+    """As in JupyterLab: the manifest is the record. A damaged output is made again."""
+    out = io.StringIO()
+    stages = tasks.with_needs("evaluation")
+    assert [stage.number for stage in stages] == [1, 2, 3, 4, 5, 6]
+    assert tasks.run_all(BASE, stages, out=out) == 0
+    assert out.getvalue().endswith("run base: all 6 stages unchanged, nothing to do\n")
+    (house.runs / "base" / "artifacts" / "said.safetensors").write_text("damaged")
+    house.write("evaluation", "1 / 0")
+    out = io.StringIO()
+    assert tasks.run_all(BASE, stages, out=out) == 1
+    assert "stage 5/6 shielded_ppo: unchanged, kept\nstage 6/6 evaluation 00:" in out.getvalue()
+
+
+def test_being_stopped_ends_the_kernel_and_says_where(house):
+    marker = house.root / "pid"
+    house.write(
+        "environment",
+        f"import os, time\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)",
+    )
+    script = (
+        "import sys; from pathlib import Path; from recrl_lib import paths\n"
+        "from recrl_lib.pipeline import tasks\n"
+        f"paths.NOTEBOOKS, paths.RUNS = Path({str(house.notebooks)!r}), Path({str(house.runs)!r})\n"
+        "sys.exit(tasks.main(['all', '--run', 'smoke', '--to', 'environment']))"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script], **pipes)
+    try:
+        until(lambda: marker.is_file() and marker.read_text())
+        process.send_signal(signal.SIGTERM)  # becomes a KeyboardInterrupt, as Ctrl-C does
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and err == ""
+    assert out.splitlines()[-1].startswith("INTERRUPTED stage 1/1 environment after 00:")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(marker.read_text()), 0)
+
+
+def test_own_tables_go_through_notebook_01_by_the_command_line(house, capsys):
+    """The real notebook, on tables whose columns have names of their own."""
+    import json
+
+    own = house.root / "shop"
+    own.mkdir()
+    rows = [
+        f"{n % 70},article-{(n // 70 * 4 + n % 70) % 30},{1.7e9 + n:.0f},\n" for n in range(560)
+    ]
+    (own / "interactions.csv").write_text("customer,sku,when,stars\n" + "".join(rows))
+    items = "".join(f"article-{n},Article {n}\n" for n in range(30))
+    (own / "items.csv").write_text("sku,name\n" + items)
+    moved = runs.read_notebook(house.write("environment"))["cells"][2]
+    finish("environment", Params(run="mine"))
+    real = runs.read_notebook(paths.ROOT / "notebooks" / "01_data.ipynb")
+    place = next(n for n, cell in enumerate(real["cells"]) if "parameters" in runs.tags(cell))
+    real["cells"].insert(place + 1, moved | {"id": "moved"})
+    write_atomic(house.notebooks / "01_data.ipynb", json.dumps(real))
+    columns = ["user=customer", "item=sku", "time=when", "rating=stars", "title=name"]
+    settings = ["dataset=csv", f"data_dir={own}", *(c.replace("=", "_column=") for c in columns)]
+    given = ["all", "--profile", "smoke", "--run", "mine", "--to", "data", "--set", *settings]
+    assert tasks.main(given) == 0, capsys.readouterr().out
+    assert "stage 1/2 environment: unchanged, kept" in capsys.readouterr().out
+    assert runs.read_params("mine").title_column == "name"
+    assert runs.up_to_date("data", runs.read_params("mine"))
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+def test_the_headline_has_a_row_an_arm_and_the_report_is_rendered_once(house, capsys, monkeypatch):
+    measures = [
+        "reward",
+        "ctr_lift",
+        "ndcg@10",
+        "top10_overlap",
+        "top10_set_same",
+        "max_abs_score_delta",
+    ]
+    lines = ["arm,against,group,measure,value,low,high,n,seeds"]
+    for arm in runs.ARMS:
+        lines += [f"{arm},,all,{measure},0.12345,,,," for measure in measures]
+        lines += [f"{arm},base,all,reward,9.0,8.0,10.0,,", f"{arm},,new_items,reward,7.0,,,,"]
+    text = "\n".join(lines).replace(
+        "shielded,,all,ctr_lift,0.12345,,", "shielded,,all,ctr_lift,1.2345,1.1,1.31"
+    )
+    write_atomic(house.runs / "r" / "metrics" / "evaluation.csv", text + "\n")
+    header, *rows = tasks.headline("r").splitlines()
+    assert header.split() == ["arm", "reward", "ctr_lift", "[95", "%]", *measures[2:]]
+    assert [row.split()[0] for row in rows] == list(runs.ARMS)
+    assert "1.234 [1.100, 1.310]" in rows[3].replace("1.235", "1.234")
+    assert "9.0" not in tasks.headline("r") and tasks.results("r") == tasks.headline("r")
+
+    rendered = []
+
+    def render(run):
+        rendered.append(run)
+        write_atomic(house.runs / run / "report.html", "")
+
+    monkeypatch.setattr("recrl_lib.pipeline.publish.render_report", render, raising=False)
+    write_atomic(house.runs / "r" / "notebooks" / "09_report.ipynb", "{}")
+    for _ in range(2):
+        assert tasks.results("r").splitlines()[-1].startswith("report: ")
+    assert rendered == ["r"]
+    assert tasks.main(["headline", "--run", "none"]) == 2
+    assert "evaluation.csv is missing" in capsys.readouterr().err
