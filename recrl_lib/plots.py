@@ -5,7 +5,6 @@ in every figure. Short figures are drawn by the notebook that discusses them.
 """
 
 import io
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import matplotlib as mpl
@@ -14,11 +13,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Image
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
     LogLocator,
-    MaxNLocator,
     NullFormatter,
     PercentFormatter,
     ScalarFormatter,
@@ -210,58 +207,3 @@ def frontier(points: pd.DataFrame) -> Figure:
     fig.legend(*handles, loc="outside lower center", ncols=3, fontsize=7.5)
     fig.suptitle("Learning kept against ranking moved (dotted: the target)")
     return fig
-
-
-# --- 05 PPO ----------------------------------------------------------------------------------
-
-PANELS = {  # the first figure's; those that a trainer does not report are left out
-    "reward": "mean reward",
-    "kl": "KL, nats a text",
-    "length": "tokens a text",
-    "eos_rate": "share finished",
-    "entropy": "entropy, nats a token",
-    "clip_fraction": "share of ratios clipped",
-    "explained_variance": "variance explained by values",
-    "step_seconds": "seconds a step",
-}
-
-
-def ppo_curves(curve: pd.DataFrame) -> Figure:
-    """The main statistics of PPO by step, a line an arm; beside a step's time the shield's own."""
-    panels = {name: label for name, label in PANELS.items() if name in curve}
-    fig, axes = _grid(curve, panels)
-    shield = curve[curve["shield_seconds"] > 0]
-    last = axes[list(panels).index("step_seconds")]
-    last.plot(shield["step"], shield["shield_seconds"], ":", color="black", label="shield alone")
-    last.set_ylim(bottom=0)
-    last.legend()
-    return fig
-
-
-def ppo_statistics(curve: pd.DataFrame, units: Mapping[str, str]) -> Figure:
-    """Every statistic that ``ppo_curves`` leaves out; ``units`` by column, "" where it has none."""
-    drawn = {*PANELS, "arm", "step", "episodes", "shield_seconds"}
-    rest = [name for name in curve if name not in drawn and curve[name].notna().any()]
-    units = {name: f", {units[name]}" if units.get(name) else "" for name in rest}
-    return _grid(curve, {name: name + units[name] for name in rest})[0]
-
-
-def _grid(curve: pd.DataFrame, panels: Mapping[str, str]) -> tuple[Figure, list[Axes]]:
-    """A small panel a statistic (column: title), a line an arm, steps below."""
-    rows = -(-len(panels) // 4)
-    fig, axes = plt.subplots(rows, 4, figsize=(10.8, 2 * rows), sharex=True, squeeze=False)
-    for ax, (column, title) in zip(axes.flat, panels.items()):
-        for arm, part in curve.groupby("arm", sort=False):
-            look = LOOKS[arm]
-            every = 1 + len(part) // 8  # a marker on every point of a long run hides the line
-            ax.plot(part["step"], part[column], look.line, marker=look.marker, markevery=every,
-                    color=look.colour, markersize=5, linewidth=1.3, label=arm)  # fmt: skip
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel("step")
-        ax.tick_params(labelsize=8, labelbottom=True)
-        ax.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    axes[0, 0].legend(fontsize=8)
-    return fig, list(axes.flat)

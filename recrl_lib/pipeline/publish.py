@@ -90,42 +90,34 @@ def sync(run: str) -> Path:
     """Copy the small files of ``run`` to ``runs/reference/<run>/`` and write the README's table.
 
     Raises ``RuntimeError`` if a stage is missing, out of date or ran on uncommitted changes, if the
-    tree has such changes now, or if the notebooks are too large.
+    tree has such changes now, or if the notebooks are too large. Nothing is written then.
     """
     params, manifest = runs.read_params(run), runs.read_manifest(run)
     again = f"make all RUN={run}, with the run's profile and seed"
     if params is None:
         raise RuntimeError(f"runs/{run} does not exist: {again}")
-    if stale := [stage.name for stage in PIPELINE if not runs.up_to_date(stage.name, params)]:
-        raise RuntimeError(f"runs/{run}: {', '.join(stale)} unfinished or out of date: {again}")
-    _check_source(manifest, f"{again} and FORCE=1")
-    if runs.git_state()[1] is not False:
-        raise RuntimeError(
-            "the git tree has uncommitted changes, or is none (see git status): commit or remove "
-            f"them, then make sync-reference RUN={run}"
-        )
+    stale = [stage.name for stage in PIPELINE if not runs.up_to_date(stage.name, params)]
+    _require(not stale, f"runs/{run}: {', '.join(stale)} unfinished or out of date", again)
+    _require_source(manifest, again)
+    clean = runs.git_state()[1] is False
+    _require(clean, "the git tree has uncommitted changes, or is none", "commit or remove them")
     source, target = runs.run_folder(run), paths.REFERENCE / run
-    files = [
-        name
-        for stage in manifest["stages"].values()
-        for name in stage["outputs"]
-        if name.startswith(("metrics/", "curves/"))
-    ]
+    outputs = [name for stage in manifest["stages"].values() for name in stage["outputs"]]
+    small = ["params.yaml", "manifest.json"]
+    small += [name for name in outputs if name.startswith(("metrics/", "curves/"))]
     notebooks = {p.name: _without_paths(p) for p in sorted((source / "notebooks").glob("*.ipynb"))}
-    if (size := sum(map(len, notebooks.values()))) > NOTEBOOK_BYTES:
-        largest = max(notebooks, key=lambda name: len(notebooks[name]))
-        raise RuntimeError(
-            f"runs/{run}/notebooks: {size / 1e6:.1f} MB, more than {NOTEBOOK_BYTES / 1e6:g}: "
-            f"draw less in {largest}"
-        )
+    size = sum(map(len, notebooks.values()))
+    largest = max(notebooks, key=lambda name: len(notebooks[name]))
+    weight = f"runs/{run}/notebooks: {size / 1e6:.1f} MB, more than {NOTEBOOK_BYTES / 1e6:g}"
+    _require(size <= NOTEBOOK_BYTES, weight, f"draw less in {largest}")
     readme = _readme_with_results(run)
-    shutil.rmtree(target, ignore_errors=True)
-    for name in ("params.yaml", "manifest.json", *files):
+    figures = paths.FIGURES / "reference" / run
+    for old in (target, figures):
+        shutil.rmtree(old, ignore_errors=True)
+    for name in small:
         write_atomic(target / name, (source / name).read_bytes())
     for name, content in notebooks.items():
         write_atomic(target / "notebooks" / name, content)
-    figures = paths.FIGURES / "reference" / run
-    shutil.rmtree(figures, ignore_errors=True)
     for path in sorted((paths.FIGURES / run).glob("*.svg")):
         write_atomic(figures / path.name, path.read_bytes())
     write_atomic(paths.ROOT / "README.md", readme)
@@ -142,25 +134,29 @@ def sync_frontier(run: str) -> Path:
     setting = "frontier_points=full frontier_seeds=3 frontier_users=64"
     again = f'make all RUN={run} TO=shield SET="{setting}"'
     stage = manifest["stages"].get("shield", {})
-    if params is None or stage.get("status") != "finished" or params.frontier_points != "full":
-        raise RuntimeError(f"runs/{run}: notebook 04 has not finished a full frontier: {again}")
-    _check_source(manifest, f"{again} FORCE=1")
+    full = params is not None and params.frontier_points == "full"
+    done = full and stage.get("status") == "finished"
+    _require(done, f"runs/{run}: notebook 04 has not finished a full frontier", again)
+    _require_source(manifest, again)
     rows = folder / "curves" / "frontier.csv"
-    if not rows.is_file() or sha256_file(rows) != stage["outputs"]["curves/frontier.csv"]:
-        raise RuntimeError(f"{runs.display(rows)} is not what notebook 04 wrote: {again} FORCE=1")
+    same = rows.is_file() and sha256_file(rows) == stage["outputs"]["curves/frontier.csv"]
+    _require(same, f"{runs.display(rows)} is not what notebook 04 wrote", f"{again} FORCE=1")
     target = paths.REFERENCE / "frontier"
     for source in (rows, folder / "params.yaml", folder / "manifest.json"):
         write_atomic(target / source.name, source.read_bytes())
     return target
 
 
-def _check_source(manifest: dict[str, Any], again: str) -> None:
+def _require(holds: bool, problem: str, remedy: str) -> None:
+    if not holds:
+        raise RuntimeError(f"{problem}: {remedy}")
+
+
+def _require_source(manifest: dict[str, Any], again: str) -> None:
     stages = manifest["stages"].values()
-    if any(stage["git_dirty"] or stage["git_commit"] is None for stage in stages):
-        raise RuntimeError(
-            f"runs/{manifest['run']}: ran on uncommitted changes, so its numbers have no "
-            f"source; commit, then {again}"
-        )
+    clean = all(stage["git_commit"] and not stage["git_dirty"] for stage in stages)
+    problem = f"runs/{manifest['run']} ran on uncommitted changes: its numbers have no source"
+    _require(clean, problem, f"commit, then {again} and FORCE=1")
 
 
 def _without_paths(path: Path) -> str:
@@ -185,8 +181,7 @@ def _readme_with_results(run: str) -> str:
         f"[all numbers](runs/reference/{run}/metrics/evaluation.csv)."
     )
     parts = (paths.ROOT / "README.md").read_text(encoding="utf-8").split(MARKER)
-    if len(parts) != 3:
-        raise RuntimeError(f"README.md: needs the line {MARKER} twice, before and after the table")
+    _require(len(parts) == 3, "README.md has no place for the table", f"write {MARKER} twice")
     return f"{parts[0]}{MARKER}\n" + "\n".join(lines) + f"\n{MARKER}{parts[2]}"
 
 

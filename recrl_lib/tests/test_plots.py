@@ -1,7 +1,6 @@
 """Figures: they draw the numbers they are given, files are repeatable, and no title breaks them."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -74,23 +73,3 @@ def test_frontier_draws_what_is_lost_against_what_is_kept():
     assert curve.lines[0].get_ydata() == pytest.approx([0.7, 0.9])
     bars = curve.lines[2][0].get_segments()[1]
     assert bars[:, 0] == pytest.approx([0.02 - 0.02, 0.02 + 0.01])
-
-
-def curve(**more) -> pd.DataFrame:
-    steps = pd.DataFrame({"step": [1, 2, 3], "reward": [0.1, 0.2, 0.3], "kl": 0.1, "length": 20})
-    steps = steps.assign(eos_rate=1.0, step_seconds=2.0, episodes=8, **more)
-    arms = {"unshielded": 0.0, "shielded": 0.5}
-    return pd.concat([steps.assign(arm=a, shield_seconds=s) for a, s in arms.items()])
-
-
-def test_ppo_curves_has_a_line_an_arm_and_the_shields_own_time():
-    fig = plots.ppo_curves(curve())
-    assert len(fig.axes) == 5  # statistics that this trainer does not report have no panel
-    assert [x.get_label() for x in fig.axes[0].lines] == ["unshielded", "shielded"]
-    assert fig.axes[0].lines[0].get_ydata().tolist() == [0.1, 0.2, 0.3]
-    assert fig.axes[4].lines[-1].get_label() == "shield alone"
-
-
-def test_ppo_statistics_draws_the_rest_with_its_units():
-    fig = plots.ppo_statistics(curve(lr=1e-4, empty=np.nan, loss=[1, 2, 3]), {"loss": "nats"})
-    assert [ax.get_title() for ax in fig.axes] == ["lr", "loss, nats"]

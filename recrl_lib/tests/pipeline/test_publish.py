@@ -178,7 +178,7 @@ def test_what_has_no_source_is_refused(finished, monkeypatch):
     monkeypatch.setattr(runs, "up_to_date", lambda stage, params: True)
     for state in (("c" * 40, True), (None, None)):
         monkeypatch.setattr(runs, "git_state", lambda state=state: state)
-        with pytest.raises(RuntimeError, match="commit or remove them, then make sync-reference"):
+        with pytest.raises(RuntimeError, match="is none: commit or remove them"):
             publish.sync("r")
     change(finished, "evaluation", git_dirty=True)
     with pytest.raises(RuntimeError, match="ran on uncommitted changes.*FORCE=1"):
@@ -188,7 +188,7 @@ def test_what_has_no_source_is_refused(finished, monkeypatch):
 
 def test_notebooks_that_weigh_too_much_and_a_readme_without_markers_are_refused(finished):
     write_atomic(paths.ROOT / "README.md", "old")
-    with pytest.raises(RuntimeError, match="needs the line .* twice"):
+    with pytest.raises(RuntimeError, match="write .*results.* twice"):
         publish.sync("r")
     heavy = notebook(code("x", output="0" * (publish.NOTEBOOK_BYTES + 1)))
     write_atomic(finished / "notebooks" / "04_shield.ipynb", json.dumps(heavy))
