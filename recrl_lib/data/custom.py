@@ -1,156 +1,131 @@
-"""Bring your own data: two tables in a folder, ``interactions`` and ``items``, each ``.csv`` (or ``.csv.gz``) or ``.parquet``.
+"""Bring your own data: ``interactions`` and ``items``, each ``.csv``, ``.csv.gz`` or ``.parquet``.
 
-Which column is what is said by the parameters ``user_column`` to ``genres_column``. Needed are user and item in the interactions, and
-item and title in the items; a time may be a Unix time in any unit, an ISO 8601 date or "01 7, 2015", and without one file order
-counts. A rating may be blank, and is then NaN. Genres are separated by ``|``, ``;`` or commas.
+The parameters ``user_column`` to ``genres_column`` name the columns. Needed are user and item in
+the interactions, item and title in the items. A time is a Unix time in any unit, an ISO 8601 date
+or "01 7, 2015"; without one file order counts. A rating may be blank. Genres are separated by
+``|``, ``;`` or commas, or are a list of names. CSV is separated by commas, tabs or semicolons (then
+with decimal commas), in UTF-8 or UTF-16; a Parquet table may be a folder of part files.
 """
+# pyarrow.compute makes its functions at import, so pyright does not know them.
+# pyright: reportAttributeAccessIssue=false
 
+import ast
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recrl_lib.data.reading import Rows, columns
-from recrl_lib.data.tables import Raw, Skipped, item_text, parse_numbers, parse_times, sanitise_text
+from recrl_lib.data import tables
+from recrl_lib.data.reading import Rows
+from recrl_lib.data.tables import Raw, Skipped, sanitise_text
 
-NEEDS = (
-    "user",
-    "item",
-    "time",
-    "rating",
-    "title",
-    "year",
-    "genres",
-)  # of which the file of that name holds:
-INTERACTIONS, ITEMS = ("user", "item", "time", "rating"), ("item", "title", "year", "genres")
+INTERACTIONS = ("user", "item", "time", "rating")
+ITEMS = ("item", "title", "year", "genres")
+NEEDS = tuple(dict.fromkeys(INTERACTIONS + ITEMS))
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
+WHOLE = r"(?:0|[1-9]\d{0,17})(?:\.0+)?"
 
 
 def read(folder: Path, skipped: Skipped, names: dict[str, str]) -> Raw:
     """The rows of the two tables; ``names`` maps each of ``NEEDS`` to a column's name, "" for none.
 
-    Raises ``ValueError`` naming a column that is not there, the columns present and the nearest match, or for too many bad rows;
+    Raises ``ValueError`` naming a column that is not there, or for too many bad rows;
     ``FileNotFoundError`` naming the files looked for.
     """
-    path = _find(folder, "interactions")
-    optional = ("rating",) if names["time"] else ("rating", "time")
-    rows = _Table(path, skipped, {need: names[need] for need in INTERACTIONS}, optional)
-    timed, rated, parts = "time" in rows.found, "rating" in rows.found, []
-    for lines, fields in rows:
-        missing = np.array(
-            [
-                not (user.strip() and item.strip())
-                for user, item in zip(fields["user"], fields["item"])
-            ]
-        )
-        time, time_good = parse_times(fields["time"]) if timed else (lines * 1000, ~missing)
-        rating, rating_good = (
-            _ratings(fields["rating"]) if rated else (np.zeros(len(lines)), ~missing)
-        )
-        good = ~missing & time_good & rating_good
-        skipped.add_rows("missing field", path, lines[missing])
-        skipped.add_rows("unparsable field", path, lines[~missing & ~good])
-        part = {"user": fields["user"], "item": fields["item"], "time": time, "line": lines} | (
-            {"rating": rating} if rated else {}
-        )
-        parts.append(pd.DataFrame(part)[good])
-    skipped.check(path, rows.total)
+    path, parts = _find(folder, "interactions"), []
+    optional = {"rating"} if names["time"] else {"rating", "time"}
+    for lines, fields in _chunks(path, skipped, {n: names[n] for n in INTERACTIONS}, optional):
+        table = pd.DataFrame({"user": fields["user"], "item": fields["item"], "line": lines})
+        table["time"], good = lines * 1000, np.ones(len(lines), bool)
+        if "time" in fields:
+            table["time"], good = tables.parse_times(fields["time"])
+        if "rating" in fields:
+            blank = pc.equal(fields["rating"], "")
+            filled = pc.if_else(blank, "0", fields["rating"])
+            rating, parsable = tables.parse_numbers(filled, np.float64)
+            table["rating"], good = np.where(blank, np.nan, rating), good & parsable
+        missing = (table[["user", "item"]] == "").any(axis=1)
+        skipped.add("missing field", path, lines[missing])
+        skipped.add("unparsable field", path, lines[~missing & ~good])
+        parts.append(table.loc[~missing & good])
+    order = (
+        "time, ties by file order" if "time" in fields else "file order: no time column was named"
+    )
     table = pd.concat(parts, ignore_index=True)
-    items = _items(_find(folder, "items"), skipped, names)
-    for column in ("user", "item"):
-        table[column] = table[column].str.strip()
-    if all(_whole(column) for column in (items["raw"], table["item"])):
-        items["raw"], table["item"] = items["raw"].astype(np.int64), table["item"].astype(np.int64)
-    if _whole(table["user"]):
-        table["user"] = table["user"].astype(np.int64)
-    order = "time, ties by file order" if timed else "file order: no time column was named"
-    return Raw(path, rows.total, table, items, f"own data, {path.name}", "item", order=order)
+    items_path = _find(folder, "items")
+    items = tables.catalogue(_items(items_path, skipped, names), items_path, skipped)
+    items["raw"], table["item"] = _numbers([items["raw"], table["item"]])
+    (table["user"],) = _numbers([table["user"]])
+    return Raw(path, table, items, f"own data, {path.name}", "item", order=order)
 
 
-def _ratings(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(float64, NaN where there is none; bool: blank or a number) of a column of ratings."""
-    blank = np.array([not text.strip() for text in texts], bool)
-    rating, good = parse_numbers(
-        ["0" if none else text for text, none in zip(texts, blank)], np.float64
-    )
-    return np.where(blank, np.nan, rating), good
+def _items(path: Path, skipped: Skipped, names: dict[str, str]) -> Iterator[tuple]:
+    wanted = {need: names[need] for need in ITEMS}
+    for lines, fields in _chunks(path, skipped, wanted, {"year", "genres"}):
+        columns = (fields[n].to_pylist() if n in fields else [""] * len(lines) for n in ITEMS)
+        for line, raw, title, year, genres in zip(lines.tolist(), *columns):
+            try:
+                genres = filter(None, map(sanitise_text, _genres(genres)))
+                year = int(found[0]) if (found := re.match(r"\d{4}(?!\d)", year)) else 0
+                yield line, raw, sanitise_text(title), year, "|".join(genres)
+            except (ValueError, SyntaxError, TypeError, KeyError):
+                skipped.add("unparsable field", path, line)
 
 
-def _items(path: Path, skipped: Skipped, names: dict[str, str]) -> pd.DataFrame:
-    rows, out = (
-        _Table(path, skipped, {need: names[need] for need in ITEMS}, optional=("year", "genres")),
-        {},
-    )
-    for lines, fields in rows:
-        blank = [""] * len(lines)
-        given = (fields.get(need, blank) for need in ITEMS)
-        for line, raw, title, year, genres in zip(lines, *given):
-            raw, title = raw.strip(), sanitise_text(title)
-            if not raw or not title:
-                skipped.add("missing field", path, line)
-            elif raw in out:
-                skipped.add("duplicate", path, line)
-            else:
-                year = int(y[0]) if (y := re.match(r"\d{4}(?!\d)", year.strip())) else 0
-                genres = "|".join(filter(None, map(sanitise_text, re.split(r"[|;,]", genres))))
-                out[raw] = raw, title, year, genres, item_text(title, year, genres)
-    skipped.check(path, rows.total)
-    return pd.DataFrame(out.values(), columns=["raw", "title", "year", "genres", "text"])
+def _genres(text: str) -> list[str]:
+    """The names in "A|B", "A; B" or "A, B", or in the text of a list of names or named dicts."""
+    if not re.match(r"\[\s*[{'\"]", text):
+        return re.split(r"[|;,]", text)
+    return [name if isinstance(name, str) else name["name"] for name in ast.literal_eval(text)]
 
 
-class _Table:
-    """A table's rows in chunks: (line or row numbers (n,), {need: n texts}); ``total`` rows so far, ``found`` the columns' places."""
+def _numbers(columns: list[Any]) -> list[Any]:
+    """Columns of ids as int64 if all are whole numbers in plainest form, else as they are.
 
-    def __init__(
-        self, path: Path, skipped: Skipped, wanted: dict[str, str], optional: Sequence[str]
-    ):
-        self.path = path
-        # A CSV file of one's own may end without a newline (RFC 4180), so a last line that has all its fields counts.
-        self._rows = None if path.suffix == ".parquet" else Rows(path, skipped, terminated=False)
-        with _readable(path):
-            self._file = pq.ParquetFile(path) if self._rows is None else None
-            self.names = self._rows.names if self._rows else self._file.schema_arrow.names
-        self.found = columns(path, self.names, wanted, optional)
-        self._parquet_total = 0
-
-    @property
-    def total(self) -> int:
-        return self._rows.total if self._rows else self._parquet_total
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[str, Sequence[str]]]]:
-        if self._rows:
-            for lines, fields in self._rows:
-                yield lines, {need: fields[place] for need, place in self.found.items()}
-            return
-        batches = self._file.iter_batches(
-            100_000, columns=[self.names[place] for place in self.found.values()]
-        )
-        while True:
-            with _readable(self.path):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            lines = np.arange(1, len(batch) + 1) + self._parquet_total
-            self._parquet_total += len(batch)
-            yield (
-                lines,
-                {
-                    need: _texts(batch.column(self.names[place]).to_pandas())
-                    for need, place in self.found.items()
-                },
-            )
+    So they are ordered as numbers. "50.0" is 50, unless the first has both; "007" is a text.
+    """
+    if not all(column.str.fullmatch(WHOLE).all() for column in columns):
+        return columns
+    plain = [column.str.replace(r"\.0+$", "", regex=True) for column in columns]
+    same = plain[0].nunique() == columns[0].nunique()
+    return [column.astype(np.int64) for column in plain] if same else columns
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """pyarrow's errors about a parquet file do not say which one it is."""
+Chunks = Iterator[tuple[np.ndarray, dict[str, pa.Array]]]
+
+
+def _chunks(path: Path, skipped: Skipped, wanted: dict[str, str], optional: set[str]) -> Chunks:
+    """Yield (line or row numbers (n,), {need: n texts}); ``wanted``: {need: name of its column}."""
+    if path.suffix == ".parquet":
+        fields = _parquet(path, wanted, optional)
+        lines = np.arange(1, len(fields[next(iter(fields))]) + 1)
+        skipped.seen(path, len(lines))
+        yield lines, fields
+        skipped.check(path)
+        return
+    # RFC 4180: the last line may end without a newline, so one that has all its fields counts.
+    rows = Rows(path, skipped, separator="", terminated=False)
+    found = _columns(path, rows.names, wanted, optional)
+    for lines, columns in rows:
+        fields = {n: pc.utf8_trim_whitespace(columns[place]) for n, place in found.items()}
+        if "rating" in fields and rows.separator == ";":
+            fields["rating"] = pc.replace_substring(fields["rating"], ",", ".")
+        yield lines, fields
+
+
+def _parquet(path: Path, wanted: dict[str, str], optional: set[str]) -> dict[str, pa.Array]:
     try:
-        yield
+        names = pq.ParquetDataset(path).schema.names
+        found = _columns(path, names, wanted, optional)
+        table = pq.read_table(path, columns=[names[place] for place in found.values()])
+        return {need: _texts(table[names[place]]) for need, place in found.items()}
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -158,33 +133,54 @@ def _readable(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _texts(column: pd.Series) -> list[str]:
-    """A parquet column as texts, "" where there is no value; whole floats lose their ".0", lists are joined by "|"."""
-    if isinstance(column.dtype, pd.DatetimeTZDtype) or column.dtype.kind == "M":
-        return ["" if pd.isna(t) else t.isoformat() for t in column]
-    return [_text(value) for value in column]
+def _texts(column: pa.ChunkedArray) -> pa.Array:
+    """A column as texts: integers exactly, "" for no value, whole floats without ".0"."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.cast(kind.value_type)
+    if pa.types.is_floating(column.type) or pa.types.is_nested(column.type):
+        return pa.array(map(_text, column.to_pylist()), pa.string())
+    texts = pc.fill_null(column.cast(pa.string()), "").combine_chunks()
+    return pc.utf8_trim_whitespace(texts)
 
 
-def _text(value) -> str:
-    if isinstance(value, np.ndarray | list | tuple):
-        return "|".join(map(str, value))
-    if value is None or value is pd.NA or value != value:
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "|".join(v["name"] if isinstance(v, dict) else str(v) for v in value)
+    if value is None or value != value:
         return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(int(value)) if value.is_integer() else str(value)
+
+
+def _columns(
+    path: Path, names: list[str], wanted: dict[str, str], optional: set[str]
+) -> dict[str, int]:
+    """{need: place of its column}. An ``optional`` column may lack, unless one looks like it."""
+    found, lower = {}, {name.lower(): name for name in names}
+    for need, name in wanted.items():
+        near = get_close_matches(name.lower(), lower, n=1, cutoff=0.7) if name else []
+        if name in names:
+            found[need] = names.index(name)
+        elif near or need not in optional:
+            hint = f"; set {need}_column to one of these"
+            if near:
+                hint = f"; did you mean {lower[near[0]]!r}? Set {need}_column={lower[near[0]]}"
+            if need in optional:
+                hint += f", or leave {need}_column empty to do without"
+            raise ValueError(
+                f"{path}: no column {name!r} for {need}_column; the columns are "
+                f"{', '.join(map(repr, names))}{hint}"
+            )
+    return found
 
 
 def _find(folder: Path, name: str) -> Path:
     paths = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
-    found = [path for path in paths if path.is_file()]
+    found = [path for path in paths if path.exists()]
     if len(found) != 1:
-        given = "several of them are there" if found else "none is there"
-        looked_for = ", ".join(path.name for path in paths)
         raise FileNotFoundError(
-            f"{folder} must hold one of {looked_for}: {given}. Set data_dir to the folder with your two tables"
+            f"{folder} must hold one of {', '.join(path.name for path in paths)}: "
+            f"{'several of them are' if found else 'none is'} there. "
+            "Set data_dir to the folder with your two tables"
         )
     return found[0]
-
-
-def _whole(column: pd.Series) -> bool:
-    """Whether every text is a whole number in its plainest form, so that ids may be ordered as numbers ("007" may not)."""
-    return bool(column.str.fullmatch(r"0|[1-9]\d{0,17}").all())

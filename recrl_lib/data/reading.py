@@ -1,82 +1,91 @@
-"""Reading large and dirty text files: blocks of whole lines, plain or gzip; CSV rows with their line numbers."""
+"""Large and dirty text files: blocks of whole lines, plain or gzip; CSV rows with line numbers."""
+# pyarrow.compute makes its functions at import, so pyright does not know them.
+# pyright: reportAttributeAccessIssue=false
 
+import codecs
 import csv
-import io
 import zlib
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from recrl_lib.data.tables import BROKEN, Skipped
 from recrl_lib.progress import track
 
-BLOCK = 2**22  # bytes of text handled at once
-_PIECE = (
-    2**18
-)  # bytes read from disk at once; in a broken gzip file, at most this much before the break is lost too
+BLOCK = 2**22  # bytes of text parsed at once
+PIECE = 2**18  # bytes read from disk at once
+SEPARATORS = (",", ";", "\t")
 
 
 def blocks(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes]]:
-    """(number of its first line, text) of successive blocks of whole lines of ``path``, plain or gzip.
+    """Yield (number of the first line, text) of successive blocks of whole lines.
 
-    Only the last block can end without a newline. Where a gzip file breaks off or is damaged, the lines before that come, and
-    ``skipped`` is told: its ``check`` stops the run for such a file. Raises ``FileNotFoundError``.
+    Only the last block can end without a newline. Where a gzip file breaks off, the lines before
+    the break are yielded and the break is counted. Raises ``FileNotFoundError``.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; put it there, or name another folder with data_dir"
-        )
+        where = "put it there, or name another folder with data_dir"
+        raise FileNotFoundError(f"{path} is missing; {where}")
     rest, number = b"", 1
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        pieces = track(
-            iter(lambda: file.read(_PIECE), b""),
-            f"reading {path.name}",
-            -(-path.stat().st_size // _PIECE),
-        )
-        try:
-            for data in _inflate(pieces) if packed else pieces:
-                rest += data
-                if len(rest) >= BLOCK and (end := rest.rfind(b"\n") + 1):
-                    yield number, rest[:end]
-                    number += rest.count(b"\n", 0, end)
-                    rest = rest[end:]
-        except (zlib.error, EOFError):
-            end = rest.rfind(b"\n") + 1
-            skipped.add(BROKEN, path, number + rest.count(b"\n", 0, end))
-            rest = rest[:end]
+    try:
+        for data in _content(path):
+            rest += data
+            if len(rest) >= BLOCK and (end := rest.rfind(b"\n") + 1):
+                yield number, rest[:end]
+                number += rest.count(b"\n", 0, end)
+                rest = rest[end:]
+    except (zlib.error, EOFError):
+        end = rest.rfind(b"\n") + 1
+        skipped.add(BROKEN, path, number + rest.count(b"\n", 0, end))
+        rest = rest[:end]
     if rest:
         yield number, rest
 
 
-def _inflate(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The content of a gzip stream of one or more members. ``zlib.error`` if it is damaged, ``EOFError`` if it ends too early."""
-    engine, inside = None, False
+def _content(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, gzip unpacked, and UTF-16 with a byte order mark as UTF-8."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        n_pieces = -(-path.stat().st_size // PIECE)
+        pieces = track(iter(partial(file.read, PIECE), b""), f"reading {path.name}", n_pieces)
+        content = filter(None, _inflate(pieces) if packed else pieces)
+        first = next(content, b"")
+        content = chain([first], content)
+        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            content = (text.encode() for text in codecs.iterdecode(content, "utf-16"))
+        yield from content
+
+
+# Not Arrow's CompressedInputStream: it shows no progress, and loses the whole block before a break.
+def _inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The content of a gzip file of one or more members. Raises ``zlib.error`` or ``EOFError``."""
+    engine = None
     for data in pieces:
-        while data := data if inside else data.lstrip(b"\0"):  # members may be followed by padding
-            if not inside:
-                engine, inside = zlib.decompressobj(wbits=31), True
+        while data := data if engine else data.lstrip(b"\0"):  # members may be followed by padding
+            engine = engine or zlib.decompressobj(wbits=31)
             yield engine.decompress(data)
-            data, inside = engine.unused_data, not engine.eof
-    if inside:
+            data, engine = engine.unused_data, None if engine.eof else engine
+    if engine:
         raise EOFError
 
 
 class Rows:
-    """A CSV file's rows in chunks of columns, bad rows counted; ``total`` is the number of rows seen so far.
-
-    A block of lines without a quote, in which nothing is odd, is parsed at once; any other row by row, with an eye on the line numbers.
+    """The rows of a CSV file in chunks of columns; bad rows are counted and left out.
 
     Args:
-        header: the exact column names of line 1; None: the names are read from line 1, into ``names``.
-        has_header: False if line 1 is data already.
-        terminated: the format ends every line, so a last line without its newline was cut, even if it still parses.
+        header: the column names that line 1 must have; None: they are read from line 1.
+        has_header: False if line 1 is data already; ``header`` then says how many columns.
+        separator: "" takes the one of ``SEPARATORS`` that divides line 1 most.
+        quoted: whether quotes have a meaning.
+        terminated: the format ends every line, so a last line without newline was cut.
     """
 
     def __init__(
@@ -84,139 +93,116 @@ class Rows:
         path: Path,
         skipped: Skipped,
         header: Sequence[str] | None = None,
+        *,
         has_header: bool = True,
+        separator: str = ",",
+        quoted: bool = True,
+        encoding: str = "utf-8",
         terminated: bool = True,
     ):
-        self.path, self.skipped, self.terminated, self.total = path, skipped, terminated, 0
-        self.names = list(header or ())
-        self._texts = self._balanced()
+        self.path, self.skipped, self.names = path, skipped, list(header or ())
+        self.separator, self.quoted, self.terminated = separator, quoted, terminated
+        self.encoding, self._blocks = encoding, self._balanced()
         if has_header:
-            number, text = next(self._texts, (1, b""))
+            number, text = next(self._blocks, (1, b""))
             first, _, rest = text.partition(b"\n")
-            found = [
-                name.strip()
-                for name in next(
-                    csv.reader([first.decode("utf-8", "replace").removeprefix("\ufeff")]), []
-                )
-            ]
-            if not found:
-                skipped.check(path, 0)
-            if header and found != self.names:
-                expected, got = ",".join(header), ",".join(found)
-                raise ValueError(
-                    f"{path} line 1: the columns must be {expected}, got {got}; this is another file, or a damaged one"
-                )
-            self.names = found
-            self._texts = chain([(number + 1, rest)] if rest else [], self._texts)
+            self._read_header(first.decode("utf-8", "replace").removeprefix("\ufeff").strip("\r"))
+            self._blocks = chain([(number + 1, rest)] if rest else [], self._blocks)
+
+    def _read_header(self, line: str) -> None:
+        if not line:
+            self.skipped.check(self.path)
+        quoting = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
+        choices = self.separator or SEPARATORS
+        rows = [next(csv.reader([line], delimiter=s, quoting=quoting), []) for s in choices]
+        found, self.separator = max(zip(rows, choices), key=lambda pair: len(pair[0]))
+        found = [name.strip() for name in found]
+        if self.names and found != self.names:
+            raise ValueError(
+                f"{self.path} line 1: the columns must be {', '.join(self.names)}; they are "
+                f"{', '.join(found)}: this is another file, or a damaged one"
+            )
+        self.names = found
 
     def _balanced(self) -> Iterator[tuple[int, bytes]]:
-        """Blocks, joined where a quoted field goes on in the next one; a quote that is never closed joins a few only."""
+        """Blocks, joined where a quoted field goes on; a quote never closed joins a few only."""
         start, held = 1, b""
         for number, block in blocks(self.path, self.skipped):
             start = start if held else number
             held += block
-            if held.count(b'"') % 2 == 0 or len(held) > 4 * BLOCK:
+            if not self.quoted or held.count(b'"') % 2 == 0 or len(held) > 4 * BLOCK:
                 yield start, held
                 held = b""
         if held:
             yield start, held
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, list[Sequence[str]]]]:
-        """(line numbers (n,), the n texts of each column) of successive chunks of good rows."""
-        for number, text in self._texts:
-            if (fields := self._clean(text)) is not None:
-                self.total += len(fields[0])
-                yield np.arange(number, number + len(fields[0])), fields
-            elif found := list(self._dirty(number, text)):
-                lines, rows = zip(*found)
-                yield np.array(lines), list(zip(*rows))
+    def __iter__(self) -> Iterator[tuple[np.ndarray, list[pa.Array]]]:
+        """Yield (line numbers (n,), columns of n texts) of the good rows; check the limit."""
+        for number, text in self._blocks:
+            yield self._parse(number, text)
+        self.skipped.check(self.path)
 
-    def _clean(self, text: bytes) -> list[list[str]] | None:
-        """The columns of a text without quotes in which every line is whole and has the right number of fields, by Arrow; else None."""
-        if b'"' in text or not text.endswith(b"\n"):
-            return None
-        names = [str(n) for n in range(len(self.names))]
+    def frame(self, parse: Callable[..., pd.DataFrame]) -> pd.DataFrame:
+        """``parse(lines, *columns)`` of every chunk, joined."""
+        return pd.concat([parse(lines, *columns) for lines, columns in self], ignore_index=True)
+
+    def records(self) -> Iterator[tuple]:
+        """(line, *fields) of every good row."""
+        for lines, columns in self:
+            yield from zip(lines.tolist(), *(column.to_pylist() for column in columns))
+
+    def _parse(self, number: int, text: bytes) -> tuple[np.ndarray, list[pa.Array]]:
+        """The good rows of ``text``, whose first line is line ``number`` of the file."""
+        cut = not text.endswith(b"\n")
+        text += b"\n" * cut
         try:
-            table = pacsv.read_csv(
-                pa.BufferReader(text),
-                pacsv.ReadOptions(use_threads=False, block_size=len(text) + 1, column_names=names),
-                pacsv.ParseOptions(quote_char=False),
-                pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-            )
-        except pa.ArrowInvalid:
-            return None
-        return (
-            [column.to_pylist() for column in table.columns]
-            if len(table) == text.count(b"\n")
-            else None
+            text, damaged = text if text.isascii() else text.decode(self.encoding).encode(), False
+        except UnicodeDecodeError:
+            text, damaged = text.decode(self.encoding, "replace").encode(), True
+        columns, wrong = self._arrow(text)
+        # All rows in file order: what is bad about each ("": nothing), and how many lines it has.
+        kinds = np.full(len(columns[0]) + len(wrong), "", object)
+        spans = np.ones(len(kinds), np.int64)
+        kinds[list(wrong)], spans[list(wrong)] = "wrong number of fields", list(wrong.values())
+        parsed = kinds == ""
+        row = pc.binary_join_element_wise(*columns, "")
+        spans[parsed] += pc.count_substring(row, "\n").to_numpy()
+        undecodable = damaged & np.array(pc.match_substring(row, "\ufffd"))
+        kinds[parsed] = np.select([pc.equal(row, ""), undecodable], ["blank", "not UTF-8"], "")
+        if spans.sum() > text.count(b"\n"):  # a quote is open at the end of the text
+            kinds[-1], spans[-1] = "bad quoting", spans[-1] - 1
+        elif cut and (self.terminated or kinds[-1]):
+            kinds[-1] = "cut last line"
+        starts = number + np.cumsum(spans) - spans
+        for kind in dict.fromkeys(
+            kinds[(kinds != "") & (kinds != "blank")]
+        ):  # an empty line is no row
+            bad = kinds == kind
+            self.skipped.add(kind, self.path, starts[bad], int(spans[bad].sum()))
+            self.skipped.seen(self.path, int(spans[bad].sum()))
+        good = kinds == ""
+        self.skipped.seen(self.path, int(good.sum()))
+        return starts[good], [column.filter(good[parsed]) for column in columns]
+
+    def _arrow(self, text: bytes) -> tuple[list[pa.Array], dict[int, int]]:
+        """(the columns, {place of a row with too few or many fields: its number of lines})."""
+        wrong: dict[int, int] = {}
+
+        def refuse(row: pacsv.InvalidRow) -> str:
+            wrong[row.number - 1] = row.text.count("\n") + 1
+            return "skip"
+
+        names = [str(n) for n in range(len(self.names))]
+        table = pacsv.read_csv(
+            pa.BufferReader(text),
+            pacsv.ReadOptions(use_threads=False, block_size=len(text) + 1, column_names=names),
+            pacsv.ParseOptions(
+                delimiter=self.separator,
+                quote_char='"' if self.quoted else False,
+                newlines_in_values=self.quoted,
+                ignore_empty_lines=False,
+                invalid_row_handler=refuse,
+            ),
+            pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
         )
-
-    def _dirty(self, number: int, text: bytes) -> Iterator[tuple[int, list[str]]]:
-        """(line number, fields) of the good rows of any text; the others are counted. ``number``: its first line."""
-        undecodable: set[int] = set()
-        last = b""
-
-        def decoded() -> Iterator[str]:
-            nonlocal last
-            for n, last in enumerate(io.BytesIO(text), number):
-                try:
-                    yield last.decode("utf-8")
-                except UnicodeDecodeError:
-                    undecodable.add(n)
-                    yield last.decode("utf-8", "replace")
-
-        width, reader, line = len(self.names), csv.reader(decoded(), strict=True), number
-        while True:
-            quoting = False
-            try:
-                row = next(reader, None)
-            except (
-                csv.Error
-            ):  # a quote never closed swallows what follows, up to the longest field there may be
-                row, quoting = [""], True
-            if row is None:
-                return
-            first, line = line, number + reader.line_num
-            if not row:  # an empty line
-                continue
-            span = line - first if quoting or len(row) != width else 1
-            self.total += span
-            if undecodable and not undecodable.isdisjoint(range(first, line)):
-                self.skipped.add("not UTF-8", self.path, first, span)
-            elif not last.endswith(b"\n") and (self.terminated or len(row) != width):
-                self.skipped.add("cut last line", self.path, first, span)
-            elif quoting:
-                self.skipped.add("bad quoting", self.path, first, span)
-            elif len(row) != width:
-                self.skipped.add("wrong number of fields", self.path, first, span)
-            else:
-                yield first, row
-
-
-def columns(
-    path: Path, names: Sequence[str], wanted: dict[str, str], optional: Sequence[str]
-) -> dict[str, int]:
-    """Where the columns are: ``wanted`` maps what is needed ("user") to its column's name, "" for none; parameters are ``<need>_column``.
-
-    An ``optional`` column that is not there is left out, unless one is there that looks like it. Raises ``ValueError`` naming the
-    columns present and the nearest match.
-    """
-    found = {}
-    for need, name in wanted.items():
-        if name in names:
-            found[need] = list(names).index(name)
-            continue
-        lower = {n.lower(): n for n in names}
-        near = get_close_matches(name.lower(), lower, n=1, cutoff=0.7) if name else []
-        if need in optional and not near:
-            continue
-        hint = (
-            f"; did you mean {lower[near[0]]!r}? Set {need}_column={lower[near[0]]}"
-            if near
-            else f"; set {need}_column to one of these"
-        )
-        without = f", or leave {need}_column empty to do without" if need in optional else ""
-        raise ValueError(
-            f"{path}: no column {name!r} for {need}_column; the columns are {', '.join(map(repr, names))}{hint}{without}."
-        )
-    return found
+        return [column.combine_chunks() for column in table.columns], wrong

@@ -1,19 +1,232 @@
-"""MovieLens CSV, Steam and own tables: the exact formats, in lines as the real files have them."""
+"""MovieLens and Steam: the exact formats, in lines as the real files have them."""
 
-import gzip
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from recrl_lib.data import load, load_for, splits
+from recrl_lib.data import FORMATS, assets, folder_of, movielens, splits
 from recrl_lib.explainer import prompts
-from recrl_lib.params import Params
+from recrl_lib.params import Dataset
+from recrl_lib.runs import sha256_file
 from recrl_lib.scoring.composed import reference_line
+from recrl_lib.tests.data.loading import load
 
-# --- MovieLens 25M, 32M, latest-small: CRLF, titles quoted where they hold a comma or a quote -------------
+INTS = {"user": "int64", "item": "int64", "time": "int64"}
 
-RATINGS = """userId,movieId,rating,timestamp
+
+def test_every_data_set_that_may_be_chosen_has_a_reader():
+    assert set(FORMATS) == set(get_args(Dataset)) and set(assets.ORIGINS) < set(FORMATS)
+
+
+# --- MovieLens 100K, in both forms -------------------------------------------------------------
+
+ITEMS = [
+    "10\tUsual Suspects, The\t1995\tCrime Thriller",
+    "2\tunkonwn\tunkonwn\tunknown",
+    '7\tSay "Hi"\u2028<|im_end|>\t\tChildren\'s Film-Noir Sci-Fi',
+    "9\tLand Before Time III (1995)\tV\tAnimation",
+]
+USERS = ["30\t24\tM\ttechnician\t85711", "4\t\t\t\t"]
+RATINGS = [
+    *("30\t10\t3\t881250949", "4\t2\t5\t881250948", "30\t2\t1\t881250949"),
+    *("4\t10\t4\t5", "30\t7\t2.5\t881250948", "4\t7\t1\t881250947"),
+]
+
+
+def write(folder, ratings=RATINGS, items=ITEMS, users=USERS, end="\n"):
+    for name, rows in zip(movielens.HEADERS, (ratings, items, users)):
+        lines = [movielens.HEADERS[name].replace(" ", "\t"), *rows]
+        (folder / name).write_bytes(("".join(line + end for line in lines)).encode())
+    return folder
+
+
+def many(n):
+    """n good ratings by n / 3 users who exist."""
+    users = [f"{u}\t1\tF\t\t" for u in range(n)]
+    return [f"{r // 3}\t{(10, 2, 7)[r % 3]}\t4\t{1000 + r}" for r in range(n)], users
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_ml_100k_by_hand(tmp_path, end):
+    data = load("ml-100k", write(tmp_path, end=end))
+    assert data.items.to_dict("list") == {
+        "item": [1, 2, 3, 4],
+        "title": ["Unknown", 'Say "Hi"', "Land Before Time III", "The Usual Suspects"],
+        "year": [0, 0, 1995, 1995],
+        "genres": ["", "Children's|Film-Noir|Sci-Fi", "Animation", "Crime|Thriller"],
+        "text": [
+            "Unknown.",
+            'Say "Hi". Genres: Children\'s, Film-Noir, Sci-Fi.',
+            "Land Before Time III (1995). Genres: Animation.",
+            "The Usual Suspects (1995). Genres: Crime, Thriller.",
+        ],
+    }
+    assert data.users.to_dict("list") == {"user": [0, 1], "gender": ["", "M"], "age": [0, 24]}
+    # by time, ties by line: user and item are numbered by raw id
+    assert data.interactions.to_dict("list") == {
+        "user": [0, 0, 0, 1, 1, 1],
+        "item": [4, 2, 1, 2, 4, 1],
+        "time": [5, 881250947, 881250948, 881250948, 881250949, 881250949],
+        "rating": [4.0, 1.0, 5.0, 2.5, 3.0, 1.0],
+    }
+    assert data.interactions.dtypes.astype(str).to_dict() == INTS | {"rating": "float64"}
+    assert data.info["skipped"] == {} and data.info["skipped_first"] == {}
+    assert (data.info["n_users"], data.info["n_items"], data.info["n_interactions"]) == (2, 4, 6)
+    assert data.info["sha256"] == sha256_file(tmp_path / "ml-100k.inter")
+
+
+def test_item_texts_in_capitals_and_nothing_else(tmp_path):
+    cases = ("plain", "upper")
+    plain, upper = (load("ml-100k", write(tmp_path), item_case=case).items for case in cases)
+    assert upper["text"].tolist()[3] == "THE USUAL SUSPECTS (1995). GENRES: CRIME, THRILLER."
+    assert upper["text"].tolist() == [text.upper() for text in plain["text"]]
+    assert upper.drop(columns="text").equals(plain.drop(columns="text"))
+
+
+def test_times_do_not_pass_through_float32_and_ties_keep_the_order_of_the_file(tmp_path):
+    times = {10: 881250950, 2: 881250949, 7: 881250900}  # the first two equal as float32
+    ratings = [f"30\t{item}\t3\t{time}" for item, time in times.items()]
+    data = load("ml-100k", write(tmp_path, ratings))
+    assert data.interactions["time"].tolist() == sorted(times.values())
+    order = np.random.default_rng(0).permutation(500)
+    ratings = [f"{u}\t{item}\t4\t{7 - u % 2}" for item in (10, 2, 7) for u in order]
+    users = [f"{u}\t1\tF\t\t" for u in range(500)]
+    data = load("ml-100k", write(tmp_path, ratings, users=users))
+    odd, even = order[order % 2 == 1], order[order % 2 == 0]
+    assert data.interactions["user"].tolist() == [*odd] * 3 + [*even] * 3
+
+
+@pytest.mark.parametrize(
+    "row, kind",
+    [
+        ("30\t10\t3", "wrong number of fields"),
+        ("30\t10\t3\tnoon", "unparsable field"),
+        ("30\t10\tnan\t5", "unparsable field"),
+        (f"30\t10\t3\t{2**63}", "unparsable field"),
+        ("30\t99\t3\t5", "item without metadata"),
+        ("4\t10\t1\t7", "duplicate"),
+    ],
+)
+def test_bad_rows_are_counted_and_skipped(tmp_path, row, kind):
+    ratings, users = many(120)
+    ratings.insert(50, row)
+    data = load("ml-100k", write(tmp_path, ratings, users=users))
+    assert data.info["skipped"] == {kind: 1} and data.info["skipped_bad"] == [kind]
+    assert data.info["skipped_first"] == {kind: "ml-100k.inter line 52"}
+    assert data.info["n_interactions"] == 120
+    if kind == "duplicate":  # the first is kept
+        first = data.interactions.query("user == 4 and item == 4")  # raw item 10 is the fourth
+        assert first[["time", "rating"]].to_numpy().tolist() == [[1012, 4]]
+
+
+def test_a_last_line_without_newline_is_not_trusted(tmp_path):
+    ratings, users = many(120)
+    path = write(tmp_path, ratings, users=users) / "ml-100k.inter"
+    path.write_bytes(path.read_bytes()[:-3])  # the time lost two digits, and would still parse
+    data = load("ml-100k", tmp_path)
+    assert data.info["skipped"] == {"cut last line": 1, "user with fewer than 3 events": 1}
+    assert data.info["skipped_bad"] == ["cut last line"] and data.interactions["time"].min() == 1000
+
+
+def test_too_many_bad_rows_stop_the_run(tmp_path):
+    ratings, users = many(98)
+    counted = r"inter: 2 of 100 .*bad_row_limit=0.01.* 2 x unparsable field \(first: .* line 100\)"
+    with pytest.raises(ValueError, match=counted):
+        load("ml-100k", write(tmp_path, [*ratings, *["1\t10\t?\t1"] * 2], users=users))
+    assert load("ml-100k", tmp_path, bad_row_limit=0.02).info["skipped_bad"] == ["unparsable field"]
+
+
+# The same films, people and ratings as their origin writes them.
+FLAGS = "0|1|0|0|1|0|0|0|0|0|1|0|0|0|0|0|0|0|0"
+ORIGIN = {
+    "u.data": "30\t10\t3\t881250949\n4\t2\t5\t881250948\n30\t2\t1\t881250949\n"
+    "4\t10\t4\t5\n30\t7\t2\t881250948\n4\t7\t1\t881250947\n",
+    "u.item": "2|unknown||||1|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0\n"
+    f"7|L\u00e9on: Der Profi (V)|01-Jan-1995||http://x/M?%20(1995)|{FLAGS}\n"
+    "10|Usual Suspects, The (1995)|14-Aug-1995||http://x/M?The%20(1995)"
+    "|0|0|0|0|0|0|1|0|0|0|0|0|0|0|0|0|1|0|0\n",
+    "u.user": "30|24|M|technician|85711\n4|53|F|other|94043\n",
+}
+
+
+def write_origin(folder, **changed):
+    for name, text in (ORIGIN | changed).items():
+        (folder / name).write_bytes(text.encode("latin-1"))
+    return folder
+
+
+def test_ml_100k_of_its_origin(tmp_path):
+    data = load("ml-100k", write_origin(tmp_path))
+    titles = ["Unknown", "L\u00e9on: Der Profi (V)", "The Usual Suspects"]
+    assert data.items["title"].tolist() == titles and data.items["year"].tolist() == [0, 0, 1995]
+    assert data.items["genres"].tolist() == ["", "Action|Children's|Film-Noir", "Crime|Thriller"]
+    assert data.users.to_dict("list") == {"user": [0, 1], "gender": ["F", "M"], "age": [53, 24]}
+    assert data.interactions["item"].tolist() == [3, 2, 1, 2, 3, 1]
+    assert data.interactions["rating"].tolist() == [4.0, 1.0, 5.0, 2.0, 3.0, 1.0]
+    assert data.info["source"] == "MovieLens 100K, GroupLens" and data.info["skipped"] == {}
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("u.item", ("Suspects, The", "|"), r"1 of 3 rows .* wrong number of fields .* line 3\)"),
+        ("u.data", ("881250947\n", "88"), r"1 of 6 .* cut last line \(first: u.data line 6\)"),
+        ("u.data", (ORIGIN["u.data"], ""), "no rows; the file is empty"),
+    ],
+)
+def test_bad_rows_of_the_origin_are_counted(tmp_path, name, change, message):
+    folder = write_origin(tmp_path, **{name: ORIGIN[name].replace(*change)})
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        load("ml-100k", folder)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("user", (b"4\t\t\t\t\n", b""), "line 3: user_id 4 has no row in ml-100k.user"),
+        (
+            "item",
+            (b"release_year:token", b"year:token"),
+            "item line 1: the columns must be item_id",
+        ),
+        ("item", (b"Usual", b"Us\xffal"), r"1 x not UTF-8 \(first: ml-100k.item line 2\)"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, change, message):
+    path = write(tmp_path) / f"ml-100k.{name}"
+    path.write_bytes(path.read_bytes().replace(*change))
+    with pytest.raises(ValueError, match=message):
+        load("ml-100k", tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"ml-100k.{name} is missing; put it there"):
+        load("ml-100k", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, title, year",
+    [
+        ("Blue Angel, The (Blaue Engel, Der)", "The Blue Angel (Der Blaue Engel)", 0),
+        ("Fille seule, La (A Single Girl) (1995)", "La Fille seule (A Single Girl)", 1995),
+        ("Enfer, L'", "L'Enfer", 0),
+        ("Affair to Remember, An", "An Affair to Remember", 0),
+        ("Good, The Bad and The Ugly, The", "The Good, The Bad and The Ugly", 0),
+        ("Mrs. Brown (Her Majesty, Mrs. Brown)", "Mrs. Brown (Her Majesty, Mrs. Brown)", 0),
+        ("I, Worst (Yo, la peor de todas)", "I, Worst (Yo, la peor de todas)", 0),
+        ("Cook the Thief, Theodore", "Cook the Thief, Theodore", 0),
+        ("Land Before Time III (1995) (V)", "Land Before Time III", 1995),
+        ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey", 1968),
+        ("1984 (Nineteen Eighty-Four) (1984)", "1984 (Nineteen Eighty-Four)", 1984),
+    ],
+)
+def test_title_and_year(text, title, year):
+    assert movielens.title_and_year(text) == (title, year)
+
+
+# --- MovieLens 25M, 32M, latest-small: CRLF, titles quoted where they hold a comma or a quote ---
+
+ML_RATINGS = """userId,movieId,rating,timestamp
 1,296,5.0,1147880044
 1,306,3.5,1147868817
 1,307,5.0,1147868828
@@ -30,114 +243,52 @@ MOVIES = """movieId,title,genres
 """
 
 
-def movielens(folder, ratings=RATINGS, movies=MOVIES, encoding="utf-8"):
-    (folder / "ratings.csv").write_bytes(ratings.replace("\n", "\r\n").encode(encoding))
-    (folder / "movies.csv").write_bytes(movies.replace("\n", "\r\n").encode(encoding))
+def write_csv(folder, ratings=ML_RATINGS, movies=MOVIES, encoding="utf-8"):
+    for name, text in (("ratings.csv", ratings), ("movies.csv", movies)):
+        (folder / name).write_bytes(text.replace("\n", "\r\n").encode(encoding))
     return folder
 
 
 @pytest.mark.parametrize("name", ["ml-25m", "ml-32m", "ml-latest-small"])
 def test_movielens(tmp_path, name):
-    data = load(name, movielens(tmp_path), min_core=1)
-    assert data.items.to_dict("list") == {
-        "item": [1, 2, 3, 4],
-        "title": [
-            "Pulp Fiction",
-            "Three Colors: Red (Trois couleurs: Rouge)",
-            'The Fantastic "Four"',
-            "Cosmos",
-        ],
-        "year": [1994, 1994, 2005, 0],
-        "genres": ["Comedy|Crime|Drama|Thriller", "Drama", "Action|Adventure|Sci-Fi", ""],
-        "text": [
-            "Pulp Fiction (1994). Genres: Comedy, Crime, Drama, Thriller.",
-            "Three Colors: Red (Trois couleurs: Rouge) (1994). Genres: Drama.",
-            'The Fantastic "Four" (2005). Genres: Action, Adventure, Sci-Fi.',
-            "Cosmos.",
-        ],
-    }
-    assert data.interactions.to_dict("list") == {
-        "user": [1, 1, 1, 1, 0, 0, 0],
-        "item": [3, 2, 1, 4, 2, 3, 1],
-        "time": [
-            1141415790,
-            1141415820,
-            1141415820,
-            1141415830,
-            1147868817,
-            1147868828,
-            1147880044,
-        ],
-        "rating": [4.5, 4.0, 3.0, 0.5, 3.5, 5.0, 5.0],
-    }
-    assert data.interactions.dtypes.astype(str).to_dict() == {
-        "user": "int64",
-        "item": "int64",
-        "time": "int64",
-        "rating": "float64",
-    }
+    data = load(name, write_csv(tmp_path), min_core=1)
+    assert data.items["title"].tolist() == [
+        *("Pulp Fiction", "Three Colors: Red (Trois couleurs: Rouge)"),
+        *('The Fantastic "Four"', "Cosmos"),
+    ]
+    assert data.items["year"].tolist() == [1994, 1994, 2005, 0]
+    assert data.items["text"].tolist()[2:] == [
+        'The Fantastic "Four" (2005). Genres: Action, Adventure, Sci-Fi.',
+        "Cosmos.",
+    ]
+    assert data.interactions["item"].tolist() == [3, 2, 1, 4, 2, 3, 1]
+    assert data.interactions["time"].tolist()[::6] == [1141415790, 1147880044]
+    assert data.interactions["rating"].tolist() == [4.5, 4.0, 3.0, 0.5, 3.5, 5.0, 5.0]
+    assert data.interactions.dtypes.astype(str).to_dict() == INTS | {"rating": "float64"}
     assert data.info["skipped"] == {} and data.info["noun"] == "film" and data.info["name"] == name
-    assert (
-        load(name, tmp_path, min_core=2).info["n_items"] == 3
-    )  # the default of 5 would leave nothing
-    with pytest.raises(
-        ValueError, match=r"no interaction is left after the filters \(min_core=5\)"
-    ):
-        load(name, tmp_path)
+    assert load(name, tmp_path, min_core=2).info["n_items"] == 3
 
 
 def test_movielens_with_bad_rows(tmp_path):
-    bad = "3,296,five,1141415820\n3,999,4.0,1141415820\n1,296,4.0,1141415820\n3,306\n3,\ufffd,4.0,1\n3,307,nan,1141415820\n3,296,4.0,11414158"
-    data = load("ml-25m", movielens(tmp_path, RATINGS + bad), min_core=1, bad_row_limit=0.6)
-    assert data.info["skipped"] == {
-        "unparsable field": 3, "wrong number of fields": 1, "cut last line": 1, "item without metadata": 1, "duplicate": 1,
-    }  # fmt: skip
-    assert data.info["skipped_first"]["cut last line"] == "ratings.csv line 15"
-    assert data.info["skipped_first"]["duplicate"] == "ratings.csv line 11"
-    assert data.info["n_interactions"] == 7 and set(data.info["skipped_bad"]) == set(
-        data.info["skipped"]
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"ratings.csv: 5 of 14 rows are unusable.*unparsable field \(first: ratings.csv line 9\)",
-    ):
-        load("ml-25m", tmp_path, min_core=1)
-
-
-def test_movielens_in_another_encoding_or_another_file(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"movies.csv: 1 of 5 .* 1 x not UTF-8 \(first: movies.csv line 6\)"
-    ):
-        load(
-            "ml-25m",
-            movielens(tmp_path, movies=MOVIES + "9,Amélie (2001),Drama\n", encoding="latin-1"),
-            min_core=1,
-        )
-    with pytest.raises(
-        ValueError,
-        match="movies.csv line 1: the columns must be movieId,title,genres, got movieId,tag",
-    ):
-        load("ml-25m", movielens(tmp_path, movies="movieId,tag\n1,x\n"))
-    with pytest.raises(ValueError, match="ratings.csv: no rows; the file is empty"):
-        load("ml-25m", movielens(tmp_path, ratings="userId,movieId,rating,timestamp\n"))
-    (tmp_path / "ratings.csv").unlink()
-    with pytest.raises(
-        FileNotFoundError,
-        match="ratings.csv is missing; put it there, or name another folder with data_dir",
-    ):
-        load("ml-25m", tmp_path)
-
-
-def test_a_title_over_two_lines_is_one_line_of_text(tmp_path):
+    bad = "3,306,4.0,noon\n3,x,4.0,1\n3,306,nan,1\n3,306,4.0\n1,306,3.0,1\n3,999,3.0,1\n3,29"
+    movies = MOVIES.replace("Cosmos", '"Cos\nmos<|im_end|>, ""again"""') + ',"No id",Drama\n'
     data = load(
-        "ml-25m",
-        movielens(tmp_path, movies=MOVIES.replace("Cosmos", '"Cos\nmos<|im_end|>, ""again"""')),
-        min_core=1,
+        "ml-25m", write_csv(tmp_path, ML_RATINGS + bad, movies), min_core=1, bad_row_limit=0.6
     )
-    assert data.items["title"].tolist()[3] == 'Cos mos, "again"' and data.info["skipped"] == {}
+    assert data.items["title"].tolist()[3] == 'Cos mos, "again"'
+    assert data.info["skipped"] == {
+        "unparsable field": 3, "wrong number of fields": 1, "cut last line": 1, "missing field": 1,
+        "item without metadata": 1, "duplicate": 1,
+    }  # fmt: skip
+    assert data.info["skipped_first"]["missing field"] == "movies.csv line 7"
+    assert data.info["skipped_first"]["cut last line"] == "ratings.csv line 15"
+    with pytest.raises(ValueError, match=r"movies.csv: .* not UTF-8 \(first: movies.csv line 6\)"):
+        load("ml-25m", write_csv(tmp_path, movies=MOVIES + "9,Amélie,\n", encoding="latin-1"))
+    with pytest.raises(ValueError, match="movies.csv line 1: the columns must be movieId, title"):
+        load("ml-25m", write_csv(tmp_path, movies="movieId,tag\n1,x\n"))
 
 
-# --- Steam -----------------------------------------------------------------------------------------------
+# --- Steam -------------------------------------------------------------------------------------
 
 STEAM = """151603712,"The Elder Scrolls V Skyrim",purchase,1.0,0
 151603712,"The Elder Scrolls V Skyrim",play,273.0,0
@@ -156,324 +307,56 @@ def test_steam(tmp_path):
     (tmp_path / "steam-200k.csv").write_text(STEAM)
     data = load("steam-200k", tmp_path, min_core=1)
     assert data.items["title"].tolist() == [
-        "Fallout 4",
-        "Spore",
-        "The Elder Scrolls V Skyrim",
-        "Warhammer 40,000 Dawn of War II",
+        *("Fallout 4", "Spore", "The Elder Scrolls V Skyrim", "Warhammer 40,000 Dawn of War II"),
     ]
     assert data.interactions.to_dict("list") == {
-        "user": [1, 1, 1, 0, 0, 0], "item": [3, 1, 2, 4, 2, 1], "time": [0, 1, 2, 3, 4, 5], "rating": [273.0, 87.0, 0.0, 0.0, 0.0, 0.4],
+        "user": [1, 1, 1, 0, 0, 0], "item": [3, 1, 2, 4, 2, 1], "time": [0, 1, 2, 3, 4, 5],
+        "rating": [273.0, 87.0, 0.0, 0.0, 0.0, 0.4],
     }  # fmt: skip
     assert data.info["skipped"] == {"duplicate": 1} and data.info["skipped_bad"] == []
     assert data.info["skipped_first"] == {"duplicate": "steam-200k.csv line 10"}
-    assert (
-        data.info["order"] == "file order: the data set has no times"
-        and data.info["noun"] == "game"
-    )
-    split = splits.split(data.interactions, 2, "leave-one-out")
-    assert split.test.tolist() == [1, 2]
+    assert data.info["order"] == "file order: the data set has no times"
+    assert splits.split(data.interactions, 2, "leave-one-out").test.tolist() == [1, 2]
 
 
 def test_steam_with_bad_rows(tmp_path):
-    bad = '5250,"Spore",rent,1.0,0\n5250,"Spore",purchase\n5250,,purchase,1.0,0\nx,"Spore",play,1.0,0\n'
-    (tmp_path / "steam-200k.csv").write_text(STEAM * 1 + bad)
-    with pytest.raises(
-        ValueError,
-        match=r"steam-200k.csv: 4 of 14 rows .* 2 x unparsable field \(first: steam-200k.csv line 11\)",
-    ):
+    bad = '9,"Spore",rent,1.0,0\n9,"Spore",purchase\n9,,purchase,1.0,0\nx,"Spore",play,1.0,0\n'
+    (tmp_path / "steam-200k.csv").write_text(STEAM + bad)
+    message = r"steam-200k.csv: 4 of 14 rows .* 2 x unparsable field \(first: .* line 11\)"
+    with pytest.raises(ValueError, match=message):
         load("steam-200k", tmp_path, min_core=1)
     data = load("steam-200k", tmp_path, min_core=1, bad_row_limit=0.3)
     assert data.info["skipped"] == {
-        "wrong number of fields": 1,
-        "unparsable field": 2,
-        "missing field": 1,
-        "duplicate": 1,
-    }
-
-
-# --- own tables --------------------------------------------------------------------------------------------
-
-LOG = """when,who,what
-2024-03-01T10:00:00Z,anna,tea-02
-1709287200,bob,tea-01
-"03 01, 2024",anna,tea-01
-1709294400000,anna,mug
-1709294500,bob,mug
-1709294600,bob,tea-02
-"""
-SHOP = """what,name,kind,since
-tea-01,Earl Grey,"Tea, Black",1830
-tea-02,"Sencha
-""first"" flush",Tea;Green,
-mug,Blue mug,,1999
-"""
-NAMES = {
-    "user": "who",
-    "item": "what",
-    "time": "when",
-    "title": "name",
-    "genres": "kind",
-    "year": "since",
-    "rating": "",
-}
-
-
-def own(folder, log=LOG, shop=SHOP):
-    (folder / "interactions.csv").write_text(log)
-    (folder / "items.csv").write_text(shop)
-    return folder
-
-
-def test_own_tables(tmp_path):
-    data = load("csv", own(tmp_path), min_core=1, columns=NAMES)
-    assert data.items.to_dict("list") == {
-        "item": [1, 2, 3],
-        "title": ["Blue mug", "Earl Grey", 'Sencha "first" flush'],
-        "year": [1999, 1830, 0],
-        "genres": ["", "Tea|Black", "Tea|Green"],
-        "text": [
-            "Blue mug (1999).",
-            "Earl Grey (1830). Genres: Tea, Black.",
-            'Sencha "first" flush. Genres: Tea, Green.',
-        ],
-    }
-    assert data.interactions.to_dict("list") == {
-        "user": [0, 0, 1, 0, 1, 1],
-        "item": [2, 3, 2, 1, 1, 3],
-        "time": [1709251200, 1709287200, 1709287200, 1709294400, 1709294500, 1709294600],
-    }
-    assert (
-        data.info["skipped"] == {}
-        and data.info["noun"] == "item"
-        and data.info["order"] == "time, ties by file order"
-    )
-    assert data.users.to_dict("list") == {"user": [0, 1], "gender": ["", ""], "age": [0, 0]}
-
-
-def test_own_tables_as_parquet_and_gzip_are_the_same(tmp_path):
-    expected = load("csv", own(tmp_path), min_core=1, columns=NAMES)
-    for name in ("interactions", "items"):
-        path = tmp_path / f"{name}.csv"
-        (tmp_path / f"{name}.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
-        path.unlink()
-    packed = load("csv", tmp_path, min_core=1, columns=NAMES)
-    log = pd.read_csv(tmp_path / "interactions.csv.gz")
-    log["when"] = pd.to_datetime(
-        [1709287200, 1709287200, 1709251200, 1709294400, 1709294500, 1709294600], unit="s"
-    )
-    log.to_parquet(tmp_path / "interactions.parquet")
-    shop = pd.read_csv(tmp_path / "items.csv.gz")
-    shop["kind"] = [["Tea", "Black"], ["Tea", "Green"], None]
-    shop.to_parquet(tmp_path / "items.parquet")
-    for name in ("interactions", "items"):
-        (tmp_path / f"{name}.csv.gz").unlink()
-    for data in (packed, load("csv", tmp_path, min_core=1, columns=NAMES)):
-        pd.testing.assert_frame_equal(data.interactions, expected.interactions)
-        pd.testing.assert_frame_equal(data.items, expected.items)
-
-
-def test_own_ids_that_are_numbers_are_ordered_as_numbers(tmp_path):
-    log = "user,item,time,rating\n" + "".join(
-        f"{u},{i},{u + i},{i % 5}\n" for u in (2, 10) for i in (9, 10, 100)
-    )
-    shop = "item,title\n" + "".join(f"{i},Title {i}\n" for i in (100, 9, 10))
-    data = load("csv", own(tmp_path, log, shop), min_core=1)
-    assert (
-        data.items["title"].tolist() == ["Title 9", "Title 10", "Title 100"]
-        and data.items["year"].tolist() == [0] * 3
-    )
-    assert (
-        data.interactions["user"].tolist() == [0, 0, 1, 1, 0, 1] and "rating" in data.interactions
-    )
-    data = load(
-        "csv", own(tmp_path, log.replace("2,9,", "x,9,").replace("2,1", "x,1"), shop), min_core=1
-    )
-    assert data.interactions["user"].tolist() == [1, 1, 0, 0, 1, 0]  # as texts: "10" before "x"
-
-
-def test_own_tables_without_times_are_in_file_order(tmp_path):
-    log = "user,item\n" + "".join(f"{u},{i}\n" for i in (3, 1, 2) for u in (1, 2))
-    data = load(
-        "csv", own(tmp_path, log, "item,title\n1,A\n2,B\n3,C\n"), min_core=1, columns={"time": ""}
-    )
-    assert data.interactions["item"].tolist() == [3, 3, 1, 1, 2, 2]
-    assert data.info["order"] == "file order: no time column was named"
-
-
-def test_a_wrong_column_is_named(tmp_path):
-    own(tmp_path)
-    for changed, message in (
-        (
-            {"user": "whoo"},
-            r"interactions.csv: no column 'whoo' for user_column; the columns are 'when', 'who', 'what'; did you mean 'who'\?",
-        ),
-        (
-            {"time": "timestamp"},
-            r"no column 'timestamp' for time_column; the columns are 'when', 'who', 'what'; set time_column to one of these",
-        ),
-        (
-            {"title": "Name"},
-            r"items.csv: no column 'Name' for title_column; the columns are 'what', 'name', 'kind', 'since'; did you mean 'name'\?",
-        ),
-        (
-            {"genres": "kinds"},
-            r"did you mean 'kind'\? Set genres_column=kind, or leave genres_column empty to do without",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load("csv", tmp_path, min_core=1, columns=NAMES | changed)
-    assert (
-        load("csv", tmp_path, min_core=1, columns=NAMES | {"genres": "genre", "year": ""}).items[
-            "genres"
-        ]
-        == ""
-    ).all()
-
-
-def test_the_columns_are_those_of_the_parameters(tmp_path):
-    params = Params(
-        dataset="csv",
-        data_dir=str(own(tmp_path)),
-        min_core=1,
-        **{f"{need}_column": name for need, name in NAMES.items()},
-    )
-    assert load_for(params).info["n_interactions"] == 6
-    message = r"interactions.csv: no column 'wo' for user_column; .* did you mean 'who'\? Set user_column=who"
-    with pytest.raises(ValueError, match=message):
-        load_for(params.replace(user_column="wo"))
-
-
-def test_own_tables_with_bad_rows(tmp_path):
-    log = (
-        LOG
-        + ",bob,tea-01\n1709294700,bob,tea-09\n1709294800,bob,mug\n1709294900,,mug\n1709295000,carl,mug\nnoon,bob,mug\n1709,b"
-    )
-    data = load(
-        "csv",
-        own(tmp_path, log, SHOP + "mug,Other mug,,\n,Nothing,,\n"),
-        min_core=1,
-        columns=NAMES,
-        bad_row_limit=0.5,
-    )
-    assert data.info["skipped"] == {
-        "unparsable field": 2, "missing field": 2, "cut last line": 1, "duplicate": 2, "item without metadata": 1,
-        "user with fewer than 3 events": 1,
+        "wrong number of fields": 1, "unparsable field": 2, "missing field": 1, "duplicate": 1,
     }  # fmt: skip
-    assert data.info["skipped_first"]["missing field"] == "interactions.csv line 11"
-    assert set(data.info["skipped_bad"]) == {
-        "unparsable field",
-        "missing field",
-        "cut last line",
-        "item without metadata",
-    }
-    with pytest.raises(ValueError, match="interactions.csv: 4 of 13 rows are unusable"):
-        load("csv", tmp_path, min_core=1, columns=NAMES)
 
 
-def test_missing_or_ambiguous_tables_are_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError,
-        match="must hold one of interactions.csv, interactions.csv.gz, interactions.parquet: none is there",
-    ):
-        load("csv", tmp_path)
-    own(tmp_path)
-    (tmp_path / "items.parquet").touch()
-    with pytest.raises(FileNotFoundError, match="one of items.csv.*several of them are there"):
-        load("csv", tmp_path, columns=NAMES)
-    (tmp_path / "interactions.csv").write_text("")
-    with pytest.raises(ValueError, match="interactions.csv: no rows; the file is empty"):
-        load("csv", tmp_path, columns=NAMES)
+# --- where the files are -----------------------------------------------------------------------
 
 
-def test_parquet_with_missing_values_and_floats(tmp_path):
-    log = pd.DataFrame(
-        {"user": [1.0, 1.0, 1.0, np.nan], "item": ["a", "b", "c", "a"], "time": [3, 2, 1, 0]}
-    )
-    log.to_parquet(tmp_path / "interactions.parquet")
-    pd.DataFrame({"item": ["a", "b", "c"], "title": ["A", "B", "C"]}).to_parquet(
-        tmp_path / "items.parquet"
-    )
-    data = load("csv", tmp_path, min_core=1, bad_row_limit=0.3)
-    assert data.info["skipped_first"] == {"missing field": "interactions.parquet line 4"}
-    assert data.interactions["item"].tolist() == [3, 2, 1]
+def test_where_the_files_are_looked_for(tmp_path):
+    assert folder_of("csv", str(tmp_path)) == tmp_path
+    with pytest.raises(FileNotFoundError, match="data_dir='nowhere/at/all'.* is no folder"):
+        folder_of("ml-25m", "nowhere/at/all")
+    message = "steam-200k.csv, for example make all DATASET=steam-200k DATA_DIR=path"
+    with pytest.raises(ValueError, match=message):
+        folder_of("steam-200k")
 
 
-@pytest.mark.parametrize("name", ["interactions", "items"])
-def test_a_damaged_parquet_is_named(tmp_path, name):
-    log = pd.DataFrame(
-        {"user": np.repeat(range(400), 5), "item": np.tile(list("abcde"), 400), "time": range(2000)}
-    )
-    log.to_parquet(tmp_path / "interactions.parquet")
-    pd.DataFrame({"item": list("abcde"), "title": list("ABCDE")}).to_parquet(
-        tmp_path / "items.parquet"
-    )
-    path = tmp_path / f"{name}.parquet"
-    whole = path.read_bytes()
-    damaged = bytearray(whole)
-    damaged[4:60] = b"\xff" * 56  # in the first column's pages: the file opens
-    for content in (b"", b"user,item\n1,2\n", whole[:-20], bytes(damaged)):
-        path.write_bytes(content)
-        with pytest.raises(
-            ValueError,
-            match=rf"{name}.parquet: no parquet file, or a damaged one \(.*\); write or fetch it again",
-        ):
-            load("csv", tmp_path, min_core=1)
-
-
-def test_a_rating_may_be_blank_but_not_a_word(tmp_path):
-    log = "user,item,time,rating\n1,a,1,4.5\n1,b,2,\n1,c,3,  \n1,d,4,good\n1,e,5,nan\n"
-    shop = "item,title\n" + "".join(f"{i},{i.upper()}\n" for i in "abcde")
-    data = load("csv", own(tmp_path, log, shop), min_core=1, bad_row_limit=0.5)
-    assert data.info["skipped"] == {"unparsable field": 2} and data.info["skipped_first"] == {
-        "unparsable field": "interactions.csv line 5"
-    }
-    np.testing.assert_array_equal(data.interactions["rating"], [4.5, np.nan, np.nan])
-    (tmp_path / "interactions.csv").unlink()
-    pd.DataFrame(
-        {"user": 1, "item": list("abc"), "time": range(3), "rating": [4.5, None, 2.0]}
-    ).to_parquet(tmp_path / "interactions.parquet")
-    data = load("csv", tmp_path, min_core=1)
-    np.testing.assert_array_equal(data.interactions["rating"], [4.5, np.nan, 2.0])
-    assert data.info["skipped"] == {}
-
-
-def test_a_broken_gzip_of_own_tables_stops_the_run(tmp_path):
-    own(tmp_path)
-    for name in ("interactions", "items"):
-        text = (tmp_path / f"{name}.csv").read_bytes()
-        (tmp_path / f"{name}.csv").unlink()
-        path = tmp_path / f"{name}.csv.gz"
-        path.write_bytes(
-            gzip.compress(text)[:-8]
-        )  # only the checksum is lost, but nobody can know that
-        with pytest.raises(
-            ValueError,
-            match=rf"{name}.csv.gz line \d: the gzip file breaks off here .* fetch it again, or set bad_row_limit=1",
-        ):
-            load("csv", tmp_path, min_core=1, columns=NAMES, bad_row_limit=0.9)
-        assert load("csv", tmp_path, min_core=1, columns=NAMES, bad_row_limit=1.0).info[
-            "skipped"
-        ] == {"broken gzip": 1}
-        path.write_bytes(gzip.compress(text))
-
-
-# --- what the prompt calls an item ---------------------------------------------------------------------------
+# --- what the prompt calls an item -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "noun, system, asked, reference",
+    "noun, named, asked, reference",
     [
-        ("film", "You recommend films. Explain each recommendation in one or two short sentences: name the film, and link it to films "
-         "the viewer watched and to its genres.", "I watched: A; B.", "You watched B and A, so I think you will like C, a film in the same vein."),
-        ("item", "You recommend items. Explain each recommendation in one or two short sentences: name the item, and link it to items "
-         "the customer chose and to its genres.", "I chose: A; B.", "You chose B and A, so I think you will like C, an item in the same vein."),
+        ("film", "films the viewer watched", "I watched: A; B.", "a film in the same vein."),
+        ("item", "items the customer chose", "I chose: A; B.", "an item in the same vein."),
     ],
-)  # fmt: skip
-def test_the_prompt_and_the_reference_speak_of_what_the_data_set_holds(
-    noun, system, asked, reference
-):
+)
+def test_prompt_and_reference_speak_of_what_the_data_set_holds(noun, named, asked, reference):
     items = pd.DataFrame({"item": [1, 2, 3], "title": ["A", "B", "C"], "year": 0, "genres": ""})
-    (record,) = prompts.build_records(items, [np.array([1, 2])], np.array([[3]]), [(0, 1)], 5, noun)
-    chat = prompts.messages(record)
-    assert chat[0]["content"] == system and chat[1]["content"].startswith(asked)
-    assert reference_line(record | {"user": 2}) == reference
+    histories, top = [np.array([1, 2])], np.array([[3]])
+    (record,) = prompts.build_records(items, histories, top, [(0, 1)], 5, noun)
+    system, user = prompts.messages(record)
+    assert f"link it to {named}" in system["content"] and user["content"].startswith(asked)
+    assert reference_line(record | {"user": 2}).endswith(reference)
