@@ -15,9 +15,12 @@ the mean of sampled clicks and less variance.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Self
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from recrl_lib.params import Params
 from recrl_lib.scoring.claims import words
@@ -42,13 +45,13 @@ class ClickModel:
             raise ValueError(f"{self}: weights must be finite and user_std not negative")
 
     @classmethod
-    def of(cls, params: Params) -> "ClickModel":
+    def of(cls, params: Params) -> Self:
         """The model that a run's ``sim_*`` parameters state."""
         names = ("sim_alpha", "sim_beta", "sim_bias", "sim_user_std", "sim_position")
         return cls(*(getattr(params, name) for name in names))
 
     def probabilities(
-        self, score: np.ndarray, quality: np.ndarray, position: np.ndarray, user_noise: np.ndarray
+        self, score: ArrayLike, quality: ArrayLike, position: ArrayLike, user_noise: np.ndarray
     ) -> np.ndarray:
         """Click probability (n,) of each user.
 
@@ -63,7 +66,7 @@ class ClickModel:
         """
         given = {"score": score, "quality": quality, "position": position}
         for name, values in given.items():
-            if np.shape(values) != user_noise.shape or not np.isfinite(values).all():
+            if np.shape(values) != user_noise.shape or not np.all(np.isfinite(values)):
                 raise ValueError(
                     f"click model: {name} must be finite, one for each of {len(user_noise)} users"
                 )
@@ -74,7 +77,7 @@ class ClickModel:
         return sigmoid(self.bias + weighted + self.user_std * user_noise + discount)
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: ArrayLike) -> np.ndarray:
     """Logistic function without overflow at either end."""
     return 0.5 * (1 + np.tanh(0.5 * np.asarray(x, np.float64)))
 
@@ -101,19 +104,16 @@ def sensitivity(
     base, mine = (table[table["arm"] == name] for name in ("base", arm))
     rows = []
     for first, second in ASSUMPTIONS:
-        for i in FACTORS:
-            for j in FACTORS:
-                changed = {first: i * getattr(model, first), second: j * getattr(model, second)}
-                clicked = [
-                    replace(model, **changed)
-                    .probabilities(score, part["quality"], base["position"], user_noise)
-                    .mean()
-                    for part in (mine, base)
-                ]
-                rows.append((arm, first, second, i, j, clicked[0] / clicked[1]))
-    return pd.DataFrame(
-        rows, columns=["arm", "first", "second", "first_factor", "second_factor", "lift"]
-    )
+        for i, j in product(FACTORS, FACTORS):
+            weights = {first: i * getattr(model, first), second: j * getattr(model, second)}
+            changed, place = replace(model, **weights), base["position"]
+            ctr = [
+                changed.probabilities(score, part["quality"], place, user_noise).mean()
+                for part in (mine, base)
+            ]
+            rows.append((arm, first, second, i, j, ctr[0] / ctr[1]))
+    columns = ["arm", "first", "second", "first_factor", "second_factor", "lift"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 # --- the published account's click model (arXiv 2601.03608), where quality is length alone

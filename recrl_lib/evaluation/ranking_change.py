@@ -88,9 +88,11 @@ def places_kept(
     return {name: ((stayed & mask).sum(1), mask.sum(1)) for name, mask in theirs.items()}
 
 
-def relative_change(vectors: Tensor, base: Tensor) -> float:
-    """Frobenius norm of the difference over that of ``base``."""
-    return float((vectors - base).norm() / base.norm())
+def relative_change(vectors: Tensor | None, base: Tensor | None, items: Tensor) -> float:
+    """Frobenius norm of the change of the ``items``' vectors over that of ``base``; 0 without any."""
+    if vectors is None or base is None:
+        return 0.0
+    return float((vectors[items] - base[items]).norm() / base[items].norm())
 
 
 def _changes(
@@ -109,7 +111,7 @@ def _changes(
     out = {}
     for name, items in rows.items():
         out[name] = {
-            "item_change": 0.0 if text is None else relative_change(text[items], study.text[items]),
+            "item_change": relative_change(text, study.text, items),
             "max_abs_score_delta": largest[name],
             "mean_abs_score_delta": total[name] / (len(history) * len(items)),
         }

@@ -5,40 +5,40 @@ users are resampled together. All measures of a table go through it at once.
 """
 
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 from scipy.special import ndtri
 
-Array = np.ndarray
 LEVEL = 0.95  # coverage of every interval
 
 
 class Interval(NamedTuple):
-    """A mean or ratio with the ends of its 95 % interval: numbers, or arrays (M,) of M measures."""
+    """A mean or ratio with the ends of its 95 % interval: arrays (M,) of M measures, or numbers."""
 
-    value: Array
-    low: Array
-    high: Array
+    value: Any
+    low: Any
+    high: Any
 
 
-def bootstrap(num: Array, den: Array | float, resamples: int, rng: np.random.Generator) -> Interval:
+def bootstrap(num: ArrayLike, den: ArrayLike, resamples: int, rng: np.random.Generator) -> Interval:
     """``mean(num) / mean(den)`` over users with a percentile interval.
 
     Args:
-        num: values (..., U), one a user; all rows see the same resamples.
-        den: what the mean is divided by, same shape: 1 for a mean, a 0/1 mask where some users have
+        num: Values (..., U), one a user; all rows see the same resamples.
+        den: What the mean is divided by, same shape: 1 for a mean, a 0/1 mask where some users have
             no value, the other arm's clicks for a lift.
-        resamples: how often the users are drawn.
-        rng: source of the resamples.
+        resamples: How often the users are drawn.
+        rng: Source of the resamples.
 
-    Returns: Arrays (...,). The ends are NaN where the mean of ``den`` is 0 or changes sign among
-    the resamples: such a ratio has no interval.
+    Returns:
+        Arrays (...,). The ends are NaN where the mean of ``den`` is 0 or changes sign among the
+        resamples: such a ratio has no interval.
 
     Raises:
-        ValueError: no users, unequal shapes, or a number that is not finite.
+        ValueError: No users, unequal shapes, or a number that is not finite.
     """
     num, den = np.asarray(num, np.float64), np.asarray(den, np.float64)
     if den.ndim == 0:
@@ -47,12 +47,12 @@ def bootstrap(num: Array, den: Array | float, resamples: int, rng: np.random.Gen
         raise ValueError(f"bootstrap: shapes {num.shape} and {den.shape}; give one number a user")
     if not (np.isfinite(num).all() and np.isfinite(den).all()):
         raise ValueError("bootstrap: a value is not finite; leave that user out")
-    centre = den.mean(-1)
+    sign = np.sign(den.mean(-1, keepdims=True))
 
-    def ratio(a: Array, b: Array, axis: int = -1) -> Array:
+    def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
         a, b = a.mean(axis), b.mean(axis)
-        whole = centre.reshape(centre.shape + (1,) * (b.ndim - centre.ndim))
-        return np.divide(a, b, out=np.full(a.shape, np.nan), where=b * whole > 0)
+        kept = b * (sign if b.ndim == num.ndim else sign[..., 0]) > 0
+        return np.divide(a, b, out=np.full(a.shape, np.nan), where=kept)
 
     value = ratio(num, den)
     if num.shape[-1] == 1:  # scipy refuses a single user
@@ -68,7 +68,7 @@ def bootstrap(num: Array, den: Array | float, resamples: int, rng: np.random.Gen
 
 
 def bootstrap_mean(
-    x: Array, resamples: int, rng: np.random.Generator
+    x: ArrayLike, resamples: int, rng: np.random.Generator
 ) -> tuple[float, float, float]:
     """Mean of ``x`` (U,) with its interval over users: (mean, low, high)."""
     value, low, high = bootstrap(x, 1.0, resamples, rng)
@@ -76,7 +76,7 @@ def bootstrap_mean(
 
 
 def paired_bootstrap_diff(
-    a: Array, b: Array, resamples: int, rng: np.random.Generator
+    a: ArrayLike, b: ArrayLike, resamples: int, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
     """mean(``a``) - mean(``b``) of the same users (U,): (difference, low, high, p), p as in
     ``paired_p``."""
@@ -86,9 +86,9 @@ def paired_bootstrap_diff(
     return *bootstrap_mean(a - b, resamples, rng), float(paired_p(a - b, resamples, rng))
 
 
-def paired_p(difference: Array, resamples: int, rng: np.random.Generator) -> Array:
-    """Two-sided p (...,) of paired differences (..., U) under random signs: exact if 2^U <=
-    ``resamples``."""
+def paired_p(difference: ArrayLike, resamples: int, rng: np.random.Generator) -> Any:
+    """Two-sided p (...,) of paired differences (..., U) under random signs; exact where there are
+    at most ``resamples`` choices of signs."""
     difference = np.atleast_1d(np.asarray(difference, np.float64))
     if difference.shape[-1] == 1:
         return np.ones(difference.shape[:-1])
@@ -99,34 +99,32 @@ def paired_p(difference: Array, resamples: int, rng: np.random.Generator) -> Arr
 
 
 def crossed_mean(
-    x: Array, seeds: Sequence, users: Sequence, resamples: int, rng: np.random.Generator
+    x: ArrayLike, seeds: ArrayLike, users: ArrayLike, resamples: int, rng: np.random.Generator
 ) -> tuple[float, float, float]:
     """Mean of ``x`` (N,), one value a seed and user, with an interval for new seeds and new users.
 
     Both are resampled, and a value counts as often as its seed times as often as its user (the
     pigeonhole bootstrap, Owen 2007, doi 10.1214/07-AOAS122); scipy resamples one of them only.
-    ``seeds`` and ``users`` (N,) are labels; a user that several seeds share is one user. With one
-    seed this is ``bootstrap_mean``. Three seeds have only ten different resamples, so report their
-    number. Without effects of seeds and users it is too wide, by up to the root of 3.
+    ``seeds`` and ``users`` (N,) are labels; a user that several seeds share is one user. Three
+    seeds have only ten different resamples, so report their number. Without effects of seeds and
+    users the interval is too wide, by up to the root of 3.
     """
     x = np.asarray(x, np.float64)
-    if not len(x) == len(seeds) == len(users):
-        raise ValueError(
-            f"crossed_mean: {len(x)} values, {len(seeds)} seeds, {len(users)} users: label each value"
-        )
+    sizes = (len(x), np.size(seeds), np.size(users))
+    if len(set(sizes)) > 1:
+        raise ValueError("crossed_mean: {} values, {} seeds, {} users".format(*sizes))
     weights = np.ones((resamples, len(x)))
     for labels in (seeds, users):
         names, index = np.unique(labels, return_inverse=True)
-        weights *= rng.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)[
-            :, index
-        ]
+        times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+        weights *= times[:, index]
     total = weights.sum(1)  # 0 where no drawn seed has a drawn user
     means = (weights @ x)[total > 0] / total[total > 0]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(x.mean()), float(low), float(high)
 
 
-def holm(p: Array) -> Array:
+def holm(p: ArrayLike) -> np.ndarray:
     """Holm's (1979) adjusted p-values (m,): rejecting those <= a keeps the chance of any false
     rejection at a."""
     p = np.asarray(p, np.float64)
@@ -147,7 +145,7 @@ def minimum_detectable(std: float, n: int, power: float = 0.8) -> float:
     return float((ndtri((1 + LEVEL) / 2) + ndtri(power)) * std / np.sqrt(n))
 
 
-def rank_correlation(a: Array, b: Array) -> tuple[float, float, float]:
+def rank_correlation(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float]:
     """Spearman's rank correlation of ``a`` and ``b`` (n,) with its interval: (rho, low, high).
 
     The interval is Bonett and Wright's (2000, doi 10.1007/BF02294183): normal in atanh(rho),
@@ -158,14 +156,14 @@ def rank_correlation(a: Array, b: Array) -> tuple[float, float, float]:
         raise ValueError(
             f"rank_correlation: needs four pairs or more, not all equal; got {len(a)} and {len(b)}"
         )
-    rho = float(np.clip(scipy_stats.spearmanr(a, b).statistic, -1, 1))
+    rho = float(np.clip(scipy_stats.spearmanr(a, b)[0], -1, 1))
     if abs(rho) > 1 - 1e-12:
         return rho, rho, rho
     reach = ndtri((1 + LEVEL) / 2) * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
     return rho, float(np.tanh(np.arctanh(rho) - reach)), float(np.tanh(np.arctanh(rho) + reach))
 
 
-def ratio_influence(num: Array, den: Array) -> Array:
+def ratio_influence(num: ArrayLike, den: ArrayLike) -> np.ndarray:
     """(U,): mean-zero values whose spread / sqrt(U) is the standard error of the ratio of means
     (delta method)."""
     num, den = np.asarray(num, np.float64), np.asarray(den, np.float64)
