@@ -90,7 +90,7 @@ verify: $(STAMP)
 sync-reference: $(STAMP)
 	@$(PY) -m recrl_lib.pipeline.publish --run $(RUN)
 
-## publish the full frontier of a run's notebook 04, and refresh the README: make sync-frontier RUN=front
+## publish the full frontier of a run's notebook 04: make sync-frontier RUN=front
 sync-frontier: $(STAMP)
 	@$(PY) -m recrl_lib.pipeline.publish --frontier --run $(RUN)
 
