@@ -93,7 +93,7 @@ def missing(stage: str, rows: Iterable[Result]) -> list[str]:
 
 
 def as_csv(rows: Iterable[Result], audit: bool = False) -> str:
-    """The table as text. Floats are written by ``repr`` (whole ones as integers), so they are exact."""
+    """The table as text. Floats are written by ``repr`` (whole ones as integers): exactly."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     columns = (*COLUMNS, "passed") if audit else COLUMNS
@@ -108,8 +108,8 @@ def read_results(run: str, stage: str) -> pd.DataFrame:
     """The table of results that a stage wrote.
 
     Returns:
-        The columns of ``Result``: text (``""`` where empty) and floats (NaN where empty); ``passed``
-        for the audit only.
+        The columns of ``Result``: text (``""`` where empty), then floats (NaN where empty);
+        ``passed`` for the audit only.
 
     Raises:
         RuntimeError: The file is missing or lacks a column.
@@ -132,7 +132,8 @@ def value(
 ) -> float:
     """The value with this key in a table of results. ``ValueError`` unless there is exactly one."""
     key = dict(zip(KEY, (arm, against, group, measure)))
-    rows = table[[tuple(row) == tuple(key.values()) for row in table[list(key)].to_numpy()]]
-    if len(rows) != 1:
-        raise ValueError(f"{key}: {len(rows)} results have this key, one is needed")
-    return float(rows["value"].iloc[0])
+    rows = zip(*(table[name] for name in (*KEY, "value")))
+    found = [row[-1] for row in rows if row[:-1] == tuple(key.values())]
+    if len(found) != 1:
+        raise ValueError(f"{key}: {len(found)} results have this key, one is needed")
+    return float(found[0])

@@ -179,10 +179,6 @@ class PPOParams(StageParams):
     processes: int = _p(1, "data-parallel processes; must divide prompts_per_step", 1)
     tracker: Tracker = _p("none", "mirrors the curves")
 
-    @property
-    def samples_per_step(self) -> int:
-        return self.prompts_per_step * self.samples_per_prompt
-
 
 class EvaluationParams(StageParams):
     eval_users: int = _p(24, "held-out users whose explanations are judged", 2)
@@ -241,11 +237,6 @@ _OWNERS: dict[str, type[StageParams]] = {
 }  # fmt: skip
 
 
-def _fits_trl(p: Params) -> bool:
-    """Whether TRL's trainers, which do not know these settings, would still do what is asked."""
-    return p.lr_schedule == "constant" and not p.kl_target and not p.stop_kl and p.processes == 1
-
-
 # What must hold between parameters: the one to name, the remedy, the rule.
 RULES: tuple[tuple[str, str, Callable[[Params], bool]], ...] = (
     ("run", "that folder holds the published runs; choose another name",
@@ -258,12 +249,14 @@ RULES: tuple[tuple[str, str, Callable[[Params], bool]], ...] = (
      lambda p: p.shield_penalty > 0 or p.shield_mode != "penalty"),
     ("shield_replay_steps", "nothing to replay by; give shield_penalty a weight, 1000.0 say",
      lambda p: p.shield_penalty > 0 or p.shield_replay_steps == 0),
-    ("minibatches", "must divide prompts_per_step x samples_per_prompt = {p.samples_per_step}",
-     lambda p: p.samples_per_step % p.minibatches == 0),
+    ("minibatches", "must divide prompts_per_step x samples_per_prompt = "
+     "{p.prompts_per_step} x {p.samples_per_prompt}",
+     lambda p: p.prompts_per_step * p.samples_per_prompt % p.minibatches == 0),
     ("processes", "must divide prompts_per_step={p.prompts_per_step}",
      lambda p: p.prompts_per_step % p.processes == 0),
     ("algorithm", "lr_schedule, kl_target, stop_kl and processes work with 'ppo' only",
-     lambda p: p.algorithm == "ppo" or _fits_trl(p)),
+     lambda p: p.algorithm == "ppo"
+     or (p.lr_schedule, p.kl_target, p.stop_kl, p.processes) == ("constant", 0.0, 0.0, 1)),
     ("dtype", "{p.algorithm!r} trains in float32; use 'auto' or 'float32'",
      lambda p: p.algorithm == "ppo" or p.dtype != "bfloat16"),
 )  # fmt: skip
@@ -296,8 +289,7 @@ def choices(name: str) -> tuple[str, ...]:
 
 def kind_of(name: str) -> type:
     """``bool``, ``int``, ``float`` or ``str``."""
-    annotation = Params.model_fields[name].annotation
-    return str if choices(name) or annotation is None else annotation
+    return type(Params.model_fields[name].default)
 
 
 def owned_by(stage: str) -> list[str]:

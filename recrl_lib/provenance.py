@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grimp
+from grimp.exceptions import SourceSyntaxError
 
 from recrl_lib import paths
 from recrl_lib.params import Params, owned_by, stage_named
@@ -69,7 +70,7 @@ def source(cell: dict) -> str:
 def stage_key(stage: str, params: Params) -> str:
     """Sha256 over all that decides a stage's result: while it is the same, no run is needed.
 
-    It covers the code of the notebook (not prose, outputs or the parameters cell) and of the library
+    It covers the code of the notebook (not prose, outputs or the parameters cell), the library
     modules it imports, the parameters that the stage owns except the run's name, the contents of
     files that no stage wrote, and the keys of the stages it needs. Two runs with equal keys of a
     stage can share what it wrote.
@@ -132,7 +133,7 @@ def library_closure(cells: list[str]) -> dict[str, str]:
     files = {_module_name(file): file for file in sorted(paths.LIBRARY.rglob("*.py"))}
     try:
         graph = _graph(PACKAGE, tuple((str(f), f.stat().st_mtime_ns) for f in files.values()))
-    except grimp.exceptions.SourceSyntaxError as error:
+    except SourceSyntaxError as error:
         raise SyntaxError(str(error)) from None
     found: set[str] = set()
     todo = {name for cell in cells for name in _imported(cell)} & files.keys()

@@ -234,7 +234,7 @@ def _seed_everything(seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
     if device.type == "cpu":  # repeatable bit for bit; on CUDA this costs speed and only warns
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
 
 
 class StageRun:
@@ -370,7 +370,9 @@ class StageRun:
 
     def results(self, rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> None:
         """Add rows to the table of results: mappings, or a table, with the columns of ``Result``."""
-        for given in rows.to_dict("records") if hasattr(rows, "to_dict") else rows:
+        import pandas as pd
+
+        for given in rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows:
             row = measures.parsed(given)
             if row.key in self._results:
                 raise ValueError(

@@ -118,5 +118,5 @@ def explanation_frame(
 
 def top_array(frame: pd.DataFrame, arm: str) -> np.ndarray:
     """One arm's rows of the ``top10`` table as an array (U, 10) of items, best first."""
-    rows = frame[frame["arm"] == arm].sort_values(["user", "position"])
+    rows = frame.loc[frame["arm"] == arm].sort_values(["user", "position"])
     return rows["item"].to_numpy().reshape(-1, TOP_K)
