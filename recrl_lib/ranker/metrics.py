@@ -88,7 +88,7 @@ def kendall_tau_top_k(base_top: np.ndarray, new_top: np.ndarray) -> np.ndarray:
         ranks = np.full((2, len(items)), base_top.shape[1])
         for row, top in zip(ranks, (base_top[user], new_top[user])):
             row[np.searchsorted(items, top)] = np.arange(len(top))
-        out[user] = kendalltau(*ranks).statistic
+        out[user] = kendalltau(*ranks)[0]
     return out
 
 

@@ -143,7 +143,7 @@ def _ranks_in(blocks: Callable[[], Chunks], targets: np.ndarray, first_user: int
 
 
 def rank(
-    model: SASRec, histories: Sequence[Sequence[int]], k: int, text: Tensor | None
+    model: SASRec, histories: Sequence[Sequence[int] | np.ndarray], k: int, text: Tensor | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ``k`` best unseen items of each history; the users may be unknown to training.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
@@ -34,6 +35,9 @@ class SASRec(nn.Module):
     In training a share ``item_dropout`` of the items read is zeroed. All weights are drawn from
     ``seed``. With ``text_dim`` > 0 call ``fit_text`` before the first use.
     """
+
+    text_mean: Tensor
+    text_scale: Tensor
 
     def __init__(
         self,
@@ -78,30 +82,25 @@ class SASRec(nn.Module):
             self.distances.copy_(-torch.arange(max_len)[:, None] * slopes)
 
     def fit_text(self, text: Tensor) -> None:
-        """Take the constants of ``norm`` from the base LLM's ``text``, (I+1, text_dim) with row 0 =
-        padding.
-        """
-        self._check_text(text)
+        """Take the constants of ``norm`` from the base LLM's vectors, (I+1, text_dim)."""
+        self._projection(text)
         rows = text[1:].double()
         self.text_mean.copy_(rows.mean(0))
         std = rows.std(0, correction=0).clamp_min(1e-6)  # a constant feature stays 0, not 0/0
         self.text_scale.copy_(std * text.shape[1] ** 0.5)
 
     def item_table(self, text: Tensor | None, items: Tensor | None = None) -> Tensor:
-        """Item vectors (I+1, dim), row 0 zero. ``text=None`` leaves W norm(t) out: the ranking
-        without the LLM.
+        """Item vectors (I+1, dim), row 0 zero; without ``text`` W norm(t) is left out.
 
         With ``items``, int64 (n,) whose first is 0, only their rows: (n, dim).
         """
         table = self.items.weight if items is None else self.items(items)
         if text is not None:
-            self._check_text(text)
+            projection = self._projection(text)
             if self.text_mean.isnan().any():
-                raise RuntimeError(
-                    "SASRec.item_table: call fit_text with the base LLM's vectors first"
-                )
+                raise RuntimeError("SASRec: call fit_text with the base LLM's vectors first")
             text = text if items is None else text[items]
-            table = table + self.text((text - self.text_mean) / self.text_scale)
+            table = table + projection((text - self.text_mean) / self.text_scale)
         return torch.cat([torch.zeros_like(table[:1]), table[1:]])
 
     @torch.no_grad()
@@ -109,28 +108,24 @@ class SASRec(nn.Module):
         """``item_table`` without a gradient, on the model's device."""
         return self.item_table(None if text is None else text.to(self.device))
 
-    def _check_text(self, text: Tensor) -> None:
+    def _projection(self, text: Tensor) -> nn.Linear:
+        """W, once the shape of ``text`` is checked."""
         if self.text is None:
-            raise ValueError(
-                "SASRec: text vectors given to a ranker built with text_dim=0; pass text=None"
-            )
+            raise ValueError("SASRec: a ranker with text_dim=0 reads no text; pass text=None")
         expected = (self.items.num_embeddings, self.text.in_features)
-        if tuple(text.shape) != expected:
-            raise ValueError(
-                f"SASRec: text has shape {tuple(text.shape)}, expected (I+1, text_dim) = {expected}"
-            )
+        if text.shape != expected:
+            shape = tuple(text.shape)
+            raise ValueError(f"SASRec: text is {shape}, expected (I+1, text_dim) = {expected}")
+        return self.text
 
     def forward(self, histories: Tensor, table: Tensor) -> Tensor:
-        """States (B, L, dim) after each item of ``histories``, int64 (B, L) left-padded with 0, L
-        <= max_len.
+        """States (B, L, dim) after each item of ``histories``, int64 (B, L) left-padded with 0.
 
         The state at position j has seen items 1..j only. Rows at padded positions are meaningless.
         """
         length = histories.shape[1]
         if length > self.max_len:
-            raise ValueError(
-                f"SASRec: histories of length {length} exceed max_len={self.max_len}; cut them"
-            )
+            raise ValueError(f"SASRec: histories of length {length} exceed max_len={self.max_len}")
         real = histories > 0
         place = torch.arange(length, device=histories.device)
         back = place[:, None] - place  # how far before the query the key is
@@ -191,12 +186,10 @@ def add_items(model: SASRec, text: Tensor, rows: Tensor) -> tuple[SASRec, Tensor
     Returns:
         The frozen larger ranker, and ``text`` with ``rows`` appended.
     """
-    model._check_text(text)
+    model._projection(text)
     if rows.ndim != 2 or rows.shape[1] != text.shape[1]:
-        raise ValueError(
-            f"add_items: rows have shape {tuple(rows.shape)}, "
-            f"expected (n, text_dim) = (n, {text.shape[1]})"
-        )
+        shape, width = tuple(rows.shape), text.shape[1]
+        raise ValueError(f"add_items: rows are {shape}, expected (n, text_dim) = (n, {width})")
     larger = SASRec(**{**model.arguments, "n_items": model.n_items + len(rows)})
     state = model.state_dict()
     state["items.weight"] = F.pad(state["items.weight"], (0, 0, 0, len(rows)))
@@ -209,9 +202,8 @@ def state_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(
-            value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )  # NumPy has no bfloat16
+        flat = value.detach().cpu().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()
 
 
@@ -222,32 +214,26 @@ def freeze(model: SASRec) -> SASRec:
 
 def save(model: SASRec, path: Path) -> None:
     """Weights and constructor arguments as safetensors, written whole or not at all."""
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomic(path, safetensors_bytes(tensors, metadata={"sasrec": json.dumps(model.arguments)}))
 
 
 def load(path: Path) -> SASRec:
     """The model that ``save`` wrote, on the CPU, frozen.
 
-    Raises ``FileNotFoundError`` or ``ValueError``.
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: It is damaged or holds something else.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; run notebooks/02_ranker.ipynb first")
     try:
         with safe_open(path, framework="pt") as file:
-            arguments = (file.metadata() or {}).get("sasrec")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
+            arguments = file.metadata()["sasrec"]
+        model = SASRec(**json.loads(arguments))
+        model.load_state_dict(load_file(path))
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"{path}: not a whole safetensors file ({error}); run the ranker notebook again"
+            f"{path}: not a stored SASRec ({error}); run notebooks/02_ranker.ipynb again"
         ) from None
-    if arguments is None:
-        raise ValueError(f"{path}: no SASRec in this file (metadata field 'sasrec' is missing)")
-    model = SASRec(**json.loads(arguments))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: weights do not fit the stored arguments ({error})") from None
     return freeze(model)

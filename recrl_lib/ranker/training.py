@@ -1,5 +1,7 @@
 """Training of SASRec: batches, loss, early stopping, averaged weights."""
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -77,6 +79,7 @@ def _train(
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=params.ranker_lr, fused=True)
     average, rng = averaged(model, params.ranker_average), np.random.default_rng(seed)
+    kept = cast(SASRec, average.module)
     best, best_epoch, best_state, curve = -1.0, 0, {}, []
     for epoch in track(range(1, params.ranker_epochs + 1), "ranker"):
         total, count = 0.0, 0
@@ -87,12 +90,12 @@ def _train(
             optimizer.step()
             average.update_parameters(model)
             total, count = total + loss.item() * positions, count + positions
-        ranks = target_ranks(average.module, split.train, split.valid, text)
+        ranks = target_ranks(kept, split.train, split.valid, text)
         ndcg = float(ndcg_at(ranks, TOP_K).mean())
         curve.append({"epoch": epoch, "loss": total / count, "valid_ndcg@10": ndcg})
         if ndcg > best:
             best, best_epoch = ndcg, epoch
-            best_state = {k: v.clone() for k, v in average.module.state_dict().items()}
+            best_state = {k: v.clone() for k, v in kept.state_dict().items()}
         if epoch - best_epoch >= params.ranker_patience:
             break
     model.load_state_dict(best_state)
@@ -102,10 +105,10 @@ def _train(
 def averaged(model: SASRec, decay: float) -> AveragedModel:
     """The moving average of ``model``'s weights; its first steps are forgotten sooner."""
 
-    def update(kept: list[Tensor], current: list[Tensor], step: int) -> None:
-        torch._foreach_lerp_(kept, current, 1.0 - min(decay, float(step) / (float(step) + 9)))
+    def update(kept: Tensor, current: Tensor, step: Tensor | int) -> Tensor:
+        return kept.lerp(current, 1.0 - min(decay, float(step) / (float(step) + 9)))
 
-    average = AveragedModel(model, multi_avg_fn=update)
+    average = AveragedModel(model, avg_fn=update)
     average.n_averaged.fill_(1)  # else the first update replaces the start instead of averaging
     return average
 

@@ -141,21 +141,19 @@ def test_save_and_load(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, error",
+    "content",
     [
-        (lambda whole: whole[:-100], "ranker.safetensors: not a whole safetensors file"),
-        (lambda _: sasrec.safetensors_bytes({"x": torch.zeros(2)}), "no SASRec in this file"),
-        (
-            lambda _: sasrec.safetensors_bytes({"x": torch.zeros(2)}, {"sasrec": '{"n_items": 3}'}),
-            "weights do not fit",
-        ),
+        lambda whole: whole[:-100],
+        lambda _: sasrec.safetensors_bytes({"x": torch.zeros(2)}),
+        lambda _: sasrec.safetensors_bytes({"x": torch.zeros(2)}, {"sasrec": '{"n_items": 3}'}),
+        lambda _: sasrec.safetensors_bytes({"x": torch.zeros(2)}, {"sasrec": '{"films": 3}'}),
     ],
 )
-def test_load_names_what_is_wrong(tmp_path, content, error):
+def test_load_names_what_is_wrong(tmp_path, content):
     path = tmp_path / "ranker.safetensors"
     with pytest.raises(FileNotFoundError, match="run notebooks/02"):
         sasrec.load(path)
     sasrec.save(small(), path)
     path.write_bytes(content(path.read_bytes()))
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match="ranker.safetensors: not a stored SASRec"):
         sasrec.load(path)
