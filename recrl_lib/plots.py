@@ -14,12 +14,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Image
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    LogLocator,
-    NullFormatter,
-    PercentFormatter,
-    ScalarFormatter,
-)
+from matplotlib.ticker import PercentFormatter
 
 from recrl_lib import paths
 from recrl_lib.runs import write_atomic
@@ -88,78 +83,6 @@ def save(fig: Figure, run: str, name: str, alt: str) -> Image:
     plt.close(fig)  # or a notebook would show it a second time
     write_atomic(paths.FIGURES / run / f"{name}.svg", drawn.getvalue())
     return Image(shown.getvalue(), alt=alt)
-
-
-# --- 01 data ---------------------------------------------------------------------------------
-
-
-def data_overview(interactions: pd.DataFrame, items: pd.DataFrame) -> Figure:
-    """Popularity, history lengths, and each genre's share of the items and of the ratings.
-
-    An item of several genres counts in each.
-    """
-    fig, (popularity, length, genre) = plt.subplots(
-        1, 3, figsize=(11, 3.8), width_ratios=(1, 1, 1.3)
-    )
-    counts = interactions["item"].value_counts().to_numpy()
-    popularity.loglog(np.arange(1, len(counts) + 1), counts, color=PALETTE[0])
-    popularity.set(title="Popularity", xlabel="item, by rank of popularity", ylabel="ratings")
-
-    lengths = interactions["user"].value_counts().to_numpy()
-    length.hist(
-        lengths,
-        bins=np.geomspace(lengths.min(), lengths.max() + 1, 25),
-        color=PALETTE[0],
-        edgecolor="black",
-    )
-    length.axvline(
-        np.median(lengths), color="black", linestyle="--", label=f"median {np.median(lengths):g}"
-    )
-    length.set(title="History length", xlabel="ratings of a user", ylabel="users", xscale="log")
-    length.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    length.xaxis.set_major_formatter(ScalarFormatter())
-    length.xaxis.set_minor_formatter(NullFormatter())
-    length.legend()
-
-    shares = genre_shares(interactions, items)
-    y = np.arange(len(shares))
-    genre.barh(
-        y - 0.2,
-        shares["items"],
-        0.4,
-        color=PALETTE[7],
-        edgecolor="black",
-        linewidth=0.5,
-        label="of items",
-    )
-    genre.barh(
-        y + 0.2,
-        shares["ratings"],
-        0.4,
-        color=PALETTE[0],
-        edgecolor="black",
-        linewidth=0.5,
-        hatch="///",
-        label="of ratings",
-    )
-    genre.set_yticks(y, shares.index, fontsize=8)
-    genre.set_ylim(len(shares) - 0.4, -0.6)
-    genre.set(title="Genres", xlabel="share")
-    genre.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    genre.grid(axis="y", visible=False)
-    genre.legend(loc="lower right")
-    return fig
-
-
-def genre_shares(interactions: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
-    """Share of ``items`` and ``ratings`` of each genre, the largest share of ratings first."""
-    pairs = items[["item", "genres"]].assign(genre=items["genres"].str.split("|")).explode("genre")
-    pairs = pairs[pairs["genre"].fillna("") != ""]
-    rated = interactions["item"].value_counts()
-    among = pairs["genre"].value_counts() / len(items)
-    ratings = pairs["item"].map(rated).fillna(0).groupby(pairs["genre"]).sum() / len(interactions)
-    table = pd.DataFrame({"items": among, "ratings": ratings}).rename_axis("genre").reset_index()
-    return table.sort_values(["ratings", "genre"], ascending=[False, True]).set_index("genre")
 
 
 # --- 04 shield, 09 report --------------------------------------------------------------------
