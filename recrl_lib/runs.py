@@ -369,7 +369,7 @@ class StageRun:
         self.results([{"measure": measure, "value": value, **columns}])
 
     def results(self, rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> None:
-        """Add rows to the table of results: mappings, or a table, with the columns of ``Result``."""
+        """Add rows to the table of results: mappings, or a table, with columns of ``Result``."""
         import pandas as pd
 
         for given in rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows:

@@ -19,11 +19,12 @@ from functools import lru_cache
 import numpy as np
 
 from recrl_lib.explainer.prompts import Record, check_records, real_genres
+from recrl_lib.params import choices
 from recrl_lib.scoring.claims import SMALL, Catalogue, distinct_share, words
 
 PARTS = ("length", "relevance", "coherence")
 WEIGHTS = (0.5, 0.3, 0.2)
-VARIANTS = ("grounded", "paper")
+VARIANTS = choices("reward")
 
 PAPER_WORDS, PAPER_HITS, PAPER_SENTENCES = 40, 3, 2
 # Words: full marks from 14 (24 new tokens hold about 17) to 45, none at 0 and from 90 on.
