@@ -1,4 +1,4 @@
-"""A closed-form linear map from tuned item vectors back to the base vectors."""
+"""A closed-form linear map from tuned item vectors back to the base vectors (mode ``align``)."""
 
 from dataclasses import dataclass
 
@@ -6,23 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# --- afterwards: the linear map of mode align -----------------------------------------------------
-
 
 @dataclass
 class Alignment:
-    """``t -> mean + (t - mean) M``: takes new item vectors back to where the ranker expects them."""
+    """``t -> old_mean + (t - new_mean) M``: takes tuned item vectors back to the base vectors."""
 
     matrix: Tensor  # M (d, d)
-    old_mean: Tensor
-    new_mean: Tensor
+    old_mean: Tensor  # (d,)
+    new_mean: Tensor  # (d,)
     ridge: float  # chosen on items kept out of the fit
 
-    def __call__(self, text: Tensor) -> Tensor:
+    def __call__(self, vectors: Tensor) -> Tensor:
         """(I+1, d) -> (I+1, d); row 0, the padding, stays zero."""
-        moved = self.old_mean + (text.double() - self.new_mean) @ self.matrix
+        moved = self.old_mean + (vectors.double() - self.new_mean) @ self.matrix
         moved[0] = 0.0
-        return moved.to(text)
+        return moved.to(vectors)
 
 
 def fit_alignment(
@@ -32,10 +30,11 @@ def fit_alignment(
     rng: np.random.Generator,
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
 ) -> Alignment:
-    """Ridge regression towards the identity: least ``|X M - Y|^2 + ridge tr(X^T X)/d |M - I|^2`` over ``items``.
+    """Ridge regression towards the identity: least ``|X M - Y|^2 + ridge tr(X^T X)/d |M - I|^2``.
 
-    X, Y: centred new and old vectors (bc-emb's aligner, Hu et al. 2022, arXiv 2206.03040, in closed form). The
-    ridge with the least error on a fifth of ``items`` is used for the fit on all of them.
+    X and Y are the centred vectors ``new`` and ``old`` (I+1, d) of ``items``. This is the aligner
+    of bc-emb (Hu et al. 2022, arXiv 2206.03040) in closed form. The ridge with the least error on a
+    fifth of the items is used for the fit on all of them.
     """
 
     def fit(rows: np.ndarray, ridge: float) -> Alignment:
@@ -44,11 +43,10 @@ def fit_alignment(
         x, y = x - mean_x, y - mean_y
         gram = x.T @ x
         loading = ridge * gram.trace() / len(gram) * torch.eye(len(gram), dtype=torch.float64)
-        return Alignment(
-            torch.linalg.solve(gram + loading, x.T @ y + loading), mean_y, mean_x, ridge
-        )
+        matrix = torch.linalg.solve(gram + loading, x.T @ y + loading)
+        return Alignment(matrix, mean_y, mean_x, ridge)
 
     shuffled = rng.permutation(items)
     kept, fitted = shuffled[: len(items) // 5], shuffled[len(items) // 5 :]
     errors = {ridge: float((fit(fitted, ridge)(new)[kept] - old[kept]).norm()) for ridge in ridges}
-    return fit(items, min(errors, key=errors.get))
+    return fit(items, min(errors, key=lambda ridge: errors[ridge]))

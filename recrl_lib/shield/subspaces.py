@@ -1,46 +1,62 @@
-"""Protected subspaces: Gram matrices of layer inputs, and the directions chosen from them."""
+"""Gram matrices of layer inputs, and the directions to protect that are chosen from them.
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+``model`` is a PEFT model with LoRA layers, or an object with a method ``adapted_modules()`` that
+lists (name, key, module), where layers that read the same input share a key (this project's
+``Explainer``: ``"<layer>.attention"`` for query, key and value, ``"<layer>.output"``). Gram
+matrices and subspaces are mappings by that key; d is the width of the input.
+
+Bases, the directions that ``protect`` can take first:
+
+* ``activation``: the top eigenvectors of the protected texts' Gram matrix.
+* ``contrastive``: what stays free is where explanations have energy and item texts have little.
+* ``sensitivity``: ``activation`` with every token weighted by how strongly the ranking's scores
+react
+  to the layer's output there; every layer may do equal damage by this measure.
+* ``readout``: the ranker's own basis carried to the layer inputs.
+* ``random``: a control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from recrl_lib.explainer.item_texts import ItemTexts
-from recrl_lib.explainer.model import Explainer, left_pad
-from recrl_lib.progress import track
+if TYPE_CHECKING:  # not imported at run time: the shield can be used without the explainer
+    from recrl_lib.explainer.item_texts import ItemTexts
+    from recrl_lib.explainer.model import Explainer
 
-BASES = ("activation", "sensitivity", "boundary", "contrastive", "readout", "random")
-WEIGHTED = (
-    "sensitivity",
-    "boundary",
-)  # bases from weighted Grams, with equal damage (``sensitivity_grams``) for every layer input
+BASES = ("activation", "sensitivity", "contrastive", "readout", "random")
+NEEDS = {name: name for name in ("sensitivity", "readout")} | {"contrastive": "prompts"}
+WEIGHTED = ("sensitivity",)  # k from equal damage in every layer input, not from its energy
 
 
-# --- what the ranker reads ----------------------------------------------------------------------
+# --- Gram matrices --------------------------------------------------------------------------------
+
+
+def adapted_layers(model: Any) -> list[tuple[str, str, nn.Module]]:
+    """(name, key of its input, module) of every linear LoRA layer of ``model``."""
+    if hasattr(model, "adapted_modules"):
+        return list(model.adapted_modules())
+    return [(n, n, m) for n, m in model.named_modules() if len(getattr(m, "lora_A", ())) > 0]
 
 
 class GramCollector:
-    """Sums x x^T over the inputs of every adapted layer while it is open.
+    """Sums x x^T over every adapted layer's inputs while it is open: ``grams`` (d, d) float64."""
 
-    q, k and v of a layer read the same input, so there are two Grams a layer:
-    ``"<layer>.attention"`` and ``"<layer>.output"``, each (d_in, d_in) float64.
-    """
-
-    def __init__(self, explainer: Explainer):
+    def __init__(self, model: Any):
         self.grams: dict[str, Tensor] = {}
         self.tokens = 0
-        self._mask: Tensor | None = None
-        self._handles = []
-        self._readers = {
-            key: module for _, key, module in explainer.adapted_modules()
-        }  # one of those that share an input
+        self._mask = torch.empty(0, dtype=torch.bool)
+        self._handles: list = []
+        self._layers = {key: module for _, key, module in adapted_layers(model)}  # one a key
 
-    def __enter__(self) -> "GramCollector":
-        for key, module in self._readers.items():
+    def __enter__(self) -> GramCollector:
+        for key, module in self._layers.items():
             self._handles.append(module.register_forward_pre_hook(self._hook(key)))
         return self
 
@@ -50,97 +66,119 @@ class GramCollector:
         self._handles.clear()
 
     def masked(self, mask: Tensor) -> None:
-        """The (B, T) mask of the batch that is run next: padding has no say in the Gram."""
+        """The next batch's (B, T) mask: padded tokens are excluded from the Gram matrix."""
         self._mask = mask.bool()
         self.tokens += int(self._mask.sum())
 
-    def _hook(self, name: str):
+    def _hook(self, key: str):
         def add(module, args):
             x = args[0].detach()[self._mask].double()
-            gram = self.grams.get(name)
-            self.grams[name] = x.T @ x if gram is None else gram.addmm_(x.T, x)
+            gram = self.grams.get(key)
+            self.grams[key] = x.T @ x if gram is None else gram.addmm_(x.T, x)
 
         return add
 
 
 @torch.no_grad()
-def item_grams(
-    explainer: Explainer, items: ItemTexts, only: set[int] | None = None, tuned: bool = False
-) -> tuple[dict[str, Tensor], int]:
-    """(Grams of the adapted layers' inputs over the item texts under the base model, number of tokens).
-
-    ``only``: item numbers to use; the rest is held out. ``tuned``: under the adapters as they are instead.
-    """
-    with nullcontext() if tuned else explainer.reference(), GramCollector(explainer) as collector:
-        for (numbers, ids), states in zip(track(items.batches, "item Grams"), items.states()):
-            keep = torch.tensor([only is None or int(n) in only for n in numbers])
-            if keep.any():
-                mask = torch.ones_like(ids[keep], device=explainer.device)
-                collector.masked(mask)
-                explainer.top(states[keep].to(explainer.device), mask)
-    return collector.grams, collector.tokens
+def collect_grams(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Gram matrices of a PEFT model's layer inputs over ``model(**batch)``, adapters off."""
+    training = model.training
+    model.eval()  # no dropout
+    with model.disable_adapter(), GramCollector(model) as collector:
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            collector.masked(torch.ones_like(batch["input_ids"]) if mask is None else mask)
+            model(**batch)
+    model.train(training)
+    return collector.grams
 
 
 @torch.no_grad()
+def state_grams(
+    explainer: Explainer, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[dict[str, Tensor], int]:
+    """(Gram matrices, tokens) under the base model over (trunk states (B, T, d), mask (B, T))."""
+    with explainer.reference(), GramCollector(explainer) as collector:
+        for states, mask in batches:
+            mask = mask.to(explainer.device)
+            collector.masked(mask)
+            explainer.top(states.to(explainer.device), mask)
+    return collector.grams, collector.tokens
+
+
+def item_grams(
+    explainer: Explainer, items: ItemTexts, only: set[int] | None = None
+) -> tuple[dict[str, Tensor], int]:
+    """The same over the item texts. ``only``: item numbers to use, None for all."""
+    from recrl_lib.progress import track
+
+    def batches():
+        for (numbers, ids), states in zip(track(items.batches, "item Grams"), items.states()):
+            keep = torch.tensor([only is None or int(n) in only for n in numbers])
+            if keep.any():
+                yield states[keep], torch.ones_like(ids[keep])
+
+    return state_grams(explainer, batches())
+
+
 def prompt_grams(
     explainer: Explainer, prompts: list[list[int]], batch: int = 16
 ) -> tuple[dict[str, Tensor], int]:
-    """The same over token sequences (explanation prompts, or prompts with their explanations)."""
-    with explainer.reference(), GramCollector(explainer) as collector:
+    """The same over token sequences: explanation prompts, or prompts with their explanations."""
+    from recrl_lib.explainer.model import left_pad
+    from recrl_lib.progress import track
+
+    def batches():
         for start in track(range(0, len(prompts), batch), "prompt Grams"):
             ids, mask = left_pad(prompts[start : start + batch], explainer.pad_id, explainer.device)
-            collector.masked(mask)
-            explainer.top(explainer.trunk(ids, mask), mask)
-    return collector.grams, collector.tokens
+            yield explainer.trunk(ids, mask), mask
+
+    return state_grams(explainer, batches())
 
 
 def sensitivity_grams(
     explainer: Explainer, items: ItemTexts, readout: Tensor, probes: Mapping[int, Tensor]
 ) -> dict[str, Tensor]:
-    """Grams of the ``probes``' item texts with every token weighted by ``sum |d score / d y|^2`` over the layer's answers y.
+    """Gram matrices of the ``probes``' item texts, every token weighted by |d score / d y|^2.
 
-    The score is ``u . R t`` with R = ``readout`` (d_rank, d), how the ranker reads text, and u = ``probes[item number]``
-    (d_rank,), the state of one user. The trace of ``G`` outside a subspace is then, up to a factor common to all
-    layers, the squared score change that an isotropic update of the free directions would cause if what the tokens
-    contribute did not interfere (products of two tokens are left out): a measure that compares layers.
+    y are the outputs of the layers that read the input. The score is ``u . R t`` with R =
+    ``readout`` (d_rank, d) and u = ``probes[item number]`` (d_rank,), the state of one user. The
+    trace outside a subspace is then, up to a factor common to all layers, the squared score change
+    that an isotropic update of the free directions would cause if what the tokens contribute did
+    not interfere (products of two tokens are left out): a measure that compares layers.
     """
+    from recrl_lib.progress import track
+
     grams: dict[str, Tensor] = {}
-    inputs, answers = {}, {}
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[tuple[str, str], Tensor] = {}
 
     def hook(key: str, name: str):
         def keep(module, args, output):
-            inputs[key], answers[key, name] = args[0], output
+            inputs[key], outputs[key, name] = args[0], output
 
         return keep
 
-    handles = [
-        module.register_forward_hook(hook(key, name))
-        for name, key, module in explainer.adapted_modules()
-    ]
+    layers = explainer.adapted_modules()
+    handles = [module.register_forward_hook(hook(key, name)) for name, key, module in layers]
     try:
         with explainer.reference():
-            for (numbers, ids), states in zip(
-                track(items.batches, "sensitivities"), items.states()
-            ):
+            for (numbers, _), states in zip(track(items.batches, "sensitivities"), items.states()):
                 keep = torch.tensor([int(i) in probes for i in numbers])
                 if not keep.any():
                     continue
                 states = states[keep].to(explainer.device).requires_grad_(True)
-                text = explainer.top(
-                    states, torch.ones(states.shape[:2], dtype=torch.long, device=explainer.device)
-                ).mean(1)
-                probe = torch.stack([probes[int(i)] for i in numbers[keep]]).to(text)
-                names = list(answers)
-                gradients = torch.autograd.grad(
-                    (probe * (text @ readout.to(text).T)).sum(), [answers[k] for k in names]
-                )
+                mask = torch.ones(states.shape[:2], dtype=torch.long, device=explainer.device)
+                vectors = explainer.top(states, mask).mean(1)
+                users = torch.stack([probes[int(i)] for i in numbers[keep]]).to(vectors)
+                scores = users * (vectors @ readout.to(vectors).T)
+                slopes = torch.autograd.grad(scores.sum(), list(outputs.values()))
                 weights: dict[str, Tensor] = {}
-                for (key, _), gradient in zip(names, gradients):
-                    weights[key] = weights.get(key, 0.0) + gradient.square().sum(-1)
+                for (key, _), slope in zip(outputs, slopes):
+                    weights[key] = weights.get(key, 0.0) + slope.square().sum(-1)
                 for key, weight in weights.items():
                     x, w = inputs[key].detach().flatten(0, 1).double(), weight.flatten().double()
-                    gram = (x * w[:, None]).T @ x
-                    grams[key] = grams[key] + gram if key in grams else gram
+                    grams[key] = grams.get(key, 0.0) + (x * w[:, None]).T @ x
     finally:
         for handle in handles:
             handle.remove()
@@ -154,9 +192,9 @@ def sensitivity_grams(
 class Subspace:
     """A protected input subspace of one layer.
 
-    ``basis`` starts an orthonormal frame of the whole input space, most protected direction first;
-    ``spectrum`` is the item texts' energy ``q^T G q`` along each direction q of that frame. For basis
-    ``activation`` these are the eigenvalues of G, largest first.
+    ``basis`` starts an orthonormal frame of the whole input space, the direction to protect first
+    in column 0; ``spectrum`` is the protected texts' energy ``q^T G q`` along each direction of
+    that frame (basis ``activation``: the eigenvalues of G, largest first).
     """
 
     basis: Tensor  # Q (d, k), orthonormal columns, float64
@@ -172,114 +210,103 @@ class Subspace:
 
     @cached_property
     def free(self) -> Tensor:
-        """An orthonormal basis (d, d - k) of the complement if that is smaller than Q, and then cheaper to project on; else (d, 0)."""
-        full = (
-            torch.linalg.qr(self.basis, mode="complete")[0]
-            if 2 * self.rank > self.width
-            else self.basis[:, :0]
-        )
-        return full[:, self.rank :].contiguous() if full.shape[1] else full
+        """An orthonormal basis (d, d - k) of the complement if smaller than Q, else (d, 0)."""
+        if 2 * self.rank <= self.width:
+            return self.basis[:, :0]
+        return torch.linalg.qr(self.basis, mode="complete")[0][:, self.rank :].contiguous()
 
     @property
     def energy(self) -> float:
-        """Share of the item texts' energy, the Gram's trace, inside the subspace."""
+        """Share of the protected texts' energy (trace of their Gram matrix) inside the subspace."""
         return float(self.spectrum[: self.rank].sum() / self.spectrum.sum())
 
     def holds(self, gram: Tensor) -> float:
-        """Share of another Gram's trace inside this subspace: tr(Q^T G Q) / tr(G)."""
-        return float(
-            (self.basis * (gram.to(self.basis) @ self.basis)).sum() / gram.to(self.basis).trace()
-        )
+        """Share of another Gram matrix's trace inside the subspace: tr(Q^T G Q) / tr(G)."""
+        gram = gram.to(self.basis)
+        return float((self.basis * (gram @ self.basis)).sum() / gram.trace())
 
 
 @dataclass
-class Evidence:
+class GramMatrices:
     """What the bases are made of; only ``items`` is needed by all."""
 
-    items: Mapping[str, Tensor]  # Grams of the item texts
-    prompts: Mapping[str, Tensor] | None = (
-        None  # of explanation prompts with explanations: contrastive
-    )
-    sensitivity: Mapping[str, Tensor] | None = (
-        None  # ``sensitivity_grams`` of any items and users: sensitivity
-    )
-    boundary: Mapping[str, Tensor] | None = (
-        None  # of items around the tenth place and users they concern: boundary
-    )
+    items: Mapping[str, Tensor]  # of the texts to protect
+    prompts: Mapping[str, Tensor] | None = None  # of prompts with explanations: contrastive
+    sensitivity: Mapping[str, Tensor] | None = None  # ``sensitivity_grams``: sensitivity
     readout: Mapping[str, Tensor] | None = None  # (d_rank, d) ``readout_rows``: readout
     seed: int = 0  # random
 
 
-def subspaces(grams: Mapping[str, Tensor], energy: float, rank: int = 0) -> dict[str, Subspace]:
-    """Basis ``activation``: top eigenvectors of each Gram, see ``protect``."""
-    return protect(Evidence(grams), "activation", energy, rank)
+def protect(
+    grams: GramMatrices | Mapping[str, Tensor],
+    basis: str = "activation",
+    energy: float = 0.99,
+    rank: int = 0,
+) -> dict[str, Subspace]:
+    """The subspace of every layer input: the fewest directions that hold ``energy``, or ``rank``.
 
-
-def protect(evidence: Evidence, basis: str, energy: float, rank: int = 0) -> dict[str, Subspace]:
-    """The protected subspace of every layer input: the fewest directions of the basis that hold ``energy``, or exactly ``rank``.
-
-    The energy is that of the item texts, except for ``sensitivity`` and ``boundary``: there every layer input may leave the same
-    absolute (1 - energy) of the mean weighted trace outside: equal damage, by this measure.
-    Raises ``ValueError`` for an unknown basis, missing evidence, a Gram that is not finite, or if nothing is left
-    to learn (k = d).
+    The energy is that of the protected texts. For basis ``sensitivity`` every layer input may
+    instead leave the same absolute (1 - energy) of the mean weighted trace outside. Raises
+    ``ValueError`` for an unknown basis, missing Gram matrices, one that is not finite, or if
+    nothing is left to learn (k = d).
     """
+    if not isinstance(grams, GramMatrices):
+        grams = GramMatrices(grams)
     if basis not in BASES:
         raise ValueError(f"shield_basis={basis!r}: choose one of {', '.join(BASES)}")
-    needs = {
-        "contrastive": "prompts",
-        "sensitivity": "sensitivity",
-        "boundary": "boundary",
-        "readout": "readout",
-    }.get(basis)
-    if needs and getattr(evidence, needs) is None:
-        raise ValueError(f"shield_basis={basis!r} needs Evidence.{needs}")
-    for name, gram in evidence.items.items():
-        if not torch.isfinite(gram).all():
-            raise ValueError(
-                f"Gram of {name} is not finite: the model gives inf or nan on an item text"
-            )
-    weighted = getattr(evidence, basis) if basis in WEIGHTED else evidence.items
-    allowed = (1 - energy) * sum(float(g.trace()) for g in weighted.values()) / len(weighted)
+    if basis in NEEDS and getattr(grams, NEEDS[basis]) is None:
+        raise ValueError(f"shield_basis={basis!r} needs GramMatrices.{NEEDS[basis]}")
+    measured = grams.sensitivity if basis in WEIGHTED else grams.items
+    allowed = (1 - energy) * sum(float(g.trace()) for g in measured.values()) / len(measured)
     found = {}
-    for number, (name, gram) in enumerate(evidence.items.items()):
+    for number, (name, gram) in enumerate(grams.items.items()):
+        if not torch.isfinite(gram).all():
+            raise ValueError(f"Gram matrix of {name} is not finite: a text gives inf or nan")
         gram = gram.cpu()  # float64 eigh differs between GPU libraries
-        frame = _frame(evidence, basis, name, gram, number)
-        measured = weighted[name].cpu()
-        along = (frame * (measured @ frame)).sum(0).clamp(min=0)
+        frame = _frame(grams, basis, name, number)
+        along = _energy_along(frame, measured[name].cpu())
         needed = 1 - allowed / float(along.sum()) if basis in WEIGHTED else energy
         k = rank or (int((along.cumsum(0) / along.sum() < needed).sum()) + 1 if needed > 0 else 0)
         if k >= len(gram):
             raise ValueError(
-                f"layer input {name}: protecting {k} of {len(gram)} directions leaves nothing to learn; "
-                "lower shield_energy or shield_rank"
+                f"layer input {name}: protecting {k} of {len(gram)} directions leaves nothing to "
+                "learn; lower shield_energy or shield_rank"
             )
-        spectrum = along if measured is gram else (frame * (gram @ frame)).sum(0).clamp(min=0)
-        found[name] = Subspace(frame[:, :k].contiguous(), spectrum)
+        found[name] = Subspace(frame[:, :k].contiguous(), _energy_along(frame, gram))
     return found
 
 
-def _frame(evidence: Evidence, basis: str, name: str, gram: Tensor, number: int) -> Tensor:
-    """An orthonormal frame (d, d) of one layer input, the direction to protect first in column 0."""
+def subspaces(grams: Mapping[str, Tensor], energy: float, rank: int = 0) -> dict[str, Subspace]:
+    """``protect`` with basis ``activation``."""
+    return protect(grams, "activation", energy, rank)
+
+
+def _energy_along(frame: Tensor, gram: Tensor) -> Tensor:
+    return (frame * (gram @ frame)).sum(0).clamp(min=0)
+
+
+def _frame(grams: GramMatrices, basis: str, name: str, number: int) -> Tensor:
+    """An orthonormal frame (d, d) of one layer input, column 0 to be protected first."""
+    gram = grams.items[name].cpu()
     if basis == "activation":
         return torch.linalg.eigh(gram)[1].flip(1)
-    if basis in WEIGHTED:
-        return torch.linalg.eigh(getattr(evidence, basis)[name].cpu())[1].flip(1)
+    if basis == "sensitivity":
+        return torch.linalg.eigh(grams.sensitivity[name].cpu())[1].flip(1)
     if basis == "contrastive":
-        return contrastive_frame(gram, evidence.prompts[name].cpu())
+        return contrastive_frame(gram, grams.prompts[name].cpu())
     if basis == "readout":
-        rows = evidence.readout[name].cpu().double()
-        return torch.linalg.qr(
-            torch.cat([rows.T, torch.eye(len(gram), dtype=torch.float64)], dim=1)
-        )[0]
-    generator = torch.Generator().manual_seed(evidence.seed * 1000 + number)
+        rows = grams.readout[name].cpu().double()
+        return torch.linalg.qr(torch.cat([rows.T, torch.eye(len(gram)).double()], dim=1))[0]
+    generator = torch.Generator().manual_seed(grams.seed * 1000 + number)
     return torch.linalg.qr(torch.randn(gram.shape, generator=generator, dtype=torch.float64))[0]
 
 
 def contrastive_frame(items: Tensor, prompts: Tensor, ridge: float = 1e-3) -> Tensor:
-    """A frame whose last m columns span the m directions with most explanation energy per item-text energy.
+    """A frame whose last m columns have the most explanation energy per item-text energy.
 
-    These solve ``P v = l (G + ridge tr(G)/d I) v`` for the largest l; the QR makes them orthonormal, so that no
-    direction is amplified: in the free space the adapter learns at the speed it always has.
+    These solve ``P v = l (G + ridge tr(G)/d I) v`` for the largest l, with P = ``prompts`` and G =
+    ``items``, both (d, d). The QR makes them orthonormal, so that no direction is amplified: in the
+    free space the adapter learns at its usual speed.
     """
     d = len(items)
     values, vectors = torch.linalg.eigh(items * (d / items.trace()))
@@ -294,48 +321,43 @@ def readout_of(ranker) -> Tensor:
 
 
 def readout_rows(explainer: Explainer, readout: Tensor) -> dict[str, Tensor]:
-    """``readout`` carried to every layer input: as it is where the residual stream is read, through W_o for the attention's answer."""
+    """``readout`` carried to every layer input; through the output projection if it reads that."""
     rows = {}
     for _, key, module in explainer.adapted_modules():
+        rows[key] = readout.double()
         if key.endswith(".output"):
             weight = module.base_layer.weight.detach().double()
             rows[key] = readout.to(weight) @ weight
-        else:
-            rows[key] = readout.double()
     return rows
 
 
+# --- what they cost, and how they are stored ------------------------------------------------------
+
+
 def megabytes(protected: Mapping[str, Subspace]) -> float:
-    """Memory of the bases while a shield is attached, and of the complements that it projects on where these are smaller."""
-    return (
-        sum(
-            part.numel() * part.element_size()
-            for s in protected.values()
-            for part in (s.basis, s.free)
-        )
-        / 2**20
-    )
+    """Memory of the bases, and of the complements where the shield projects on these, in MB."""
+    parts = [part for s in protected.values() for part in (s.basis, s.free)]
+    return sum(part.numel() * part.element_size() for part in parts) / 2**20
 
 
 def price(protected: Mapping[str, Subspace], prompts: Mapping[str, Tensor]) -> float:
-    """What learning will cost the ranking, before any training: the share of the item texts' energy that stays free over the share of
-    the energy of ``prompts`` (Grams) that does, a mean over the layer inputs. 1 for directions that cannot tell the two apart."""
-    return float(
-        np.mean([(1 - s.energy) / (1 - s.holds(prompts[name])) for name, s in protected.items()])
-    )
+    """Free item energy per free energy of ``prompts`` (Gram matrices), a mean over the layers.
+
+    It needs no training and foresees what learning costs the ranking. 1: the directions cannot tell
+    item texts and prompts apart.
+    """
+    ratios = [(1 - s.energy) / (1 - s.holds(prompts[name])) for name, s in protected.items()]
+    return sum(ratios) / len(ratios)
 
 
-def to_tensors(protected: dict[str, Subspace]) -> dict[str, Tensor]:
-    """For safetensors: ``<name>/basis`` and ``<name>/spectrum``."""
-    return {
-        f"{n}/{part}": getattr(s, part)
-        for n, s in protected.items()
-        for part in ("basis", "spectrum")
-    }
+def to_tensors(protected: Mapping[str, Subspace]) -> dict[str, Tensor]:
+    """For safetensors: ``<key>/basis`` and ``<key>/spectrum``."""
+    parts = ("basis", "spectrum")
+    return {f"{name}/{part}": getattr(s, part) for name, s in protected.items() for part in parts}
 
 
-def from_tensors(tensors: dict[str, Tensor]) -> dict[str, Subspace]:
-    names = sorted(
-        {key.rsplit("/", 1)[0] for key in tensors}, key=lambda n: (int(n.split(".")[0]), n)
-    )
-    return {n: Subspace(tensors[f"{n}/basis"], tensors[f"{n}/spectrum"]) for n in names}
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Subspace]:
+    """The subspaces that ``to_tensors`` wrote, in the order of the layers."""
+    names = {key.rsplit("/", 1)[0] for key in tensors}
+    ordered = sorted(names, key=lambda name: [(p.isdigit(), p.zfill(9) if p.isdigit() else p) for p in name.split(".")])
+    return {n: Subspace(tensors[f"{n}/basis"], tensors[f"{n}/spectrum"]) for n in ordered}

@@ -1,0 +1,61 @@
+"""A tiny explainer with six item texts, and a training that has nothing to do with them."""
+
+import pytest
+import torch
+
+from recrl_lib.explainer.item_texts import ItemTexts
+from recrl_lib.shield import Replay
+from recrl_lib.shield.subspaces import item_grams
+from recrl_lib.tests.tiny import tiny_explainer
+
+TEXTS = (
+    "good film|the red film and a blue film|bad|good film of the long|a green film|short and long"
+)
+
+
+def _make(layers: int = 2, seed: int = 0):
+    explainer = tiny_explainer(seed, lora_layers=layers)
+    items = ItemTexts(explainer, TEXTS.split("|"))
+    return explainer, items, item_grams(explainer, items)[0]
+
+
+def _train(explainer, optimizer, steps: int, seed: int = 0) -> None:
+    """Likelihood of random sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        ids = torch.randint(3, 20, (4, 10), generator=generator)
+        mask = torch.ones_like(ids)
+        logp = explainer.log_softmax(explainer.top(explainer.trunk(ids, mask), mask), 1.0)
+        optimizer.zero_grad()
+        (-logp[:, :-1].gather(-1, ids[:, 1:, None]).mean()).backward()
+        optimizer.step()
+
+
+def _replay_of(explainer, items, weight: float, **more) -> Replay:
+    readout = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
+    return Replay(explainer, items, items.base_vectors(), readout, weight, **more)
+
+
+@pytest.fixture
+def make():
+    return _make
+
+
+@pytest.fixture
+def setting():
+    return _make()
+
+
+@pytest.fixture
+def train():
+    return _train
+
+
+@pytest.fixture
+def replay_of():
+    return _replay_of
+
+
+@pytest.fixture
+def moved():
+    return lambda items, base: float((items.vectors() - base).norm() / base.norm())

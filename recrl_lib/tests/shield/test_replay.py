@@ -1,0 +1,93 @@
+"""The replay penalty beside the projection and after it, and the linear map of mode align."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from recrl_lib.params import resolve
+from recrl_lib.shield import Shield, fit_alignment, leak, protect
+from recrl_lib.shield.replay import replay_for
+from recrl_lib.tests.evaluation.test_results import world  # noqa: F401  (a fixture)
+from recrl_lib.tests.tiny import tune_randomly
+
+
+def test_the_penalty_is_the_formula(setting, replay_of):
+    explainer, items, _ = setting
+    replay = replay_of(explainer, items, 2.0)
+    assert float(replay.loss().detach()) < 1e-10  # the untuned model has lost nothing but rounding
+    tune_randomly(explainer)
+    base, new = items.base_vectors(), items.vectors()
+    readout = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
+    scale = ((base[1:] - base[1:].mean(0)) @ readout.T).square().sum(-1).mean()
+    lost = ((new - base) @ readout.T).square().sum(-1) / scale
+    by_length = {round(2 * float(lost[numbers].mean()), 5) for numbers, _ in items.batches}
+    assert {round(float(replay.loss().detach()), 5) for _ in range(40)} == by_length
+
+
+def test_the_penalty_reads_only_the_items_it_is_given(setting, replay_of):
+    explainer, items, _ = setting
+    tune_randomly(explainer)
+    replay = replay_of(explainer, items, 1.0, only={1, 3})  # "good film" and "bad"
+    assert len({round(float(replay.loss().detach()), 6) for _ in range(40)}) == 2
+    states_and_vectors = 4 * 32 * ((2 + 1) + (1 + 1))  # float32, width 32, tokens and a vector
+    assert replay.megabytes * 2**20 == states_and_vectors
+    with pytest.raises(ValueError, match="positive weight"):
+        replay_of(explainer, items, 0.0)
+
+
+@pytest.mark.parametrize("mode", ["update", "penalty"])
+def test_replay_keeps_items_near_while_training_and_nearer_after_it(
+    mode, make, train, moved, replay_of
+):
+    def trained(weight: float, steps: int = 0) -> tuple[float, float, dict]:
+        explainer, items, grams = make()
+        base, protected = items.base_vectors(), protect(grams, energy=0.9)
+        optimizer = torch.optim.Adam(explainer.adapter_parameters(), lr=0.01)
+        if weight:
+            replay = replay_of(explainer, items, weight)
+            shield = Shield(explainer, protected, mode, replay).attach(optimizer)
+        train(explainer, optimizer, 20)
+        if steps:
+            with pytest.raises(RuntimeError, match="attached already"):
+                shield.run_replay(1)
+            shield.detach()
+            shield.run_replay(steps)
+            assert all(p.grad is None for p in explainer.adapter_parameters())
+        return moved(items, base), leak(explainer, protected), explainer.adapter_state()
+
+    free, during, after = trained(0.0), trained(10.0), trained(10.0, 30)
+    assert after[0] < 0.9 * during[0] < 0.7 * free[0]
+    assert mode == "penalty" or (during[1] <= 1e-6 and after[1] <= 1e-6)
+    again = trained(10.0, 30)[2]
+    assert all(torch.equal(tensor, again[name]) for name, tensor in after[2].items())
+
+
+def test_the_runs_replay_is_the_one_its_parameters_ask_for(world):  # noqa: F811
+    study, explainer = world
+    params, held = resolve("smoke", shield_penalty=10.0), {2, 5, 9}
+    replay = replay_for(explainer, study, params, held)
+    per_item = [len(text.split()) + 1 for text in study.items["text"]]  # trunk states and a vector
+    kept = sum(n for item, n in enumerate(per_item, 1) if item not in held)
+    assert replay.weight == 10.0 and replay.megabytes * 2**20 == 4 * 32 * kept
+    assert replay_for(explainer, study, resolve("smoke"), held) is None
+    with pytest.raises(ValueError, match="text='none'"):
+        replay_for(explainer, replace(study, text=None), params, held)
+
+
+def test_the_linear_map_undoes_a_linear_drift_and_its_ridge_grows_with_noise():
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    old = torch.cat([torch.zeros(1, 8), random(200, 8)])
+    new = old @ (torch.eye(8) + 0.2 * random(8, 8)) + 0.3
+    new[0] = 0.0
+    fitted, held = np.arange(1, 101), np.arange(101, 201)
+    back = fit_alignment(new, old, fitted, rng)
+    assert (back(new)[held] - old[held]).norm() < 0.01 * (new[held] - old[held]).norm()
+    assert back(new)[0].abs().max() == 0
+    noisy = old + torch.cat([torch.zeros(1, 8), random(200, 8)])
+    assert fit_alignment(noisy, old, fitted, rng).ridge > back.ridge

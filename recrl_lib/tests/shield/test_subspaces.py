@@ -1,0 +1,193 @@
+"""Gram matrices of layer inputs and the directions chosen from them, against plain formulas."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import eigh
+
+from recrl_lib.explainer.item_texts import ItemTexts
+from recrl_lib.shield import BASES, GramMatrices, Shield, Subspace, leak, protect, subspaces
+from recrl_lib.tests.shield.conftest import TEXTS
+from recrl_lib.tests.tiny import tune_randomly
+
+
+def diagonal(*values: float) -> torch.Tensor:
+    return torch.diag(torch.tensor(values, dtype=torch.float64))
+
+
+def test_a_gram_is_the_sum_of_outer_products_of_the_items_asked_for(setting):
+    explainer, items, grams = setting
+    inputs = []
+    layer = explainer.lm.model.layers[1].self_attn.q_proj
+    hook = layer.register_forward_pre_hook(lambda m, a: inputs.append(a[0][0].double()))
+    for text in TEXTS.split("|"):
+        ids = explainer.tokenizer(text, add_special_tokens=False)["input_ids"]
+        explainer.lm(input_ids=torch.tensor([ids]))
+    hook.remove()
+    expected = sum(x.T @ x for x in inputs)
+    torch.testing.assert_close(grams["1.attention"], expected, atol=1e-4, rtol=1e-5)
+    some, tokens = subspaces.item_grams(explainer, items, only={1, 3})
+    assert tokens == 3
+    expected = sum(inputs[n].T @ inputs[n] for n in (0, 2))
+    torch.testing.assert_close(some["1.attention"], expected, atol=1e-4, rtol=1e-5)
+
+
+def test_grams_ignore_padding_and_tuning(setting):
+    explainer, _, _ = setting
+    prompts = [[4, 5, 6, 7], [8, 9]]
+    both, tokens = subspaces.prompt_grams(explainer, prompts)
+    alone = [subspaces.prompt_grams(explainer, [p])[0] for p in prompts]
+    assert tokens == 6
+    for name, gram in both.items():
+        torch.testing.assert_close(gram, alone[0][name] + alone[1][name], atol=1e-4, rtol=1e-5)
+    tune_randomly(explainer)
+    again = subspaces.prompt_grams(explainer, prompts)[0]
+    assert torch.equal(again["2.output"], both["2.output"])
+
+
+@pytest.mark.parametrize(
+    "energy, rank, k", [(0.9, 0, 2), (0.59, 0, 1), (0.61, 0, 2), (0.0, 0, 0), (0.0, 3, 3)]
+)
+def test_the_fewest_directions_hold_the_energy_asked_for(energy, rank, k):
+    gram = diagonal(1, 6, 0, 3)
+    found = protect({"x": gram}, energy=energy, rank=rank)["x"]
+    assert found.rank == k and found.width == 4 and found.energy >= energy - 1e-12
+    assert found.holds(gram) == pytest.approx(found.energy)
+    assert found.holds(torch.eye(4)) == pytest.approx(k / 4)
+
+
+@pytest.mark.parametrize(
+    "message, grams, basis, rank",
+    [
+        ("nothing to learn", torch.eye(4).double(), "activation", 4),
+        ("not finite", torch.full((2, 2), float("nan")).double(), "activation", 0),
+        ("shield_basis='magic'", torch.eye(4).double(), "magic", 0),
+        ("needs GramMatrices.prompts", torch.eye(4).double(), "contrastive", 0),
+        ("needs GramMatrices.sensitivity", torch.eye(4).double(), "sensitivity", 0),
+    ],
+)
+def test_bad_input_is_named(message, grams, basis, rank):
+    with pytest.raises(ValueError, match=message):
+        protect({"x": grams}, basis, 0.5, rank)
+
+
+def test_tensors_come_back_in_the_order_of_the_layers():
+    space = Subspace(torch.eye(3, 2).double(), torch.ones(3).double())
+    names = ["2.attention", "2.output", "10.attention", "10.output"]
+    again = subspaces.from_tensors(
+        subspaces.to_tensors(dict.fromkeys(["10.output", *names[:3]], space))
+    )
+    assert list(again) == names and torch.equal(again["2.output"].basis, space.basis)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_every_basis_is_a_frame_that_seals(basis, setting, train):
+    explainer, items, grams = setting
+    readout = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
+    users = torch.randn(5, 4, generator=torch.Generator().manual_seed(4))
+    probes = {n: users[n % 5] for n in range(1, 7)}
+    known = GramMatrices(
+        grams,
+        subspaces.prompt_grams(explainer, [[4, 5, 6, 7], [12, 13, 1, 2], [15, 16, 17, 18]])[0],
+        subspaces.sensitivity_grams(explainer, items, readout, probes),
+        subspaces.readout_rows(explainer, readout),
+    )
+    protected = protect(known, basis, 0.5, rank=9)
+    for name, space in protected.items():
+        eye = space.basis.T @ space.basis
+        torch.testing.assert_close(eye, torch.eye(9).double(), atol=1e-9, rtol=0)
+        assert space.energy == pytest.approx(space.holds(grams[name])), name
+        assert float(space.spectrum.sum()) == pytest.approx(float(grams[name].trace()))
+    optimizer = torch.optim.Adam(explainer.adapter_parameters(), lr=0.01)
+    Shield(explainer, protected).attach(optimizer)
+    train(explainer, optimizer, 3)
+    assert leak(explainer, protected) <= 1e-6
+
+
+def test_contrastive_leaves_free_what_explanations_use_and_items_do_not():
+    items, prompts = diagonal(8, 4, 1, 0.1), diagonal(8, 0.1, 9, 0.2)  # ratios 1, .025, 9, 2
+    frame = subspaces.contrastive_frame(items, prompts)
+    assert frame.abs().argmax(0).tolist() == [1, 0, 3, 2]
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]
+    turned = subspaces.contrastive_frame(turn @ items @ turn.T, turn @ prompts @ turn.T)
+    torch.testing.assert_close((turn.T @ turned).abs(), frame.abs(), atol=1e-8, rtol=0)
+
+
+def two_grams(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
+    """Gram matrices (24, 24) of item texts and explanations with energy in the same directions."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(3, -2, 24, dtype=torch.float64).exp()
+    x, y = torch.randn(2, 100, 24, generator=generator, dtype=torch.float64) * spread
+    return x.T @ x, y.T @ y, generator
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), free=st.integers(1, 12))
+def test_contrastive_frees_the_space_whose_worst_direction_is_the_best(seed, free):
+    """Courant and Fischer: no other m directions have a larger least ratio of the energies."""
+    items, prompts, generator = two_grams(seed)
+    ridged = items + 1e-3 * items.trace() / 24 * torch.eye(24, dtype=torch.float64)
+
+    def worst(space: torch.Tensor) -> float:
+        ratio = [(space.T @ gram @ space).numpy() for gram in (prompts, ridged)]
+        return eigh(*ratio, eigvals_only=True)[0]
+
+    rival = torch.linalg.qr(torch.randn(24, free, generator=generator, dtype=torch.float64))[0]
+    best = worst(subspaces.contrastive_frame(items, prompts)[:, -free:])
+    assert best >= worst(torch.linalg.eigh(items)[1][:, :free]) - 1e-9
+    assert best >= worst(rival) - 1e-9
+    assert best == pytest.approx(eigh(prompts.numpy(), ridged.numpy(), eigvals_only=True)[-free])
+
+
+def test_price_and_memory_by_hand():
+    """Q leaves .1 of the item energy and .5 of the prompts', then .2 and .8."""
+    axes = torch.eye(3, dtype=torch.float64)
+    first = Subspace(axes[:, :1], torch.tensor([9.0, 0.5, 0.5], dtype=torch.float64))
+    second = Subspace(axes[:, :2], torch.tensor([4.0, 4.0, 2.0], dtype=torch.float64))
+    prompts = {"a": diagonal(5, 3, 2), "b": diagonal(1, 0, 4)}
+    both = {"a": first, "b": second}
+    assert subspaces.price(both, prompts) == pytest.approx((0.1 / 0.5 + 0.2 / 0.8) / 2)
+    assert subspaces.price({"a": first}, {"a": torch.diag(first.spectrum)}) == pytest.approx(1)
+    assert subspaces.megabytes({"a": first}) * 2**20 == 3 * 8  # its complement is larger
+    assert subspaces.megabytes(both) * 2**20 == 3 * 8 + 9 * 8
+
+
+def test_a_sensitivity_gram_is_the_weighted_sum_by_finite_differences(setting):
+    explainer, _, _ = setting
+    items = ItemTexts(explainer, ["good film"])
+    readout = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
+    user = torch.randn(4, generator=torch.Generator().manual_seed(4))
+    found = subspaces.sensitivity_grams(explainer, items, readout, {1: user})["2.output"]
+    layer, ((_, ids),), inputs = explainer.lm.model.layers[2].self_attn.o_proj, items.batches, []
+    mask = torch.ones_like(ids)
+
+    def score(token: int, coordinate: int, step: float) -> float:
+        def nudge(module, args, output):
+            inputs.append(args[0][0].double())
+            output = output.clone()
+            output[0, token, coordinate] += step
+            return output
+
+        handle = layer.register_forward_hook(nudge)
+        with torch.no_grad(), explainer.reference():
+            vector = explainer.top(explainer.trunk(ids, mask), mask).mean(1)[0]
+        handle.remove()
+        return float(user @ readout @ vector)
+
+    expected = 0.0
+    for token in range(ids.shape[1]):
+        slopes = [(score(token, c, 0.05) - score(token, c, -0.05)) / 0.1 for c in range(32)]
+        expected += np.square(slopes).sum() * torch.outer(inputs[0][token], inputs[0][token])
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+
+
+def test_sensitivity_lets_every_input_do_the_same_damage():
+    loud, quiet = diagonal(8, 4, 2, 1, 0.5), 0.1 * diagonal(8, 4, 2, 1, 0.5)
+    grams = dict.fromkeys(["0.attention", "0.output"], torch.eye(5, dtype=torch.float64))
+    weighted = {"0.attention": loud, "0.output": quiet}
+    found = protect(GramMatrices(grams, sensitivity=weighted), "sensitivity", 0.8)
+    # (1 - .8) x the mean trace of 8.525 = 1.705 may stay outside each
+    assert found["0.attention"].rank == 3 and found["0.output"].rank == 0
