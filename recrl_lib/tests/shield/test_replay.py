@@ -9,7 +9,7 @@ import torch
 from recrl_lib.params import resolve
 from recrl_lib.shield import Shield, fit_alignment, leak, protect
 from recrl_lib.shield.replay import replay_for
-from recrl_lib.tests.evaluation.test_results import world  # noqa: F401  (a fixture)
+from recrl_lib.tests.evaluation.toy import toy_study
 from recrl_lib.tests.tiny import tune_randomly
 
 
@@ -64,8 +64,8 @@ def test_replay_keeps_items_near_while_training_and_nearer_after_it(
     assert all(torch.equal(tensor, again[name]) for name, tensor in after[2].items())
 
 
-def test_the_runs_replay_is_the_one_its_parameters_ask_for(world):  # noqa: F811
-    study, explainer = world
+def test_the_runs_replay_is_the_one_its_parameters_ask_for():
+    study, explainer = toy_study()
     params, held = resolve("smoke", shield_penalty=10.0), {2, 5, 9}
     replay = replay_for(explainer, study, params, held)
     per_item = [len(text.split()) + 1 for text in study.items["text"]]  # trunk states and a vector
