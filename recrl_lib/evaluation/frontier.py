@@ -40,6 +40,7 @@ from recrl_lib.study import Study
 BATCH, LR = 4, 3e-3  # the warm start's
 MAX_NORM = 1.0  # gradient clipping, before the shield
 MODES = (*projection.MODES, "alora")
+SETS = {"none": [], **yaml.safe_load((LIBRARY / "grids.yaml").read_text(encoding="utf-8"))}
 CONTRASTIVE = {"basis": "contrastive", "energy": 0.99}
 REPLAYED = {**CONTRASTIVE, "penalty": 1000.0}
 
@@ -83,11 +84,10 @@ SETTING = [f.name for f in fields(Point)]
 
 def named(name: str, seeds: int, steps: int) -> list[Point]:
     """The points of a set in ``grids.yaml``, all settings of a seed before the next seed."""
-    grids = {"none": [], **yaml.safe_load((LIBRARY / "grids.yaml").read_text(encoding="utf-8"))}
-    if name not in grids:
-        raise ValueError(f"frontier_points={name!r}: choose one of {', '.join(grids)}")
+    if name not in SETS:
+        raise ValueError(f"frontier_points={name!r}: choose one of {', '.join(SETS)}")
     points = []
-    for setting in grids[name]:
+    for setting in SETS[name]:
         given = dict(setting)
         taken = max(1, round(steps * given.pop("share", 1)))
         points.append(Point(**given, steps=taken))
