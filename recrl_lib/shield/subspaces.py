@@ -359,5 +359,5 @@ def to_tensors(protected: Mapping[str, Subspace]) -> dict[str, Tensor]:
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Subspace]:
     """The subspaces that ``to_tensors`` wrote, in the order of the layers."""
     names = {key.rsplit("/", 1)[0] for key in tensors}
-    ordered = sorted(names, key=lambda name: [(p.isdigit(), p.zfill(9) if p.isdigit() else p) for p in name.split(".")])
+    ordered = sorted(names, key=lambda name: [(len(p) * p.isdigit(), p) for p in name.split(".")])
     return {n: Subspace(tensors[f"{n}/basis"], tensors[f"{n}/spectrum"]) for n in ordered}
