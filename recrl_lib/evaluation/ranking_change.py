@@ -89,7 +89,7 @@ def places_kept(
 
 
 def relative_change(vectors: Tensor | None, base: Tensor | None, items: Tensor) -> float:
-    """Frobenius norm of the change of the ``items``' vectors over that of ``base``; 0 without any."""
+    """Frobenius norm of the change of ``items`` over ``base``'s; 0 without vectors."""
     if vectors is None or base is None:
         return 0.0
     return float((vectors[items] - base[items]).norm() / base[items].norm())

@@ -52,7 +52,9 @@ class Scorer:
         seed: the same random numbers and candidates for all arms.
     """
 
-    def __init__(self, study: Study, records: list[Record], reward: Callable, encoder, seed: int):
+    def __init__(
+        self, study: Study, records: Sequence[Record], reward: Callable, encoder, seed: int
+    ):
         users = [r["user"] for r in records]
         lists = [study.records(users, [p] * len(users)) for p in range(1, TOP_K + 1)]
         same_user = [
@@ -95,7 +97,7 @@ class Scorer:
         texts = {f"{CONTROL}{name}": said for name, said in made.items()}
         texts["reference"] = [composed.reference_line(r) for r in records]
         said = [text for part in texts.values() for text in part]
-        logprobs = iter(base_logprobs(explainer, records * len(texts), said, temperature))
+        logprobs = iter(base_logprobs(explainer, [*records] * len(texts), said, temperature))
         scored = [self.score(arm, t, [next(logprobs) for _ in t]) for arm, t in texts.items()]
         return pd.concat(scored, ignore_index=True)
 
@@ -311,7 +313,8 @@ def tests(
 
     Rows of results with the measures ``<measure>_p`` and ``<measure>_p_holm``.
     """
-    tables = dict.fromkeys(HEADLINE, scored) | {"ndcg@10": ranking.rename(columns=RANKING)}
+    tables = {name: scored for name in HEADLINE}
+    tables["ndcg@10"] = ranking.rename(columns=RANKING)
     keys, p = [(arm, name) for arm in TEXT_ARMS[1:] for name in tables], []
     for arm, name in keys:
         table = tables[name]

@@ -16,7 +16,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -61,7 +61,7 @@ class FinishedRun:
         return pd.read_csv(self.stage.input(f"{stage}.csv", "curves"))
 
 
-def rows(values: dict[str, float], arm: str = "") -> pd.DataFrame:
+def rows(values: Mapping[str, float], arm: str = "") -> pd.DataFrame:
     """Measures and their values as rows of results."""
     return pd.DataFrame({"arm": arm, "measure": values.keys(), "value": values.values()})
 
@@ -91,7 +91,7 @@ def ranker(run: FinishedRun) -> list[pd.DataFrame]:
 
 def shield(run: FinishedRun) -> list[pd.DataFrame]:
     bases = subspaces.from_tensors(run.stage.load_tensors("subspaces"))
-    found = {"energy": np.mean([basis.energy for basis in bases.values()])}
+    found = {"energy": float(np.mean([basis.energy for basis in bases.values()]))}
     table = run.stage.load_table("overlap")
     return [rows(found | {"rank_mean": table["rank"].mean(), "overlap": table["overlap"].mean()})]
 

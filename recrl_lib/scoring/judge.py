@@ -1,19 +1,15 @@
-"""Held-out measures of an explanation. None of them enters a reward, and this module never imports
-one.
+"""Held-out measures of an explanation. None of them enters a reward, and this module imports none.
 
 Grounding and the discount for keyword lists read a text's claims as the reward does
-(``scoring.claims``). Retrieval, fluency and readability, two thirds of ``quality``, share nothing
-with it.
+(``scoring.claims``). Retrieval, fluency and readability, two thirds of ``quality``, share nothing.
 
 A measure that a text about something else would pass measures nothing, so ``Judge.shuffled`` gives
-the paired measures again for the same texts permuted among the records. Retrieval (``specificity``)
-comes in four forms, from easy to hard: among ten random user-film pairs, the same with the record's
-titles blanked in the text (``_masked``), among the ten films recommended to the *same user*
-(``_same_user``), and that with titles blanked. Chance is 10 % in all of them.
+the paired measures for the same texts permuted among the records. Retrieval has four forms, from
+easy to hard: ``specificity`` among ten random user-film pairs, ``_masked`` with the record's titles
+blanked in the text, ``_same_user`` among the ten films of the same user. Chance is 10 % in all.
 
 What a text repeats word by word from its prompt counts for nothing (``own_words``): the copied
-prompt is all true, picks its own record, and is fluent, since a language model finds probable what
-it has just read.
+prompt is all true, picks its own record, and is fluent, since a model expects what it has read.
 """
 
 import math
@@ -21,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,10 +48,9 @@ def grounding(record: Record, text: str, catalogue: Catalogue) -> tuple[float, f
     """(precision, recall) of what the text claims, against the metadata.
 
     Precision: share of its distinct claims (titles, genres, years, people) that the record
-        supports; people are never supported, since the metadata names none. NaN without claims.
-        Recall: share named of the film, each of its genres, and (as one fact) some own history
-        title. Report both, since few claims make precision cheap (Kabongo & Guigue, arXiv
-        2512.24366).
+    supports; it never supports people, since it names none. NaN without claims. Recall: share named
+    of the film, each of its genres, and (as one fact) some own history title. Report both, since
+    few claims make precision cheap (Kabongo & Guigue, arXiv 2512.24366).
     """
     verdict = catalogue.verdict(record, text)
     claimed = verdict.supported + verdict.unsupported
@@ -69,8 +65,8 @@ def f1(precision: float, recall: float) -> float:
 
 
 def features(record: Record, text: str, catalogue: Catalogue) -> frozenset[str]:
-    """Film titles and genres that a text names. A title that fits several films is the record's own
-    film or history film if it can be, else the first of them by name."""
+    """Film titles and genres that a text names. A title that fits several films is the record's
+    own film or history film if it can be, else the first of them by name."""
     claims = catalogue.claims(text)
     near = (record["title"], *record["history_titles"])
     titles = {next((t for t in near if t in mention), min(mention)) for mention in claims.titles}
@@ -112,10 +108,7 @@ class SentenceEncoder:
 
         disable_progress_bar()  # a bar in a stored notebook differs at every run
         if not (Path(folder) / "modules.json").is_file():
-            raise RuntimeError(
-                f"{Path(folder).name}: no modules.json in the encoder's folder; "
-                "get it with assets.minilm_folder()"
-            )
+            raise RuntimeError(f"{folder}: no sentence encoder; get it with assets.minilm_folder()")
         self.model = SentenceTransformer(str(folder), device=str(device), local_files_only=True)
         self.model.max_seq_length = 256
         self._known: dict[str, np.ndarray] = {}
@@ -131,12 +124,12 @@ class SentenceEncoder:
 def card(record: Record, history: bool = True) -> str:
     """What a text is matched with: the recommended film and, with ``history``, the films that the
     user liked."""
-    year = f" ({record['year']})" if record["year"] else ""
-    genres = f" Genres: {', '.join(real_genres(record))}." if real_genres(record) else ""
-    liked = record["history_titles"] if history else []
-    return f"{record['title']}{year}.{genres}" + (
-        f" The viewer liked {', '.join(liked)}." if liked else ""
-    )
+    parts = [record["title"] + (f" ({record['year']})" if record["year"] else "") + "."]
+    if genres := real_genres(record):
+        parts.append(f"Genres: {', '.join(genres)}.")
+    if history and record["history_titles"]:
+        parts.append(f"The viewer liked {', '.join(record['history_titles'])}.")
+    return " ".join(parts)
 
 
 def candidate_cards(
@@ -148,9 +141,7 @@ def candidate_cards(
     """
     cards = sorted({card(r) for r in records})
     if len(cards) < n:
-        raise ValueError(
-            f"retrieval among {n} needs {n} different records, not {len(cards)}; raise eval_users"
-        )
+        raise ValueError(f"retrieval needs {n} records, not {len(cards)}; raise eval_users")
     out = []
     for own in map(card, records):
         others = rng.choice([c for c in cards if c != own], n - 1, replace=False)
@@ -158,7 +149,7 @@ def candidate_cards(
     return out
 
 
-def card_cosines(texts: Sequence[str], cards: Sequence[Sequence[str]], encoder) -> np.ndarray:
+def card_cosines(texts: Sequence[str], cards: Sequence[Sequence[str]], encoder: Any) -> np.ndarray:
     """Cosines (texts, n) of each text with its n cards, its own in column 0."""
     if len(cards) != len(texts) or len({len(row) for row in cards}) > 1:
         raise ValueError("retrieval: give each text equally many cards, its own first")
@@ -183,10 +174,9 @@ def fluency(ref_logprobs: Sequence[np.ndarray]) -> np.ndarray:
     natural-log probabilities; 0 for no tokens."""
     out = np.zeros(len(ref_logprobs))
     for i, logp in enumerate(ref_logprobs):
-        logp = np.asarray(logp, np.float64)
-        if np.isnan(logp).any() or (logp > 1e-6).any():
+        if not (np.asarray(logp) <= 1e-6).all():  # false for NaN
             raise ValueError(f"ref_logprobs[{i}]: log-probabilities must be numbers <= 0")
-        out[i] = math.exp(min(logp.mean(), 0.0)) if logp.size else 0.0
+        out[i] = math.exp(min(np.mean(logp, dtype=float), 0.0)) if len(logp) else 0.0
     return out
 
 
@@ -265,7 +255,7 @@ class Judge:
         records: Sequence[Record],
         same_user: Sequence[Sequence[Record]],
         catalogue: Catalogue,
-        encoder,
+        encoder: Any,
         seed: int,
     ):
         self.records, self.catalogue, self.encoder, self.seed = records, catalogue, encoder, seed
@@ -281,14 +271,16 @@ class Judge:
         records = self.records[: len(texts)]
         check_records(records, texts)
         pairs = list(zip(records, texts, strict=True))
+        grounded = np.array([grounding(r, t, self.catalogue) for r, t in pairs]).reshape(-1, 2)
+        named = [features(r, t, self.catalogue) & true_features(r) for r, t in pairs]
         frame = pd.DataFrame(
-            [grounding(r, t, self.catalogue) for r, t in pairs],
-            columns=["grounding_precision", "grounding_recall"],
+            {
+                "grounding_precision": grounded[:, 0],
+                "grounding_recall": grounded[:, 1],
+                "grounding_f1": [f1(*row) for row in grounded],
+                "feature_match": [bool(found) for found in named],
+            }
         )
-        frame["grounding_f1"] = [f1(*row) for row in frame.to_numpy()]
-        frame["feature_match"] = [
-            bool(features(r, t, self.catalogue) & true_features(r)) for r, t in pairs
-        ]
         said = np.array([bool(words(t)) for t in texts])
         for suffix, read in (("", texts), ("_masked", [mask_titles(r, t) for r, t in pairs])):
             for name, cards in self.cards.items():
@@ -307,9 +299,8 @@ class Judge:
         from its prompt.
         """
         if len(ref_logprobs) != len(texts):
-            raise ValueError(
-                f"{len(texts)} texts but {len(ref_logprobs)} arrays of log-probabilities"
-            )
+            given = f"{len(texts)} texts but {len(ref_logprobs)} arrays of log-probabilities"
+            raise ValueError(f"{given}: give one a text")
         frame = self.paired(texts)
         frame["words"] = [len(words(t)) for t in texts]
         frame["fluency"] = fluency(ref_logprobs) * (frame["words"] > 0)
@@ -325,13 +316,14 @@ class Judge:
         order = np.random.default_rng(self.seed).permutation(len(texts))
         others = np.empty_like(order)
         others[order] = np.roll(order, 1)  # one cycle through all: nobody keeps their own
-        return self.paired([texts[i] for i in others])
+        return self.paired([str(texts[i]) for i in others])
 
     def corpus(self, texts: Sequence[str]) -> dict[str, float]:
         """Measures of the texts as a whole; unique_texts is USR (Li, Zhang & Chen
         2020)."""
-        named = [features(r, t, self.catalogue) for r, t in zip(self.records, texts)]
-        claims = [grounding(r, t, self.catalogue)[0] for r, t in zip(self.records, texts)]
+        pairs = list(zip(self.records, texts))
+        named = [features(r, t, self.catalogue) for r, t in pairs]
+        claims = [grounding(r, t, self.catalogue)[0] for r, t in pairs]
         return {
             "claiming_share": 1 - float(np.isnan(claims).mean()),
             "feature_coverage": feature_coverage(self.records[: len(texts)], named),
