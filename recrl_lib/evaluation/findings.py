@@ -5,6 +5,7 @@
 tables of ``runs.read_results`` and names the file it read, so that no verdict is typed by hand.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -92,43 +93,33 @@ def findings(evaluation: pd.DataFrame) -> list[Finding]:
     equal = runs.value(evaluation, "scores_equal", "separate") == 1
     moved = runs.value(evaluation, "max_abs_score_delta", "unshielded") > 0
     exact = "sha256 over all users × items " + ("equal" if equal else "differs")
-    found = [
-        Finding(
-            "Separate towers: are the ranker's scores bit-identical after tuning?",
+    ranking = {arm: _ranking_words(evaluation, arm) for arm in SHARED}
+    fixed = {
+        "Separate towers: are scores bit-identical after tuning?": (
             "yes" if equal else "no",
             exact,
         ),
-        Finding(
-            "Shared backbone: did tuning without a shield move the ranking?",
+        "Shared backbone: did tuning without a shield move the ranking?": (
             "yes" if moved else "no",
-            _ranking_words(evaluation, "unshielded"),
+            ranking["unshielded"],
         ),
-        Finding(
-            "Did the shield hold the ranking?",
-            _held(evaluation),
-            _ranking_words(evaluation, "shielded"),
-        ),
-        Finding(
-            "Does it need a shield to hold the ranking exactly?",
+        "Did the shield hold the ranking?": (_held(evaluation), ranking["shielded"]),
+        "Does it need a shield to hold the ranking exactly?": (
             "no" if equal else "not shown",
             f"a second copy of the adapted weights does, as arm separate: {exact}",
         ),
-        _gain_kept(evaluation),
-    ]
-    for rule in RULES:
-        for arm in SHARED:
-            against = rule.against.format(arm=arm)
-            rows = rows_of(evaluation, rule.measure, arm, against, rule.group)
-            if len(rows):
-                users = rows.iloc[0]["n"]
-                verdict = ANSWERS[side(rows, rule.null)]
-                found.append(
-                    Finding(
-                        rule.question.format(arm=arm),
-                        verdict if users >= LEAST_USERS else "too few users to say",
-                        f"{rule.measure} against {against}: {words(rows)}, {users:.0f} users",
-                    )
-                )
+        "How much of the gain in reward was kept under the shield?": _gain_kept(evaluation),
+    }
+    found = [Finding(question, *rest) for question, rest in fixed.items()]
+    for rule, arm in itertools.product(RULES, SHARED):
+        against = rule.against.format(arm=arm)
+        rows = rows_of(evaluation, rule.measure, arm, against, rule.group)
+        if len(rows):
+            users = rows.iloc[0]["n"]
+            few = users < LEAST_USERS
+            answer = "too few users to say" if few else ANSWERS[side(rows, rule.null)]
+            evidence = f"{rule.measure} against {against}: {words(rows)}, {users:.0f} users"
+            found.append(Finding(rule.question.format(arm=arm), answer, evidence))
     return found + [one for arm in SHARED for one in _controls(evaluation, arm)]
 
 
@@ -152,16 +143,15 @@ def _ranking_words(table: pd.DataFrame, arm: str) -> str:
     )
 
 
-def _gain_kept(table: pd.DataFrame) -> Finding:
+def _gain_kept(table: pd.DataFrame) -> tuple[str, str]:
     """A share of a gain means something only where there is a gain."""
-    question = "How much of the gain in reward was kept under the shield?"
     free, held = (rows_of(table, "reward", arm, "base") for arm in SHARED)
     gains = f"gain {words(held)} with the shield, {words(free)} without"
     if side(free) != "up":
-        return Finding(question, "cannot be said", f"{gains}: no gain to keep a share of")
-    kept = held.iloc[0]["value"] / free.iloc[0]["value"]
+        return "cannot be said", f"{gains}: no gain to keep a share of"
     interval = words(rows_of(table, "gain_kept", "shielded", "unshielded"))
-    return Finding(question, share(kept), f"{gains}; share {interval or 'without an interval'}")
+    kept = share(held.iloc[0]["value"] / free.iloc[0]["value"])
+    return kept, f"{gains}; share {interval or 'without an interval'}"
 
 
 def _controls(table: pd.DataFrame, arm: str) -> list[Finding]:
