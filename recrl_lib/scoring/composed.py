@@ -1,8 +1,8 @@
 """Texts composed by rule: true explanations from metadata, and controls that must not win.
 
-The reference lines are the ceiling to show beside a model's texts, and what a warm start imitates. The controls are
-what a policy might drift to if a measure could be fooled: a tuned policy must beat each of them under the reward,
-the judge and the simulated clicks.
+The reference lines are the ceiling to show beside a model's texts, and what a warm start imitates.
+The controls are what a policy might drift to if a measure could be fooled: a tuned policy must beat
+each of them under the reward, the judge and the simulated clicks.
 """
 
 from collections.abc import Sequence
@@ -14,64 +14,57 @@ _OPENINGS = (
     "I recommend {film} because you enjoyed {history}; it is {what}.",
     "You {did} {history}, so I think you will like {film}, {what}.",
 )
+_PRAISE = (
+    "This is a great film that you will surely love and enjoy with your friends and family tonight."
+)
+_RAMBLE = (
+    "ou will love it because it is the kind of thing that people who like such things tend to "
+    "like, and the more you think of it the more it becomes clear that it is what you want to see "
+    "when you come home and have the time"
+)
 
 
 def reference_line(record: Record) -> str:
-    """An explanation composed from metadata alone: true by construction, as the ceiling to show beside a model's.
+    """An explanation composed from metadata alone, true by construction.
 
-    It names the film, its year and genres, and the one or two history films that share most genres with it.
+    It names the item, its year and genres, and the one or two history titles that share most genres
+    with it, the latest first.
     """
     genres, noun = real_genres(record), record.get("noun", "film")
     shared = [len(set(genres) & set(g)) for g in record["history_genres"]]
     nearest = sorted(range(len(shared)), key=lambda i: (-shared[i], -i))[:2]
     history = " and ".join(dict.fromkeys(record["history_titles"][i] for i in nearest))
     film = record["title"] + (f" ({record['year']})" if record["year"] else "")
-    listed = [g.lower().replace("film-noir", "film noir") for g in genres]
-    kind = " and ".join(filter(None, [", ".join(listed[:-1]), listed[-1] if listed else ""]))
-    what = (
-        f"{'an' if kind[:1] in tuple('aeiou') else 'a'} {kind} {noun}"
-        if kind
-        else f"{'an' if noun == 'item' else 'a'} {noun} in the same vein"
-    )
+    *most, last = [g.lower().replace("film-noir", "film noir") for g in genres] or [""]
+    kind = " and ".join(filter(None, [", ".join(most), last]))
+    what = f"{kind} {noun}" if kind else f"{noun} in the same vein"
+    vowels = "aeiou" if kind else "i"
+    what = f"{'an' if what[0] in vowels else 'a'} {what}"
     if not history:
         return f"I recommend {film}, {what}."
-    return _OPENINGS[(record["user"] + record["item"]) % len(_OPENINGS)].format(
-        history=history, film=film, what=what, did=NOUNS[noun][1]
-    )
-
-
-_PRAISE = (
-    "This is a great film that you will surely love and enjoy with your friends and family tonight."
-)
-_RAMBLE = (
-    "You will love it because it is the kind of thing that people who like such things tend to like, and the more you "
-    "think of it the more it becomes clear that it is what you want to see when you come home and have the time"
-)
+    opening = _OPENINGS[(record["user"] + record["item"]) % len(_OPENINGS)]
+    return opening.format(history=history, film=film, what=what, did=NOUNS[noun][1])
 
 
 def control_texts(records: Sequence[Record], prompts: Sequence[str]) -> dict[str, list[str]]:
-    """The controls, one text a record each; ``prompts`` are the users' questions as the model meets them.
+    """The controls, one text a record each.
 
-    ``empty``; ``constant``: one line of praise for everybody; ``longest``: fluent talk about nothing, about 120 words;
-    ``keywords``: the true title, history and genres as a list; ``another_item``: the reference line of another record;
-    ``copied_prompt``. Raises ``ValueError`` for fewer than two records.
+    Args:
+        records: two or more, else ``ValueError``.
+        prompts: the users' questions as the model meets them, one a record.
     """
-    if len(records) < 2 or len(records) != len(prompts):
-        raise ValueError(
-            f"controls: {len(records)} records and {len(prompts)} prompts; give two records or more, each with its prompt"
-        )
     n = len(records)
+    if n < 2 or n != len(prompts):
+        raise ValueError(
+            f"controls: {n} records and {len(prompts)} prompts; "
+            "give two records or more, each with its prompt"
+        )
+    said = [[r["title"], *dict.fromkeys(r["history_titles"]), *real_genres(r)] for r in records]
     return {
         "empty": [""] * n,
         "constant": [_PRAISE] * n,
-        "longest": [
-            f"{_RAMBLE}, and {_RAMBLE[0].lower()}{_RAMBLE[1:]}, so {_RAMBLE[0].lower()}{_RAMBLE[1:]}."
-        ]
-        * n,
-        "keywords": [
-            " and ".join([r["title"], *dict.fromkeys(r["history_titles"]), *real_genres(r)]) + "."
-            for r in records
-        ],
+        "longest": [f"Y{_RAMBLE}, and y{_RAMBLE}, so y{_RAMBLE}."] * n,  # about nothing
+        "keywords": [" and ".join(true) + "." for true in said],
         "another_item": [reference_line(records[(i + 1) % n]) for i in range(n)],
         "copied_prompt": list(prompts),
     }

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recrl_lib.chat import Chat, _fitting, reply, tuned_as
+from recrl_lib.chat import Chat, reply, tuned_as
 from recrl_lib.explainer.prompts import messages, prompt_ids
 from recrl_lib.params import Params
 from recrl_lib.tests.tiny import tiny_explainer, tune_randomly
@@ -15,17 +15,11 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 def records(users, positions) -> list[dict]:
+    history = dict(history_titles=["bad film"], history_genres=[["blue"]])
     return [
-        {
-            "user": u,
-            "item": 10 * u + p,
-            "position": p,
-            "title": f"good film {u} {p} {HOSTILE}",
-            "year": 1990,
-            "genres": ["red"],
-            "history_titles": ["bad film"],
-            "history_genres": [["blue"]],
-        }
+        dict(user=u, item=10 * u + p, position=p, year=1990, genres=["red"])
+        | dict(title=f"good film {u} {p} {HOSTILE}")
+        | history
         for u, p in zip(users, positions)
     ]
 
@@ -43,11 +37,11 @@ def tuned():
 
 @pytest.fixture
 def chat(tuned):
-    return Chat(SimpleNamespace(records=records), *tuned, PARAMS, users=[3, 4])
+    return Chat(SimpleNamespace(records=records, noun="film"), *tuned, PARAMS, users=[3, 4])
 
 
 def say(explainer, seed=0, text="", history=None):
-    return reply(explainer, history or messages(records([3], [1])[0]), text, 6, 1.0, seed)
+    return reply(explainer, history or messages(records([3], [1])[0]), text, PARAMS, seed)
 
 
 def test_equal_arguments_equal_answers_and_other_seeds_other_answers(tuned):
@@ -93,25 +87,30 @@ def test_arms_speak_with_their_own_adapters(tuned):
 
 def test_a_long_chat_drops_its_oldest_turns_but_neither_opening_nor_question(tuned):
     explainer, _ = tuned
+    explainer.lm.config.max_position_embeddings = 10_000
     opening = messages(records([3], [1])[0])
     pairs = [
-        {"role": r, "content": f"{w} film"}
-        for w in ("red", "blue", "green", "short")
-        for r in ("assistant", "user")
+        {"role": role, "content": f"{word} film"}
+        for word in ("red", "blue", "green", "short")
+        for role in ("assistant", "user")
     ]
-    everything = len(prompt_ids(explainer, opening + pairs))
-    assert _fitting(explainer, opening + pairs, 6) == prompt_ids(explainer, opening + pairs)
-    explainer.lm.config.max_position_embeddings = everything + 6 - 1
-    assert _fitting(explainer, opening + pairs, 6) == prompt_ids(explainer, opening + pairs[2:])
+    whole, shorter = say(explainer, history=opening + pairs), opening + pairs[2:]
+    without = say(explainer, history=shorter)
+    assert whole != without
+    everything = len(prompt_ids(explainer, opening + pairs)) + PARAMS.max_new_tokens
+    explainer.lm.config.max_position_embeddings = everything
+    assert say(explainer, history=opening + pairs) == whole
+    explainer.lm.config.max_position_embeddings = everything - 1
+    assert say(explainer, history=opening + pairs) == without
     explainer.lm.config.max_position_embeddings = 6 + len(prompt_ids(explainer, opening))
-    assert _fitting(explainer, opening, 6) == prompt_ids(explainer, opening)
+    assert say(explainer, history=opening) is not None
     with pytest.raises(ValueError, match="too long"):
-        _fitting(explainer, opening + pairs, 6)
+        say(explainer, history=opening + pairs)
 
 
 def test_the_chat_opens_with_an_answer_and_goes_on(chat):
     assert [m["role"] for m in chat.history] == ["system", "user", "assistant"]
-    assert chat.arm.value == "shielded" and chat.film.value == 1
+    assert chat.arm.value == "shielded" and chat.item.value == 1
     chat.text.value = "why the red film"
     chat.button.click()
     assert [m["role"] for m in chat.history[3:]] == ["user", "assistant"]
@@ -126,23 +125,20 @@ def test_suggestions_ask_about_another_film_of_the_list(chat):
     assert chat.history[-2]["content"] == chat.why_not.description
     chat.lighter.click()
     assert chat.history[-2]["content"] == "Something lighter?" and len(chat.history) == 7
-    chat.film.value = 2
+    chat.item.value = 2
     assert chat.why_not.description.startswith("Why not good film 3 1")
 
 
-def test_user_film_and_arm_each_start_one_new_chat(chat, monkeypatch):
-    started, answer = [], Chat._answer
-    monkeypatch.setattr(
-        Chat, "_answer", lambda self, text: (started.append(text), answer(self, text))
-    )
-    chat.film.value = 5
-    assert len(started) == 1 and "good film 3 5" in chat.history[1]["content"]
+def test_user_film_and_arm_each_start_one_new_chat(chat):
+    shown = []
+    chat.log.observe(lambda change: shown.append(change["new"]), "value")
+    chat.item.value = 5
+    assert len(shown) == 1 and "good film 3 5" in chat.history[1]["content"]
     chat.user.value = 4
-    assert (
-        len(started) == 2 and "good film 4 1" in chat.history[1]["content"] and chat.film.value == 1
-    )
+    assert len(shown) == 2 and "good film 4 1" in chat.history[1]["content"]
+    assert chat.item.value == 1
     chat.arm.value = "base"
-    assert len(started) == 3 and len(chat.history) == 3 and "<b>base</b>" in chat.log.value
+    assert len(shown) == 3 and len(chat.history) == 3 and "<b>base</b>" in chat.log.value
 
 
 def test_everything_in_the_log_is_escaped(chat):

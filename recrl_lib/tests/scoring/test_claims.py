@@ -1,48 +1,15 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from recrl_lib.explainer.prompts import check_records
 from recrl_lib.scoring.claims import Catalogue, distinct_share
 
-TITLES = [
-    "The Rock",
-    "Heat",
-    "Con Air",
-    "The Usual Suspects",
-    "The Game",
-    "Fear",
-    "Fargo",
-    "Michael",
-    "M*A*S*H",
-    "In & Out",
-    "Face/Off",
-    "Seven (Se7en)",
-    "Star Trek: First Contact",
-    "Star Trek: The Motion Picture",
-    "Terminator 2: Judgment Day",
-    "True Romance",
-    "Schindler's List",
-    "2001: A Space Odyssey",
-    "Les Misérables",
-    "Aiqing wansui",
-    "The Prophecy (1995)",
-    "The War",
-    "The Godfather",
-    "The Godfather: Part II",
-]
-GENRES = [
-    "Action",
-    "Thriller",
-    "Comedy",
-    "Sci-Fi",
-    "Film-Noir",
-    "Romance",
-    "War",
-    "Children's",
-    "Animation",
-    "unknown",
-]
+TITLES = """The Rock|Heat|Con Air|The Usual Suspects|The Game|Fear|Fargo|Michael|M*A*S*H|In & Out
+Face/Off|Seven (Se7en)|Star Trek: First Contact|Star Trek: The Motion Picture|Schindler's List
+Terminator 2: Judgment Day|True Romance|2001: A Space Odyssey|Les Misérables|Aiqing wansui
+The Prophecy (1995)|The War|The Godfather|The Godfather: Part II""".replace("\n", "|").split("|")
+GENRES = ["Action", "Thriller", "Comedy", "Sci-Fi", "Film-Noir", "Romance", "War", "Children's"]
+GENRES += ["Animation", "unknown"]
 CATALOGUE = Catalogue(TITLES, GENRES)
 
 
@@ -60,30 +27,20 @@ def test_every_title_is_found_in_a_sentence_and_claims_nothing_else(title):
 @pytest.mark.parametrize(
     "text, found",
     [
-        (
-            "i loved THE USUAL SUSPECTS and the usual suspects",
-            [["The Usual Suspects"]],
-        ),  # distinctive: any case, once
+        # distinctive: in any case, and once
+        ("i loved THE USUAL SUSPECTS and the usual suspects", [["The Usual Suspects"]]),
         ("It is part of the game, and in and out of fear.", []),  # common words
         ("You like The Game and In and Out.", [["The Game"], ["In & Out"]]),
         ("Fear drives this film. Heat rises.", []),  # the first word of a sentence shows nothing
-        (
-            "Fargo is dark. Heat (1995) too.",
-            [["Fargo"], ["Heat"]],
-        ),  # unless what follows shows a title
+        ("Fargo is dark. Heat (1995) too.", [["Fargo"], ["Heat"]]),  # unless followed like a title
         ("directed by Michael Bay", []),  # part of a name
         ("You saw Michael.", [["Michael"]]),
         ("The Rock's action", [["The Rock"]]),
         ("Terminator 2 is loud", [["Terminator 2: Judgment Day"]]),
-        (
-            "the classic Star Trek",
-            [["Star Trek: First Contact", "Star Trek: The Motion Picture"]],
-        ),  # either
-        ("Star Trek: First Contact", [["Star Trek: First Contact"]]),  # longest first
-        (
-            "you liked The Godfather",
-            [["The Godfather"]],
-        ),  # an exact title is not an alias of its sequel
+        # either of two; the longest first; an exact title is not an alias of its sequel
+        ("classic Star Trek", [["Star Trek: First Contact", "Star Trek: The Motion Picture"]]),
+        ("Star Trek: First Contact", [["Star Trek: First Contact"]]),
+        ("you liked The Godfather", [["The Godfather"]]),
         ("Se7en and Seven were", [["Seven (Se7en)"]]),
         ("a film of 1995", []),  # a year in a title's parenthesis is no title
         ("", []),
@@ -95,18 +52,11 @@ def test_titles(text, found):
 
 def test_genres_in_their_forms_and_not_inside_titles():
     said = CATALOGUE.claims(
-        "Comedies, thrillers, science fiction, films noir, an animated romantic story for children. Drama, War."
+        "Comedies, thrillers, science fiction, films noir, an animated romantic story for children. "
+        "Drama, War."
     )
-    assert said.genres == (
-        "Comedy",
-        "Thriller",
-        "Sci-Fi",
-        "Film-Noir",
-        "Animation",
-        "Romance",
-        "Children's",
-        "War",
-    )
+    named = "Comedy Thriller Sci-Fi Film-Noir Animation Romance Children's War"
+    assert said.genres == tuple(named.split())
     assert CATALOGUE.claims("You saw True Romance.").genres == ()
     assert CATALOGUE.claims("a thrilling story of unknown origin").genres == ()
 
@@ -117,25 +67,19 @@ def test_years_outside_titles():
     ).years == (1994,)
 
 
+NAMED = "directed by Michael Bay, starring DiCaprio, with Tom Hanks"
+
+
 @pytest.mark.parametrize(
     "text, found",
     [
-        (
-            "directed by Michael Bay, starring DiCaprio, with Tom Hanks",
-            ("Michael Bay", "DiCaprio", "Tom Hanks"),
-        ),
+        (NAMED, ("Michael Bay", "DiCaprio", "Tom Hanks")),
         ("Because Tom Hanks acts", ("Tom Hanks",)),
         ("by J. K. Rowling and Jean-Luc Godard", ("J K Rowling", "Jean Luc Godard")),
         ("like The Matrix", ("The Matrix",)),  # a film that is in no catalogue
-        (
-            "Because you liked Palglone and Heat, try it",
-            ("Palglone",),
-        ),  # an invented film of one word
+        ("Because you liked Palglone and Heat, try it", ("Palglone",)),  # invented, of one word
         ("Because you liked Heat and Palglone, try it", ("Palglone",)),
-        (
-            "a drama and American story, in English and French",
-            (),
-        ),  # "and" after a genre shows no name
+        ("a drama and American story, in English and French", ()),  # "and" after a genre
         ("I think you will like Palgl", ()),  # cut off: it may have become a title
         ("I think you will like Palgl.", ("Palgl",)),
         ("I recommend Heat. You will love Con Air. The story is American.", ()),
@@ -146,27 +90,20 @@ def test_proper_names(text, found):
     assert CATALOGUE.claims(text).people == found
 
 
-def test_prose_tells_sentences_from_lists():
-    honest = "Because you liked Heat and The Rock, I recommend Con Air (1997), an action thriller in the same vein."
-    assert CATALOGUE.claims(honest).prose == 1
-    assert (
-        CATALOGUE.claims("Con Air, The Rock, The Game, In & Out, action, thriller.").prose == 0
-    )  # titles' own words do not count
-    assert CATALOGUE.claims(
-        "Heat and Fargo and Con Air and The Rock and action and comedy"
-    ).prose == pytest.approx(1 / 3)
-
-
-RECORD = dict(
-    user=3,
-    item=3,
-    position=1,
-    title="Con Air",
-    year=1997,
-    genres=["Action", "Thriller"],
-    history_titles=["Heat", "Fargo"],
-    history_genres=[["Action"], ["Comedy"]],
+@pytest.mark.parametrize(
+    "text, prose",
+    [
+        ("Because you liked Heat and The Rock, I recommend Con Air (1997), an action thriller.", 1),
+        ("Con Air, The Rock, The Game, In & Out, action, thriller.", 0),  # titles' own words
+        ("Heat and Fargo and Con Air and The Rock and action and comedy", 1 / 3),
+    ],
 )
+def test_prose_tells_sentences_from_lists(text, prose):
+    assert CATALOGUE.claims(text).prose == pytest.approx(prose)
+
+
+RECORD = dict(user=3, item=3, position=1, title="Con Air", year=1997, genres=["Action", "Thriller"])
+RECORD |= dict(history_titles=["Heat", "Fargo"], history_genres=[["Action"], ["Comedy"]])
 
 
 def test_verdict_by_hand():
@@ -189,20 +126,18 @@ def test_marks_by_hand():
     assert CATALOGUE.marks(RECORD, "") == []
 
 
-@given(
-    st.lists(
-        st.sampled_from(
-            "Con Air Heat Fargo The Rock & action comedy 1997 1990 by John Woo , . is a’s _".split()
-        ),
-        max_size=14,
-    )
-)
+TOKENS = "Con Air Heat Fargo The Rock & action comedy 1997 1990 by John Woo , . is a’s _".split()
+
+
+@given(st.lists(st.sampled_from(TOKENS), max_size=14))
+@example(["by", "Con", "_"])  # cut off, and no name: "_" is a space to both
 def test_marks_are_the_claims_that_the_verdict_counts(tokens):
     text = " ".join(tokens)
     marked = CATALOGUE.marks(RECORD, text)
     verdict = CATALOGUE.verdict(RECORD, text)
-    assert any(not true for _, _, true in marked) == (verdict.unsupported > 0)
-    assert any(true for _, _, true in marked) == (verdict.supported > 0)
+    for counted, wanted in ((verdict.unsupported, False), (verdict.supported, True)):
+        said = {text[a:b].lower() for a, b, true in marked if true == wanted}
+        assert bool(said) == (counted > 0) and len(said) >= counted
     assert all(a < b <= c for (a, b, _), (c, _, _) in zip(marked, [*marked[1:], (len(text), 0, 0)]))
 
 
@@ -221,10 +156,6 @@ def test_errors_name_the_remedy():
         CATALOGUE.verdict(RECORD | {"title": "Nowhere Known"}, "x")
     with pytest.raises(ValueError, match="no titles"):
         Catalogue([], GENRES)
-    with pytest.raises(ValueError, match="2 texts"):
-        check_records([RECORD], ["a", "b"])
-    with pytest.raises(ValueError, match="record 0 lacks year"):
-        check_records([{k: v for k, v in RECORD.items() if k != "year"}], ["a"])
 
 
 @given(st.text(max_size=80))

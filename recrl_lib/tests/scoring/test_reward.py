@@ -10,13 +10,8 @@ from recrl_lib import params
 from recrl_lib.scoring.claims import Catalogue
 from recrl_lib.scoring.reward import PARTS, VARIANTS, WEIGHTS, Reward, score
 
-RECORD = dict(
-    user=7,
-    item=3,
-    position=2,
-    title="Con Air",
-    year=1997,
-    genres=["Action", "Thriller"],
+RECORD = dict(user=7, item=3, position=2, title="Con Air", year=1997, genres=["Action", "Thriller"])
+RECORD |= dict(
     history_titles=["Heat", "The Rock", "Fargo"],
     history_genres=[["Crime"], ["Action", "Thriller"], ["Crime", "Drama"]],
 )
@@ -24,26 +19,35 @@ CATALOGUE = Catalogue(
     ["Con Air", "Heat", "The Rock", "Fargo", "Annie Hall", "Emma", "Sabrina"],
     ["Action", "Thriller", "Crime", "Drama", "Comedy", "Romance"],
 )
-HONEST = "Because you liked Heat and The Rock, I recommend Con Air (1997), an action thriller in the same vein."
-RAMBLE = (
-    "You will love it because it is the kind of thing that people who like such things tend to like, and the more you "
-    "think of it "
-    "the more it becomes clear that it is what you want to see when you come home and"
+HONEST = (
+    "Because you liked Heat and The Rock, I recommend Con Air (1997), an action thriller in the "
+    "same vein."
 )
+PRAISE = "This is a great film that you will surely love and enjoy with your friends tonight."
+KEYWORDS = "Con Air, Heat, The Rock, Fargo, Action, Thriller, Crime, Drama"
+RAMBLE = (
+    "You will love it because it is the kind of thing that people who like such things tend to "
+    "like, and the more you think of it the more it becomes clear that it is what you want to see "
+    "when you come home and"
+)
+LIKED = "Because you liked "
 DEGENERATE = {
     "empty": "",
-    "constant praise": "This is a great film that you will surely love and enjoy with your friends and family tonight.",
+    "constant praise": PRAISE,
     "praise in a loop": "Great film! " * 12,
     "rambling": RAMBLE,
-    "longest rambling": RAMBLE + " then you " + RAMBLE + " so " + RAMBLE,
+    "longest rambling": f"{RAMBLE} then you {RAMBLE} so {RAMBLE}",
     "honest in a loop": " ".join([HONEST] * 4),
-    "keywords with commas": "Con Air, Heat, The Rock, Fargo, Action, Thriller, Crime, Drama, Con Air, Heat, The Rock.",
-    "keywords with and": "Con Air and Heat and The Rock and Fargo and Action and Thriller and Crime and Drama.",
-    "keywords alone": "Con Air Heat The Rock Fargo Action Thriller Crime Drama Con Air Heat The Rock Fargo",
-    "another item": "Because you liked Annie Hall and Emma, I recommend Sabrina (1995), a romantic comedy.",
-    "every title": "Because you liked Heat, The Rock, Annie Hall and Emma, I recommend Con Air or Sabrina, a romance.",
-    "copied prompt": "I watched: Heat; The Rock; Fargo.\nWhy do you recommend Con Air (1997), genres Action, Thriller?",
-    "copied fields": "Title: Con Air (1997). Genres: Action, Thriller. The viewer has watched Heat and liked it.",
+    "keywords with commas": KEYWORDS + ", Con Air, Heat, The Rock.",
+    "keywords with and": KEYWORDS.replace(",", " and") + ".",
+    "keywords alone": KEYWORDS.replace(",", "") + " Con Air Heat The Rock Fargo",
+    "another item": LIKED + "Annie Hall and Emma, I recommend Sabrina (1995), a romantic comedy.",
+    "every title": LIKED
+    + "Heat, The Rock, Annie Hall and Emma, I recommend Con Air or Sabrina, a romance.",
+    "copied prompt": "I watched: Heat; The Rock; Fargo.\nWhy do you recommend Con Air (1997), "
+    "genres Action, Thriller?",
+    "copied fields": "Title: Con Air (1997). Genres: Action, Thriller. The viewer has watched "
+    "Heat and liked it.",
 }
 
 
@@ -70,34 +74,24 @@ def test_length_band(words, value):
 @pytest.mark.parametrize(
     "text, value",
     [
-        ("I recommend Con Air to you because it is so good.", 0.4),  # the title alone
-        (
-            "I recommend Con Air to you because you liked Heat.",
-            0.55,
-        ),  # and one of two history titles
-        ("I recommend it to you because it is an action film.", 0.15),  # one of two genres
-        ("I recommend Con Air to you because of Nicolas Cage in it.", 0.4 - 0.2),  # a name
-        ("I recommend Con Air to you as it is like Annie Hall.", 0.4 - 0.25),  # a foreign title
-        (
-            "I recommend Con Air to you as it is a comedy of 1995.",
-            0.4 - 0.15 - 0.15,
-        ),  # a wrong genre and year
-        (
-            "I recommend Con Air to you as it is a comedy by Nicolas Cage and John Woo.",
-            0,
-        ),  # never below 0
+        ("Con Air to you because it is so good.", 0.4),  # the title alone
+        ("Con Air to you because you liked Heat.", 0.55),  # and one of two history titles
+        ("it to you because it is an action film.", 0.15),  # one of two genres
+        ("Con Air to you because of Nicolas Cage in it.", 0.4 - 0.2),  # a name
+        ("Con Air to you as it is like Annie Hall.", 0.4 - 0.25),  # a foreign title
+        ("Con Air to you as it is a comedy of 1995.", 0.4 - 0.15 - 0.15),  # a wrong genre and year
+        ("Con Air to you as it is a comedy by Nicolas Cage and John Woo.", 0),  # never below 0
     ],
 )
 def test_relevance_by_hand(text, value):
-    assert score(RECORD, text, CATALOGUE)["relevance"] == pytest.approx(value)
+    said = f"I recommend {text}"
+    assert score(RECORD, said, CATALOGUE)["relevance"] == pytest.approx(value)
 
 
 def test_relevance_stays_reachable_without_history_and_genres():
     bare = RECORD | dict(history_titles=[], history_genres=[], genres=["unknown"])
-    assert (
-        score(bare, "I recommend Con Air to you because it is so good.", CATALOGUE)["relevance"]
-        == 1
-    )
+    text = "I recommend Con Air to you because it is so good."
+    assert score(bare, text, CATALOGUE)["relevance"] == 1
 
 
 @pytest.mark.parametrize(
@@ -118,22 +112,20 @@ def test_coherence_by_hand(text, value):
 
 def test_repeated_trigrams_cost_their_share():
     # 9 words, 7 trigrams, 3 of them distinct: "with them they", "them they with", "they with them"
-    assert score(RECORD, "With them they with them they with them they.", CATALOGUE)[
-        "coherence"
-    ] == pytest.approx(3 / 7)
+    text = "With them they with them they with them they."
+    assert score(RECORD, text, CATALOGUE)["coherence"] == pytest.approx(3 / 7)
 
 
-def test_paper_variant_by_hand():
-    assert score(RECORD, "Con Air has action. It is good fun.", CATALOGUE, "paper") == dict(
-        length=8 / 40, relevance=1, coherence=1
-    )
-    assert score(RECORD, "A comedy.", CATALOGUE, "paper") == dict(
-        length=2 / 40, relevance=0, coherence=0
-    )
-    stuffed = "word " * 40
-    assert (
-        score(RECORD, stuffed, CATALOGUE, "paper")["length"] == 1
-    )  # what the grounded variant is there to close
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("Con Air has action. It is good fun.", (8 / 40, 1, 1)),
+        ("A comedy.", (2 / 40, 0, 0)),
+        ("word " * 40, (1, 0, 0.5)),  # length alone: what the grounded variant is there to close
+    ],
+)
+def test_paper_variant_by_hand(text, parts):
+    assert score(RECORD, text, CATALOGUE, "paper") == dict(zip(PARTS, parts))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -152,40 +144,28 @@ def test_batch_is_the_weighted_sum_of_single_scores(variant):
 
 
 def test_500_real_texts_keep_their_values():
-    """``golden_rewards.json``: the first, slower implementation's values; its comment names what was charged since."""
+    """The first, slower implementation's values; the file says what was charged since."""
     golden = json.loads((Path(__file__).parent / "golden_rewards.json").read_text(encoding="utf-8"))
     catalogue = Catalogue(golden["titles"], golden["genres"])
-    records, texts = (
-        [golden["records"][row[0]] for row in golden["rows"]],
-        [row[1] for row in golden["rows"]],
-    )
+    records = [golden["records"][row[0]] for row in golden["rows"]]
+    texts = [row[1] for row in golden["rows"]]
     for variant, first in zip(VARIANTS, (2, 5), strict=True):
         _, parts = Reward(variant, catalogue)(records, texts)
         wanted = np.array([row[first : first + 3] for row in golden["rows"]])
-        assert np.array_equal(np.stack([parts[p] for p in PARTS], 1).astype(np.float64), wanted), (
-            variant
-        )
+        got = np.stack([parts[p] for p in PARTS], 1).astype(np.float64)
+        assert np.array_equal(got, wanted), variant
 
 
-def test_a_false_mention_costs_more_than_a_true_one_earns():
-    """So that a guess pays only where it is right more often than not."""
+@pytest.mark.parametrize("false", ["Palglone", "Kurt Russell", "Annie Hall"])
+def test_a_false_mention_costs_more_than_a_true_one_earns(false):
+    """An invented film, a person, a film not watched: a guess pays only if it is mostly right."""
     true = "I recommend Con Air to you because you liked Heat, and it is good."
-    named = score(RECORD, true, CATALOGUE)["relevance"]
-    earned = named - score(RECORD, true.replace("Heat", "it"), CATALOGUE)["relevance"]
-    assert earned == pytest.approx(0.15)
-    for false in (
-        "Palglone",
-        "Kurt Russell",
-        "Annie Hall",
-    ):  # an invented film, a person, a film not watched
-        without = score(RECORD, true, CATALOGUE)["relevance"]
-        assert (
-            without
-            - score(RECORD, true.replace("Heat", f"Heat and {false}"), CATALOGUE)["relevance"]
-            > earned
-        )
+    relevance = lambda text: score(RECORD, text, CATALOGUE)["relevance"]  # noqa: E731
+    earned = relevance(true) - relevance(true.replace("Heat", "it"))
+    cost = relevance(true) - relevance(true.replace("Heat", f"Heat and {false}"))
+    assert cost > earned == pytest.approx(0.15)
     wrong_year = true.replace("Con Air", "Con Air (1995)")
-    assert named - score(RECORD, wrong_year, CATALOGUE)["relevance"] == pytest.approx(0.15)
+    assert relevance(true) - relevance(wrong_year) == pytest.approx(0.15)
 
 
 def test_empty_batch():
@@ -208,13 +188,8 @@ def test_trl_functions_agree_with_the_batch():
     for function, part in zip(reward.as_trl(), PARTS, strict=True):
         assert function.__name__ == f"reward_{part}"
         for completions in (texts, chats):  # called as TRL's trainers do, with columns of their own
-            got = function(
-                prompts=["p", "p"],
-                completions=completions,
-                completion_ids=[[1], [2]],
-                trainer_state=None,
-                **columns,
-            )
+            own = dict(completion_ids=[[1], [2]], trainer_state=None)
+            got = function(prompts=["p", "p"], completions=completions, **own, **columns)
             assert isinstance(got, list) and got == pytest.approx(parts[part].tolist())
 
 
@@ -239,12 +214,14 @@ def test_a_removed_part_leaves_a_reward_of_the_same_range():
     assert of.variant == "paper" and of.weights == pytest.approx((0, 0.6, 0.4))
 
 
-def test_errors():
-    with pytest.raises(ValueError, match="not all 0"):
-        Reward("paper", CATALOGUE, (0, 0, 0))
-    with pytest.raises(ValueError, match="choose one of grounded, paper"):
-        Reward("best", CATALOGUE)
-    with pytest.raises(ValueError, match="three non-negative"):
-        Reward("paper", CATALOGUE, (1.0, -1.0, 0.5))
-    with pytest.raises(ValueError, match="1 records but 2 texts"):
-        Reward("paper", CATALOGUE)([RECORD], ["a", "b"])
+@pytest.mark.parametrize(
+    "variant, weights, message",
+    [
+        ("paper", (0, 0, 0), "not all 0"),
+        ("best", WEIGHTS, "choose one of grounded, paper"),
+        ("paper", (1.0, -1.0, 0.5), "three non-negative"),
+    ],
+)
+def test_errors(variant, weights, message):
+    with pytest.raises(ValueError, match=message):
+        Reward(variant, CATALOGUE, weights)
