@@ -250,6 +250,7 @@ class Explainer:
 
 def without_dropout(lm: Any) -> Any:
     """``lm`` with every dropout at 0, so that log-probabilities of one policy are always equal."""
+    module: Any
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
