@@ -30,7 +30,7 @@ _VERSIONED = (
 LIBRARY_FILES = {
     "evaluation": ("profiles.yaml",),
     "audit": ("policy.yaml",),
-    "report": ("policy.yaml", "profiles.yaml", "templates/*"),
+    "report": ("policy.yaml", "profiles.yaml"),
 }
 
 

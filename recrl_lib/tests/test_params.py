@@ -34,7 +34,7 @@ def test_stages_need_only_earlier_stages():
 @pytest.mark.parametrize(
     "name, implemented",
     [
-        ("dataset", data.NAMES),
+        ("dataset", data.FORMATS),
         ("reward", reward.VARIANTS),
         ("shield_mode", projection.MODES),
         ("shield_basis", subspaces.BASES),

@@ -1,4 +1,4 @@
-"""A 3-layer random Llama with a word tokenizer, and a word-count sentence encoder: for unit tests only."""
+"""A 3-layer random Llama with a word tokenizer, and word counts as a sentence encoder, for tests."""
 
 import re
 import zlib
