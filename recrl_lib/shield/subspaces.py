@@ -9,9 +9,8 @@ Bases, the directions that ``protect`` can take first:
 
 * ``activation``: the top eigenvectors of the protected texts' Gram matrix.
 * ``contrastive``: what stays free is where explanations have energy and item texts have little.
-* ``sensitivity``: ``activation`` with every token weighted by how strongly the ranking's scores
-react
-  to the layer's output there; every layer may do equal damage by this measure.
+* ``sensitivity``: ``activation`` with tokens weighted by how strongly the ranking's scores react to
+  the layer's output there; every layer may do equal damage by this measure.
 * ``readout``: the ranker's own basis carried to the layer inputs.
 * ``random``: a control.
 """
@@ -19,8 +18,9 @@ react
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,38 +45,27 @@ def adapted_layers(model: Any) -> list[tuple[str, str, nn.Module]]:
     return [(n, n, m) for n, m in model.named_modules() if len(getattr(m, "lora_A", ())) > 0]
 
 
-class GramCollector:
-    """Sums x x^T over every adapted layer's inputs while it is open: ``grams`` (d, d) float64."""
+class GramCollector(ExitStack):
+    """Sums x x^T over every adapted layer's inputs until it is closed: ``grams`` (d, d) float64."""
 
     def __init__(self, model: Any):
+        super().__init__()
         self.grams: dict[str, Tensor] = {}
         self.tokens = 0
         self._mask = torch.empty(0, dtype=torch.bool)
-        self._handles: list = []
-        self._layers = {key: module for _, key, module in adapted_layers(model)}  # one a key
-
-    def __enter__(self) -> GramCollector:
-        for key, module in self._layers.items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(key)))
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        one_a_key = {key: module for _, key, module in adapted_layers(model)}
+        for key, module in one_a_key.items():
+            self.enter_context(module.register_forward_pre_hook(partial(self._add, key)))
 
     def masked(self, mask: Tensor) -> None:
         """The next batch's (B, T) mask: padded tokens are excluded from the Gram matrix."""
         self._mask = mask.bool()
         self.tokens += int(self._mask.sum())
 
-    def _hook(self, key: str):
-        def add(module, args):
-            x = args[0].detach()[self._mask].double()
-            gram = self.grams.get(key)
-            self.grams[key] = x.T @ x if gram is None else gram.addmm_(x.T, x)
-
-        return add
+    def _add(self, key: str, module: nn.Module, args: tuple) -> None:
+        x = args[0].detach()[self._mask].double()
+        gram = self.grams.get(key)
+        self.grams[key] = x.T @ x if gram is None else gram.addmm_(x.T, x)
 
 
 @torch.no_grad()
@@ -121,21 +110,6 @@ def item_grams(
     return state_grams(explainer, batches())
 
 
-def prompt_grams(
-    explainer: Explainer, prompts: list[list[int]], batch: int = 16
-) -> tuple[dict[str, Tensor], int]:
-    """The same over token sequences: explanation prompts, or prompts with their explanations."""
-    from recrl_lib.explainer.model import left_pad
-    from recrl_lib.progress import track
-
-    def batches():
-        for start in track(range(0, len(prompts), batch), "prompt Grams"):
-            ids, mask = left_pad(prompts[start : start + batch], explainer.pad_id, explainer.device)
-            yield explainer.trunk(ids, mask), mask
-
-    return state_grams(explainer, batches())
-
-
 def sensitivity_grams(
     explainer: Explainer, items: ItemTexts, readout: Tensor, probes: Mapping[int, Tensor]
 ) -> dict[str, Tensor]:
@@ -153,35 +127,28 @@ def sensitivity_grams(
     inputs: dict[str, Tensor] = {}
     outputs: dict[tuple[str, str], Tensor] = {}
 
-    def hook(key: str, name: str):
-        def keep(module, args, output):
-            inputs[key], outputs[key, name] = args[0], output
+    def keep(key: str, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        inputs[key], outputs[key, name] = args[0], output
 
-        return keep
-
-    layers = explainer.adapted_modules()
-    handles = [module.register_forward_hook(hook(key, name)) for name, key, module in layers]
-    try:
-        with explainer.reference():
-            for (numbers, _), states in zip(track(items.batches, "sensitivities"), items.states()):
-                keep = torch.tensor([int(i) in probes for i in numbers])
-                if not keep.any():
-                    continue
-                states = states[keep].to(explainer.device).requires_grad_(True)
-                mask = torch.ones(states.shape[:2], dtype=torch.long, device=explainer.device)
-                vectors = explainer.top(states, mask).mean(1)
-                users = torch.stack([probes[int(i)] for i in numbers[keep]]).to(vectors)
-                scores = users * (vectors @ readout.to(vectors).T)
-                slopes = torch.autograd.grad(scores.sum(), list(outputs.values()))
-                weights: dict[str, Tensor] = {}
-                for (key, _), slope in zip(outputs, slopes):
-                    weights[key] = weights.get(key, 0.0) + slope.square().sum(-1)
-                for key, weight in weights.items():
-                    x, w = inputs[key].detach().flatten(0, 1).double(), weight.flatten().double()
-                    grams[key] = grams.get(key, 0.0) + (x * w[:, None]).T @ x
-    finally:
-        for handle in handles:
-            handle.remove()
+    with explainer.reference(), ExitStack() as hooks:
+        for name, key, module in explainer.adapted_modules():
+            hooks.enter_context(module.register_forward_hook(partial(keep, key, name)))
+        for (numbers, _), states in zip(track(items.batches, "sensitivities"), items.states()):
+            probed = torch.tensor([int(i) in probes for i in numbers])
+            if not probed.any():
+                continue
+            states = states[probed].to(explainer.device).requires_grad_(True)
+            mask = torch.ones(states.shape[:2], dtype=torch.long, device=explainer.device)
+            vectors = explainer.top(states, mask).mean(1)
+            users = torch.stack([probes[int(i)] for i in numbers[probed]]).to(vectors)
+            scores = users * (vectors @ readout.to(vectors).T)
+            slopes = torch.autograd.grad(scores.sum(), list(outputs.values()))
+            weights: dict[str, Tensor] = {}
+            for (key, _), slope in zip(outputs, slopes):
+                weights[key] = weights.get(key, 0.0) + slope.square().sum(-1)
+            for key, weight in weights.items():
+                x, w = inputs[key].detach().flatten(0, 1).double(), weight.flatten().double()
+                grams[key] = grams.get(key, 0.0) + (x * w[:, None]).T @ x
     return grams
 
 

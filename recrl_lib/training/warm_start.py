@@ -25,21 +25,6 @@ from recrl_lib.progress import track
 from recrl_lib.scoring.composed import reference_line
 from recrl_lib.shield.projection import Shield
 
-if not hasattr(Shield, "callback"):  # until the shield brings these two itself
-
-    class _ShieldCallback(TrainerCallback):
-        def __init__(self, shield):
-            self.shield = shield
-
-        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-            self.shield.attach(optimizer)
-
-        def on_train_end(self, args, state, control, **kwargs):
-            self.shield.detach()
-
-    Shield.callback = lambda self: _ShieldCallback(self)
-    Shield.run_replay = Shield.settle
-
 
 def trainer_settings(explainer: Explainer, seed: int, steps: int) -> dict[str, Any]:
     """What TRL's trainers have in common here: a constant rate, float32, no files, no output."""

@@ -8,9 +8,15 @@ from hypothesis import strategies as st
 from scipy.linalg import eigh
 
 from recrl_lib.explainer.item_texts import ItemTexts
+from recrl_lib.explainer.model import left_pad
 from recrl_lib.shield import BASES, GramMatrices, Shield, Subspace, leak, protect, subspaces
 from recrl_lib.tests.shield.conftest import TEXTS
 from recrl_lib.tests.tiny import tune_randomly
+
+
+def prompt_grams(explainer, prompts: list[list[int]]):
+    ids, mask = left_pad(prompts, explainer.pad_id, "cpu")
+    return subspaces.state_grams(explainer, [(explainer.trunk(ids, mask), mask)])
 
 
 def diagonal(*values: float) -> torch.Tensor:
@@ -37,13 +43,13 @@ def test_a_gram_is_the_sum_of_outer_products_of_the_items_asked_for(setting):
 def test_grams_ignore_padding_and_tuning(setting):
     explainer, _, _ = setting
     prompts = [[4, 5, 6, 7], [8, 9]]
-    both, tokens = subspaces.prompt_grams(explainer, prompts)
-    alone = [subspaces.prompt_grams(explainer, [p])[0] for p in prompts]
+    both, tokens = prompt_grams(explainer, prompts)
+    alone = [prompt_grams(explainer, [p])[0] for p in prompts]
     assert tokens == 6
     for name, gram in both.items():
         torch.testing.assert_close(gram, alone[0][name] + alone[1][name], atol=1e-4, rtol=1e-5)
     tune_randomly(explainer)
-    again = subspaces.prompt_grams(explainer, prompts)[0]
+    again = prompt_grams(explainer, prompts)[0]
     assert torch.equal(again["2.output"], both["2.output"])
 
 
@@ -90,7 +96,7 @@ def test_every_basis_is_a_frame_that_seals(basis, setting, train):
     probes = {n: users[n % 5] for n in range(1, 7)}
     known = GramMatrices(
         grams,
-        subspaces.prompt_grams(explainer, [[4, 5, 6, 7], [12, 13, 1, 2], [15, 16, 17, 18]])[0],
+        prompt_grams(explainer, [[4, 5, 6, 7], [12, 13, 1, 2], [15, 16, 17, 18]])[0],
         subspaces.sensitivity_grams(explainer, items, readout, probes),
         subspaces.readout_rows(explainer, readout),
     )
