@@ -1,4 +1,5 @@
-"""What tuning did: arms side by side, ranking change, simulated clicks, statistics, audit, frontier, findings.
+"""What tuning did: to the ranking, to the texts and to simulated clicks, with statistics.
 
-May import: study, ranker, scoring, shield, training, and what they import.
+Owns the rows of the evaluation, the frontier, the ablations, the audit and the rules of the report.
+May import: plots, study, ranker, scoring, shield, and what they import.
 """

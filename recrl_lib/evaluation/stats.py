@@ -75,17 +75,6 @@ def bootstrap_mean(
     return float(value), float(low), float(high)
 
 
-def paired_bootstrap_diff(
-    a: ArrayLike, b: ArrayLike, resamples: int, rng: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """mean(``a``) - mean(``b``) of the same users (U,): (difference, low, high, p), p as in
-    ``paired_p``."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired difference: {a.size} users against {b.size}; pair them")
-    return *bootstrap_mean(a - b, resamples, rng), float(paired_p(a - b, resamples, rng))
-
-
 def paired_p(difference: ArrayLike, resamples: int, rng: np.random.Generator) -> Any:
     """Two-sided p (...,) of paired differences (..., U) under random signs; exact where there are
     at most ``resamples`` choices of signs."""
@@ -143,24 +132,6 @@ def minimum_detectable(std: float, n: int, power: float = 0.8) -> float:
     if not std >= 0 or n < 1:
         raise ValueError(f"minimum_detectable: std={std} and n={n} must be >= 0 and >= 1")
     return float((ndtri((1 + LEVEL) / 2) + ndtri(power)) * std / np.sqrt(n))
-
-
-def rank_correlation(a: ArrayLike, b: ArrayLike) -> tuple[float, float, float]:
-    """Spearman's rank correlation of ``a`` and ``b`` (n,) with its interval: (rho, low, high).
-
-    The interval is Bonett and Wright's (2000, doi 10.1007/BF02294183): normal in atanh(rho),
-    variance (1 + rho^2 / 2) / (n - 3). It has no width where the orders are equal or opposite.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if len(a) != len(b) or len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        raise ValueError(
-            f"rank_correlation: needs four pairs or more, not all equal; got {len(a)} and {len(b)}"
-        )
-    rho = float(np.clip(scipy_stats.spearmanr(a, b)[0], -1, 1))
-    if abs(rho) > 1 - 1e-12:
-        return rho, rho, rho
-    reach = ndtri((1 + LEVEL) / 2) * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
-    return rho, float(np.tanh(np.arctanh(rho) - reach)), float(np.tanh(np.arctanh(rho) + reach))
 
 
 def ratio_influence(num: ArrayLike, den: ArrayLike) -> np.ndarray:
