@@ -102,8 +102,3 @@ def _lists(base_top: np.ndarray, new_top: np.ndarray) -> tuple[np.ndarray, np.nd
         if (ordered[:, 1:] == ordered[:, :-1]).any():
             raise ValueError("top-k lists: an item occurs twice in one user's list")
     return base_top, new_top
-
-
-def lower_words(text: str) -> list[str]:
-    """Lower-case words of ``text``; punctuation separates."""
-    return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
