@@ -4,16 +4,16 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recrl_lib.explainer.item_texts import ItemTexts
 from recrl_lib.shield import GramMatrices, Shield, Subspace, initial_overlap, leak, protect
 from recrl_lib.shield.subspaces import item_grams
+from recrl_lib.tests.shield.toy import make, moved, train
 from recrl_lib.tests.tiny import tiny_explainer
 
 SEALED = 1e-6  # rounding of float32 adapters
-FEW = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 class Lion(torch.optim.Optimizer):
@@ -51,11 +51,9 @@ def parameters(explainer, part: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@settings(max_examples=6, **FEW)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 99), layers=st.sampled_from([0, 1, 2]), energy=st.floats(0.3, 0.99))
-def test_mode_update_seals_the_subspace_under_any_optimizer(
-    name, seed, layers, energy, make, train
-):
+def test_mode_update_seals_the_subspace_under_any_optimizer(name, seed, layers, energy):
     explainer, _, grams = make(layers, seed)
     protected = protect(grams, energy=energy)
     optimizer = OPTIMIZERS[name](explainer.adapter_parameters())
@@ -66,9 +64,9 @@ def test_mode_update_seals_the_subspace_under_any_optimizer(
     assert any(b.abs().max() > 0 for b in parameters(explainer, "lora_B"))  # it did learn
 
 
-@settings(max_examples=5, **FEW)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 99), name=st.sampled_from(["momentum", "adam", "adamw, decay", "lion"]))
-def test_state_of_an_unshielded_optimizer_does_not_leak(seed, name, make, train):
+def test_state_of_an_unshielded_optimizer_does_not_leak(seed, name):
     explainer, _, grams = make(2, seed)
     protected = protect(grams, energy=0.9)
     optimizer = OPTIMIZERS[name](explainer.adapter_parameters())
@@ -86,9 +84,9 @@ def test_state_of_an_unshielded_optimizer_does_not_leak(seed, name, make, train)
     assert leak(again, protected) > 1e-3  # a detached shield does nothing
 
 
-@settings(max_examples=5, **FEW)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 99), energy=st.floats(0.5, 0.99))
-def test_bf16_adapters_leak_no_more_than_their_rounding(seed, energy, train):
+def test_bf16_adapters_leak_no_more_than_their_rounding(seed, energy):
     """A is rounded to 8 bits once a step: at most 2^-8 an entry, about 4e-3 in ||A Q|| / ||A||."""
     explainer = tiny_explainer(seed, lora_layers=2, dtype=torch.bfloat16)
     items = ItemTexts(explainer, ["good film", "the red film and a blue film", "short and long"])
@@ -112,7 +110,7 @@ def test_bf16_adapters_leak_no_more_than_their_rounding(seed, energy, train):
         ("restart", False, False),
     ],
 )
-def test_modes_leak_as_they_say_while_attached(mode, sealed, free, make, train):
+def test_modes_leak_as_they_say_while_attached(mode, sealed, free):
     """``free``: the adapters are those of a training without a shield, bit for bit."""
     plain, _, grams = make()
     train(plain, adam(plain), 5)
@@ -137,8 +135,8 @@ def test_modes_leak_as_they_say_while_attached(mode, sealed, free, make, train):
     assert mode != "restart" or leak(explainer, protected) <= SEALED
 
 
-def test_a_wrong_basis_does_not_protect(setting, train):
-    explainer, _, grams = setting
+def test_a_wrong_basis_does_not_protect():
+    explainer, _, grams = make()
     protected = protect(grams, energy=0.9)
     wrong = {
         name: protect(GramMatrices({name: grams[name]}, seed=7), "random", rank=s.rank)[name]
@@ -150,21 +148,7 @@ def test_a_wrong_basis_does_not_protect(setting, train):
     assert leak(explainer, wrong) <= SEALED < 0.1 < leak(explainer, protected)
 
 
-def test_shielded_items_move_less(make, train, moved):
-    change, leaks = {}, {}
-    for shielded in (False, True):
-        explainer, items, grams = make()
-        protected, base = protect(grams, energy=0.999), items.base_vectors()
-        optimizer = adam(explainer)
-        if shielded:
-            Shield(explainer, protected).attach(optimizer)
-        train(explainer, optimizer, 10)
-        change[shielded], leaks[shielded] = moved(items, base), leak(explainer, protected)
-    assert leaks[False] > 0.3 and leaks[True] <= SEALED
-    assert change[True] < 0.5 * change[False]
-
-
-def test_with_the_whole_span_protected_items_do_not_move_and_other_texts_do(train, moved):
+def test_with_the_whole_span_protected_items_do_not_move_and_other_texts_do():
     explainer = tiny_explainer(lora_layers=2)
     items = ItemTexts(explainer, ["good film", "bad"])  # three tokens span 3 of 32 directions
     protected = protect(item_grams(explainer, items)[0], rank=3)
@@ -205,8 +189,8 @@ def without(protected: dict, name: str) -> dict:
         ),
     ],
 )
-def test_bad_input_is_named(message, wrong, setting):
-    explainer, _, grams = setting
+def test_bad_input_is_named(message, wrong):
+    explainer, _, grams = make()
     with pytest.raises(ValueError, match=message):
         wrong(explainer, protect(grams, energy=0.9))
 
@@ -218,8 +202,8 @@ def OTHER(explainer, protected):
     Shield(explainer, protected).attach(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1))
 
 
-def test_a_shield_attaches_once(setting):
-    explainer, _, grams = setting
+def test_a_shield_attaches_once():
+    explainer, _, grams = make()
     shield = Shield(explainer, protect(grams, energy=0.9)).attach(adam(explainer))
     with pytest.raises(RuntimeError, match="attached already"):
         shield.attach(adam(explainer))

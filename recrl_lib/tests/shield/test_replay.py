@@ -10,11 +10,12 @@ from recrl_lib.params import resolve
 from recrl_lib.shield import Shield, fit_alignment, leak, protect
 from recrl_lib.shield.replay import replay_for
 from recrl_lib.tests.evaluation.toy import toy_study
+from recrl_lib.tests.shield.toy import make, moved, replay_of, train
 from recrl_lib.tests.tiny import tune_randomly
 
 
-def test_the_penalty_is_the_formula(setting, replay_of):
-    explainer, items, _ = setting
+def test_the_penalty_is_the_formula():
+    explainer, items, _ = make()
     replay = replay_of(explainer, items, 2.0)
     assert float(replay.loss().detach()) < 1e-10  # the untuned model has lost nothing but rounding
     tune_randomly(explainer)
@@ -26,8 +27,8 @@ def test_the_penalty_is_the_formula(setting, replay_of):
     assert {round(float(replay.loss().detach()), 5) for _ in range(40)} == by_length
 
 
-def test_the_penalty_reads_only_the_items_it_is_given(setting, replay_of):
-    explainer, items, _ = setting
+def test_the_penalty_reads_only_the_items_it_is_given():
+    explainer, items, _ = make()
     tune_randomly(explainer)
     replay = replay_of(explainer, items, 1.0, only={1, 3})  # "good film" and "bad"
     assert len({round(float(replay.loss().detach()), 6) for _ in range(40)}) == 2
@@ -38,9 +39,7 @@ def test_the_penalty_reads_only_the_items_it_is_given(setting, replay_of):
 
 
 @pytest.mark.parametrize("mode", ["update", "penalty"])
-def test_replay_keeps_items_near_while_training_and_nearer_after_it(
-    mode, make, train, moved, replay_of
-):
+def test_replay_keeps_items_near_while_training_and_nearer_after_it(mode):
     def trained(weight: float, steps: int = 0) -> tuple[float, float, dict]:
         explainer, items, grams = make()
         base, protected = items.base_vectors(), protect(grams, energy=0.9)

@@ -10,7 +10,7 @@ from scipy.linalg import eigh
 from recrl_lib.explainer.item_texts import ItemTexts
 from recrl_lib.explainer.model import left_pad
 from recrl_lib.shield import BASES, GramMatrices, Shield, Subspace, leak, protect, subspaces
-from recrl_lib.tests.shield.conftest import TEXTS
+from recrl_lib.tests.shield.toy import TEXTS, make, train
 from recrl_lib.tests.tiny import tune_randomly
 
 
@@ -23,8 +23,8 @@ def diagonal(*values: float) -> torch.Tensor:
     return torch.diag(torch.tensor(values, dtype=torch.float64))
 
 
-def test_a_gram_is_the_sum_of_outer_products_of_the_items_asked_for(setting):
-    explainer, items, grams = setting
+def test_a_gram_is_the_sum_of_outer_products_of_the_items_asked_for():
+    explainer, items, grams = make()
     inputs = []
     layer = explainer.lm.model.layers[1].self_attn.q_proj
     hook = layer.register_forward_pre_hook(lambda m, a: inputs.append(a[0][0].double()))
@@ -40,8 +40,8 @@ def test_a_gram_is_the_sum_of_outer_products_of_the_items_asked_for(setting):
     torch.testing.assert_close(some["1.attention"], expected, atol=1e-4, rtol=1e-5)
 
 
-def test_grams_ignore_padding_and_tuning(setting):
-    explainer, _, _ = setting
+def test_grams_ignore_padding_and_tuning():
+    explainer, _, _ = make()
     prompts = [[4, 5, 6, 7], [8, 9]]
     both, tokens = prompt_grams(explainer, prompts)
     alone = [prompt_grams(explainer, [p])[0] for p in prompts]
@@ -89,8 +89,8 @@ def test_tensors_come_back_in_the_order_of_the_layers():
 
 
 @pytest.mark.parametrize("basis", BASES)
-def test_every_basis_is_a_frame_that_seals(basis, setting, train):
-    explainer, items, grams = setting
+def test_every_basis_is_a_frame_that_seals(basis):
+    explainer, items, grams = make()
     readout = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
     users = torch.randn(5, 4, generator=torch.Generator().manual_seed(4))
     probes = {n: users[n % 5] for n in range(1, 7)}
@@ -110,16 +110,6 @@ def test_every_basis_is_a_frame_that_seals(basis, setting, train):
     Shield(explainer, protected).attach(optimizer)
     train(explainer, optimizer, 3)
     assert leak(explainer, protected) <= 1e-6
-
-
-def test_contrastive_leaves_free_what_explanations_use_and_items_do_not():
-    items, prompts = diagonal(8, 4, 1, 0.1), diagonal(8, 0.1, 9, 0.2)  # ratios 1, .025, 9, 2
-    frame = subspaces.contrastive_frame(items, prompts)
-    assert frame.abs().argmax(0).tolist() == [1, 0, 3, 2]
-    generator = torch.Generator().manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]
-    turned = subspaces.contrastive_frame(turn @ items @ turn.T, turn @ prompts @ turn.T)
-    torch.testing.assert_close((turn.T @ turned).abs(), frame.abs(), atol=1e-8, rtol=0)
 
 
 def two_grams(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
@@ -161,8 +151,8 @@ def test_price_and_memory_by_hand():
     assert subspaces.megabytes(both) * 2**20 == 3 * 8 + 9 * 8
 
 
-def test_a_sensitivity_gram_is_the_weighted_sum_by_finite_differences(setting):
-    explainer, _, _ = setting
+def test_a_sensitivity_gram_is_the_weighted_sum_by_finite_differences():
+    explainer, _, _ = make()
     items = ItemTexts(explainer, ["good film"])
     readout = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
     user = torch.randn(4, generator=torch.Generator().manual_seed(4))

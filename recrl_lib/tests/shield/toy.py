@@ -1,6 +1,5 @@
 """A tiny explainer with six item texts, and a training that has nothing to do with them."""
 
-import pytest
 import torch
 
 from recrl_lib.explainer.item_texts import ItemTexts
@@ -13,13 +12,13 @@ TEXTS = (
 )
 
 
-def _make(layers: int = 2, seed: int = 0):
+def make(layers: int = 2, seed: int = 0):
     explainer = tiny_explainer(seed, lora_layers=layers)
     items = ItemTexts(explainer, TEXTS.split("|"))
     return explainer, items, item_grams(explainer, items)[0]
 
 
-def _train(explainer, optimizer, steps: int, seed: int = 0) -> None:
+def train(explainer, optimizer, steps: int, seed: int = 0) -> None:
     """Likelihood of random sequences."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -31,31 +30,10 @@ def _train(explainer, optimizer, steps: int, seed: int = 0) -> None:
         optimizer.step()
 
 
-def _replay_of(explainer, items, weight: float, **more) -> Replay:
+def replay_of(explainer, items, weight: float, **more) -> Replay:
     readout = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
     return Replay(explainer, items, items.base_vectors(), readout, weight, **more)
 
 
-@pytest.fixture
-def make():
-    return _make
-
-
-@pytest.fixture
-def setting():
-    return _make()
-
-
-@pytest.fixture
-def train():
-    return _train
-
-
-@pytest.fixture
-def replay_of():
-    return _replay_of
-
-
-@pytest.fixture
-def moved():
-    return lambda items, base: float((items.vectors() - base).norm() / base.norm())
+def moved(items, base: torch.Tensor) -> float:
+    return float((items.vectors() - base).norm() / base.norm())
