@@ -1,11 +1,11 @@
 """The rendered report, and published runs: what is copied, and what is refused."""
 
-import base64
 import json
 import re
 
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 
 from recrl_lib import paths, runs
 from recrl_lib.params import Params
@@ -13,12 +13,7 @@ from recrl_lib.pipeline import publish
 from recrl_lib.runs import sha256_file, write_atomic
 from recrl_lib.tests.conftest import code, markdown, notebook
 
-PIXEL = base64.b64encode(
-    bytes.fromhex(
-        "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489"
-        "0000000d49444154789c636060606000000005000157a7a2d40000000049454e44ae426082"
-    )
-).decode()
+PIXEL = "iVBORw0KGgoAAAANSUhEUg=="  # any base64 text
 HOSTILE = (
     "<script>alert(1)</script> [a](javascript:alert(2)) $x$ {{body}} {7} "
     '<a href="java&#10;script:alert(3)">b</a> <img src="https://example.org/c.png" onerror="d()"> '
@@ -28,9 +23,9 @@ HOSTILE = (
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    for name in ("RUNS", "FIGURES", "ROOT"):
-        monkeypatch.setattr(paths, name, tmp_path / name.lower() if name != "ROOT" else tmp_path)
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "runs" / "reference")
+    places = {"ROOT": "", "RUNS": "runs", "FIGURES": "figures", "REFERENCE": "runs/reference"}
+    for name, folder in places.items():
+        monkeypatch.setattr(paths, name, tmp_path / folder)
     return tmp_path
 
 
@@ -47,25 +42,19 @@ def report(place):
         markdown(f"# Report {HOSTILE}"),
         markdown(f"## Results {HOSTILE}"),
         output(image_png=PIXEL, text_plain="<Figure>"),
-        output(
-            text_html=f"<style>td {{color: red}}</style><table><tr><th>{HOSTILE}</th></tr></table>"
-        ),
+        output(text_html=f"<style>td {{color: red}}</style><table><td>{HOSTILE}</td></table>"),
         output(application_javascript="alert(8)", text_plain="plain"),
         code("print()", output=f"said {HOSTILE}\n"),
         markdown("## Rest\n\n> quoted & [local](metrics/evaluation.csv)"),
     )
     cells[2]["metadata"]["alt"] = "a curve that rises"
-    write_atomic(
-        place / "runs" / "r" / "notebooks" / "09_report.ipynb", json.dumps(notebook(*cells))
-    )
-    path = publish.render_report("r")
-    assert path == place / "runs" / "r" / "report.html"
-    return path.read_text(encoding="utf-8")
+    folder = place / "runs" / "r"
+    write_atomic(folder / "notebooks" / "09_report.ipynb", json.dumps(notebook(*cells)))
+    assert publish.render_report("r") == folder / "report.html"
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_report_loads_and_runs_nothing(report):
-    from bs4 import BeautifulSoup
-
     page = BeautifulSoup(report, "html.parser")
     assert not page(["script", "iframe", "link", "object", "svg"])
     assert not re.search("require.js|mathjax", report, re.IGNORECASE)
@@ -78,8 +67,6 @@ def test_the_report_loads_and_runs_nothing(report):
 
 
 def test_the_report_is_readable(report):
-    from bs4 import BeautifulSoup
-
     page = BeautifulSoup(report, "html.parser")
     assert page.html["lang"] == "en" and page.title.text.endswith(": run r")
     assert page.find("meta", {"name": "viewport"})["content"].startswith("width=device-width")
@@ -150,13 +137,11 @@ def untouched() -> bool:
 def test_small_files_are_copied_and_the_readme_is_written(finished):
     write_atomic(paths.REFERENCE / "r" / "metrics" / "evaluation.json", "from an earlier version")
     target = publish.sync("r")
-    assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()) == [
-        "curves/frontier.csv",
-        "manifest.json",
+    files = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
+    assert files == {"params.yaml", "manifest.json", "curves/frontier.csv"} | {
         "metrics/evaluation.csv",
         "notebooks/09_report.ipynb",
-        "params.yaml",
-    ]
+    }
     assert "papermill" not in (target / "notebooks" / "09_report.ipynb").read_text()
     assert (paths.FIGURES / "reference" / "r" / "a.svg").exists()
     readme = (paths.ROOT / "README.md").read_text()
