@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import random
 import time
@@ -36,30 +35,6 @@ from recrl_lib.provenance import tags as tags
 if TYPE_CHECKING:  # imported where used: what can be skipped is decided without waiting for torch
     import pandas as pd
     import torch
-
-# The JSON results that not every notebook has left behind yet.
-_ARM_METRICS = (
-    "reward ctr ctr_lift ctr_lift_lo ctr_lift_hi kl ndcg@10 hr@10 top10_overlap top10_set_same top10_exact kendall_tau "
-    "max_abs_score_delta rbo grounding_precision grounding_recall own_item_retrieval@10 distinct_2 usr mean_tokens"
-).split()
-# The keys that other tools may rely on, by name of the metrics file; a stage may write more.
-REQUIRED_METRICS: dict[str, tuple[str, ...]] = {
-    "data": tuple("n_users n_items n_interactions source sha256".split()),
-    "ranker": tuple(
-        "ndcg@10 hr@10 mrr@10 valid_ndcg@10 epochs train_seconds text_free_ndcg@10".split()
-    ),
-    "explainer": tuple("trainable_params total_params trainable_fraction".split()),
-    "shield": tuple(
-        "energy rank_mean rank_max capacity_left_mean leak_before leak_after overlap_mean".split()
-    ),
-    "ppo": tuple(
-        "steps episodes reward_first reward_last kl_last kl_max clip_fraction_last ratio_first_minibatch_max_dev "
-        "shield_seconds step_seconds generated_tokens_per_second peak_memory_gb".split()
-    ),
-    "evaluation": tuple(f"{arm}/{name}" for arm in ARMS for name in _ARM_METRICS)
-    + ("separate/scores_sha256_equal",),
-    "audit": tuple(AUDITED) + tuple(f"{name}_ok" for name in AUDITED),
-}
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -101,21 +76,6 @@ def _read_json(path: Path) -> dict:
             f"{display(path)}: not valid JSON ({content}); delete it and run its stage again"
         )
     return content
-
-
-def metrics_name(stage: str) -> str:
-    """Name of ``stage``'s JSON file in ``metrics/``."""
-    return "ppo" if stage == "shielded_ppo" else stage
-
-
-def read_metrics(run: str, name: str) -> dict[str, float | str | bool]:
-    """``runs/<run>/metrics/<name>.json``, e.g. ``read_metrics("smoke", "ppo")``. ``RuntimeError`` if missing."""
-    path = run_folder(run) / "metrics" / f"{name}.json"
-    if not path.is_file():
-        raise RuntimeError(
-            f"{display(path)} is missing: run the stage that writes it, or check the run's name"
-        )
-    return _read_json(path)
 
 
 def read_manifest(run: str) -> dict[str, Any]:
@@ -254,7 +214,6 @@ class StageRun:
         self.folder = run_folder(params.run)
         self._key = key
         self._started = time.monotonic()
-        self._metrics: dict[str, float | str | bool] = {}
         self._results: dict[tuple[str, ...], measures.Result] = {}
         self._inputs: dict[str, str] = {}
         self._outputs: set[str] = set()
@@ -351,10 +310,6 @@ class StageRun:
 
     # Results
 
-    def metrics(self, values: dict[str, Any]) -> None:
-        """Collect metrics for ``finish``. ``ValueError`` names what is not a finite number, string or bool."""
-        self._metrics |= {key: _scalar(key, value) for key, value in values.items()}
-
     def result(self, measure: str, value: float, **columns: Any) -> None:
         """Add one row to the stage's table of results.
 
@@ -396,13 +351,16 @@ class StageRun:
         Raises:
             ValueError: Results that the stage must have, or files that it announced, are missing.
         """
-        if missing := self._missing_results():
+        rows = self._results.values()
+        if missing := measures.missing(self.name, rows):
             raise ValueError(f"stage {self.name!r} cannot finish: no result {', '.join(missing)}")
         if missing := sorted(path for path in self._outputs if not (self.folder / path).is_file()):
             raise ValueError(
                 f"stage {self.name!r} cannot finish: not written: {', '.join(missing)}"
             )
-        self._write_results()
+        table = f"metrics/{self.name}.csv"
+        write_atomic(self.folder / table, measures.as_csv(rows, audit=self.name == "audit"))
+        self._outputs.add(table)
         entry = {
             "key": self._key,
             "status": "finished",
@@ -425,24 +383,6 @@ class StageRun:
         }
         write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
-    def _missing_results(self) -> list[str]:
-        if not self._results:  # until every notebook writes its results as a table
-            needed = REQUIRED_METRICS.get(metrics_name(self.name), ())
-            return [key for key in needed if key not in self._metrics]
-        return measures.missing(self.name, self._results.values())
-
-    def _write_results(self) -> None:
-        if self._metrics or not self._results:
-            relative = f"metrics/{metrics_name(self.name)}.json"
-            text = json.dumps(self._metrics, indent=1, ensure_ascii=False) + "\n"
-            write_atomic(self.folder / relative, text)
-            self._outputs.add(relative)
-        if self._results:
-            relative = f"metrics/{self.name}.csv"
-            text = measures.as_csv(self._results.values(), audit=self.name == "audit")
-            write_atomic(self.folder / relative, text)
-            self._outputs.add(relative)
-
 
 def _relative(name: str, folder: str) -> str:
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
@@ -454,13 +394,3 @@ def _relative(name: str, folder: str) -> str:
 
 def _with_suffix(name: str, suffix: str) -> str:
     return name if name.endswith(suffix) else name + suffix
-
-
-def _scalar(key: str, value: Any) -> float | str | bool:
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # NumPy and torch scalars
-        value = value.item()
-    if isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return value
-    raise ValueError(f"metric {key!r} = {value!r}: must be a finite number, a string or a bool")

@@ -1,4 +1,4 @@
-"""A 3-layer random Llama with a word tokenizer, and word counts as a sentence encoder, for tests."""
+"""A 3-layer random Llama with a word tokenizer, and word counts as sentence vectors, for tests."""
 
 import re
 import zlib
