@@ -4,8 +4,6 @@ One array entry a user, so that intervals can be taken over users. With one rele
 leave-one-out, NDCG and MRR are functions of its 1-based rank (Järvelin & Kekäläinen 2002).
 """
 
-import re
-
 import numpy as np
 from scipy.stats import kendalltau
 
