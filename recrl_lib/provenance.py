@@ -120,7 +120,7 @@ def _files_read(stage: str, params: Params) -> dict[str, str]:
 
 def batch_files(params: Params) -> dict[str, str]:
     """Path and sha256 of the evaluations of all runs of ``params.batch`` over this run."""
-    found = sorted(paths.RUNS.glob(f"{params.run}-{params.batch}-*/metrics/evaluation.*"))
+    found = sorted(paths.RUNS.glob(f"{params.run}-{params.batch}-*/metrics/evaluation.csv"))
     return {path.relative_to(paths.RUNS).as_posix(): sha256_file(path) for path in found}
 
 
