@@ -146,7 +146,7 @@ def test_records_are_of_their_group_and_bounded(toy):
     with pytest.raises(ValueError, match="13 users asked for, but only 12 are held out"):
         made.heldout_records(13, rng())
     drawn = study.held_out(50, 0.2, 3)
-    assert len(set(drawn)) == 10 and 1 <= drawn.min() and drawn.max() <= 50
+    assert len(set(drawn)) == 10 and drawn.min() >= 1 and drawn.max() <= 50
     assert not np.array_equal(drawn, study.held_out(50, 0.2, 4))
 
 

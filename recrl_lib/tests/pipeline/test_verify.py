@@ -165,7 +165,7 @@ def evaluate(explainer, reader: ItemTexts, adapters: dict[str, dict]) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with a finished run ``r`` of a random study: every number is made as notebooks make it."""
+    """A folder with a finished run ``r`` of a random study, its numbers made as notebooks do."""
     root = tmp_path_factory.mktemp("verify")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "RUNS", root)
@@ -202,7 +202,7 @@ def test_an_intact_run_passes(run):
 
 
 def test_every_number_changed_by_one_per_cent_is_named(run):
-    """Changed all at once: zeros by a tenth, ends by half of the interval, verdicts turned round."""
+    """All at once: zeros by a tenth, ends by half of the interval, verdicts turned round."""
     checks = verify.recompute("r", BagOfWords())
     for stage in verify.RECOMPUTED:
         stored = runs.read_results("r", stage)
