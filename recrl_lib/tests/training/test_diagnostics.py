@@ -136,7 +136,7 @@ for arm in ("unshielded", "shielded"):
 
 def in_process(tmp_path, kind: str, **environment) -> str:
     """What two arms print on stderr."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "TRACKIO"))}
     (tmp_path / "home").mkdir()
     environment = {**clean, "HOME": str(tmp_path / "home"), **environment}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), kind]
