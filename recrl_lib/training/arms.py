@@ -10,7 +10,6 @@ A run that was killed goes on from ``runs/<run>/checkpoints/<arm>/``. With ``pro
 result as the last checkpoint; this process goes on from there.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -71,7 +70,8 @@ class Training:
         phases = ("lora", "warm", "ppo", "settle")
         self._seeds = {phase: stage.torch_seed(phase) % 2**32 for phase in phases}
         self.explainer = model.load_for(self.params, self._seeds["lora"], stage.device)
-        self._store, self._replay = checkpoints(self.params, name), None
+        folder, key = stage.folder / "checkpoints" / name, runs.stage_key(stage.name, self.params)
+        self._store, self._replay = Store(folder, key, self.params.checkpoint_keep), None
         if name == "shielded":
             held = set(stage.load_json("held_out_items"))
             self._replay = replay_for(self.explainer, study, self.params, held)
@@ -105,11 +105,8 @@ class Training:
             replay.generator.manual_seed(self._seeds[phase])
         # Replay steps after training: if set, projecting PPO runs without replay, whose gradient
         # would be many times the reward's and cost a tenth of the step.
-        if (
-            phase == "ppo"
-            and self.params.shield_replay_steps
-            and self.params.shield_mode != "penalty"
-        ):
+        later = self.params.shield_replay_steps and self.params.shield_mode != "penalty"
+        if phase == "ppo" and later:
             replay = None
         return Shield(self.explainer, self.protected, self.params.shield_mode, replay)
 
@@ -166,12 +163,6 @@ def train(name: str, *given) -> Arm:
     return training.finish()
 
 
-def checkpoints(params: Params, name: str) -> Store:
-    """Where arm ``name`` keeps what it has reached, bound to parameters, code and inputs."""
-    folder = runs.run_folder(params.run) / "checkpoints" / name
-    return Store(folder, runs.stage_key("shielded_ppo", params), params.checkpoint_keep)
-
-
 def delete_checkpoints(stage: runs.StageRun) -> None:
     """Delete the checkpoints of every arm: the stage has finished."""
     shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
@@ -199,7 +190,7 @@ def _launch(name: str, stage: runs.StageRun) -> None:
     options = f"--multi_gpu --num_processes {count} --num_machines 1 --mixed_precision no"
     options += " --dynamo_backend no --main_process_port 0 -m recrl_lib.training.arms"
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
-    command += ["--run", stage.params.run, "--arm", name]
+    command += [stage.params.run, name]
     log = stage.folder / "logs" / f"ppo_{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {"RECRL_PROGRESS": "off", **os.environ}
@@ -211,17 +202,13 @@ def _launch(name: str, stage: runs.StageRun) -> None:
         raise RuntimeError(f"{failed}, see {runs.display(log)}: {''.join(last)}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """One of the processes. The run's parameters, inputs and warm start lie in its folder."""
+def main(run: str, name: str) -> None:
+    """One of the processes: its parameters, inputs and warm start lie in the run's folder."""
     from accelerate import Accelerator
 
-    parser = argparse.ArgumentParser(description="train one arm in a process of accelerate launch")
-    parser.add_argument("--run", required=True)
-    parser.add_argument("--arm", required=True, choices=TRAINED)
-    given = parser.parse_args(arguments)
-    params = runs.read_params(given.run)
+    params = runs.read_params(run)
     if params is None:
-        parser.error(f"run {given.run!r} does not exist")
+        raise SystemExit(f"run {run!r} does not exist")
     stage = runs.start("shielded_ppo", params.as_dict())
     accelerator = Accelerator(cpu=stage.device.type == "cpu")  # joins the other processes
     if accelerator.process_index:
@@ -229,9 +216,9 @@ def main(arguments: list[str] | None = None) -> None:
     if stage.device.type == "cuda":
         stage.device = accelerator.device
     loaded, protected = study.load(stage), subspaces.from_tensors(stage.load_tensors("subspaces"))
-    train(given.arm, stage, loaded, protected, Reward.of(params, loaded.catalogue))
+    train(name, stage, loaded, protected, Reward.of(params, loaded.catalogue))
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -78,7 +78,8 @@ def summary(rows: pd.DataFrame) -> dict[str, float]:
     first, last, means = rows.iloc[0], rows.iloc[-1], rows.mean(numeric_only=True)
     texts = last["episodes"] / last["step"]
     tokens = means["length"] * texts / means["step_seconds"]
-    deviation = rows.get("ratio_first_minibatch_max_dev", pd.Series([0.0]))  # TRL's is 0
+    name = "ratio_first_minibatch_max_dev"
+    deviation = rows[name].max() if name in rows else 0.0  # TRL's is 0 by construction
     found = {
         "steps": last["step"],
         "episodes": last["episodes"],
@@ -88,7 +89,7 @@ def summary(rows: pd.DataFrame) -> dict[str, float]:
         "kl_max": rows["kl"].max(),
         "eos_rate_last": last["eos_rate"],
         "clip_fraction_last": last["clip_fraction"],
-        "ratio_first_minibatch_max_dev": deviation.max(),
+        name: deviation,
         "shield_seconds": means["shield_seconds"],
         "step_seconds": means["step_seconds"],
         "episodes_per_second": texts / means["step_seconds"],

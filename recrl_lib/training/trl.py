@@ -32,7 +32,7 @@ from recrl_lib.progress import track
 from recrl_lib.scoring.reward import PARTS, Reward
 from recrl_lib.shield.projection import Shield
 from recrl_lib.training.ppo import Log
-from recrl_lib.training.warm_start import Progress, trainer_settings
+from recrl_lib.training.warm_start import Progress, peft_model, trainer_settings
 
 
 def train(
@@ -58,13 +58,13 @@ def train(
     config_class = {"rloo": trl.RLOOConfig, "grpo": trl.GRPOConfig}[params.algorithm]
     tokenizer = copy.deepcopy(explainer.tokenizer)  # TRL sets its padding, and PAD must not be EOS
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(explainer.pad_id)
-    rows = _Rows(params, shield, log)
+    model, rows = peft_model(explainer), _Rows(params, shield, log)
     scratch, quiet = tempfile.TemporaryDirectory(), warnings.catch_warnings()
     with scratch as folder, quiet, torch.random.fork_rng():
         # transformers 5.23 renames gradient_checkpointing; 5.17 lacks the new name.
         warnings.simplefilter("ignore", FutureWarning)
         trainer = trainer_class(
-            model=explainer.peft,
+            model=model,
             reward_funcs=[*reward.as_trl(), _cut_off(explainer.eos_id)],
             args=config_class(**_settings(explainer, reward, params, seed), output_dir=folder),
             train_dataset=datasets.Dataset.from_list(prompts),
@@ -72,7 +72,7 @@ def train(
             callbacks=[*([shield.callback()] if shield else []), rows],
         )
         # TRL's copy of a fresh adapter; without it the reference is "adapter off".
-        explainer.peft.delete_adapter("ref")
+        model.delete_adapter("ref")
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
@@ -141,8 +141,8 @@ class _Rows(Progress):
     def on_train_begin(self, args, state, control, **kwargs):
         self._mark()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:  # the last call is a summary
+    def on_log(self, args, state, control, logs: dict | None = None, **kwargs):
+        if logs and "loss" in logs:  # the last call is a summary
             self._logs.append(logs)
         if len(self._logs) == self.params.ppo_epochs * self.params.minibatches:
             self.rows.append(self._row())

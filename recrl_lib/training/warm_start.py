@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
@@ -45,6 +46,12 @@ def trainer_settings(explainer: Explainer, seed: int, steps: int) -> dict[str, A
     }
 
 
+def peft_model(explainer: Explainer) -> PeftModel:
+    if explainer.peft is None:
+        raise ValueError("the explainer has nothing to train; call add_lora first")
+    return explainer.peft
+
+
 def fit(
     explainer: Explainer,
     records: list[dict],
@@ -68,7 +75,7 @@ def fit(
         # transformers 5.23 renames gradient_checkpointing; 5.17 lacks the new name.
         warnings.simplefilter("ignore", FutureWarning)
         trainer = SFTTrainer(
-            model=explainer.peft,
+            model=peft_model(explainer),
             args=SFTConfig(
                 output_dir=scratch,
                 per_device_train_batch_size=batch,
