@@ -56,6 +56,7 @@ def _parameters(values: dict[str, Any]) -> dict[str, Any]:
 
 Parameters = Annotated[dict[str, Any], AfterValidator(_parameters)]
 Values = Annotated[list[Any], Field(min_length=1)]
+Crossed = Annotated[dict[str, Values], AfterValidator(_parameters)]
 StageName = Annotated[str, AfterValidator(lambda name: stage_named(name).name)]
 ArmName = Annotated[str, Field(pattern=r"^\w+$")]
 
@@ -70,22 +71,15 @@ class Grid(BaseModel):
     seeds: list[NonNegativeInt] = Field([0], min_length=1)
     fixed: Parameters = Field({}, description="parameters of every job")
     arms: dict[ArmName, Parameters] = Field({}, description="sets of parameters, one job each")
-    cross: Annotated[dict[str, Values], AfterValidator(_parameters)] = Field(
-        {}, description="lists of values to cross, with every arm if there are arms"
-    )
-    skip: list[dict[str, Any]] = Field(
-        [], description="combinations to leave out: {arm: a, seed: 2}"
-    )
+    cross: Crossed = Field({}, description="lists of values to cross, also with the arms")
+    skip: list[dict[str, Any]] = Field([], description="what to leave out: {arm: a, seed: 2}")
 
     def combinations(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(label, parameters) of every arm and every combination of the crossed lists."""
         arms = self.arms or ({"": {}} if self.cross else {})
         for values in itertools.product(arms, *self.cross.values()):
-            crossed = dict(zip(self.cross, values[1:]))
-            yield (
-                "-".join(str(v) for v in values if v != ""),
-                self.fixed | crossed | arms[values[0]],
-            )
+            label = "-".join(str(value) for value in values if value != "")
+            yield label, self.fixed | dict(zip(self.cross, values[1:])) | arms[values[0]]
 
 
 def read_grid(path: Path) -> Grid:
@@ -243,19 +237,16 @@ def run_process(
     a pipe that this process holds, so that it does not outlive it. The pipe is kept in ``active``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | environment
-    code = KERNEL_DIED
+    code, active = KERNEL_DIED, [] if active is None else active
     for _ in range(TRIES):
         with open(log, "ab") as file:
             process = subprocess.Popen(
                 argv, stdin=subprocess.PIPE, stdout=file, stderr=file, cwd=paths.ROOT,
-                env=environment, start_new_session=True,
+                env=os.environ | environment, start_new_session=True,
             )  # fmt: skip
-        if active is not None:
-            active.append(process)
+        active.append(process)
         code = process.wait()
-        stopped = process.stdin is None or process.stdin.closed
-        if stopped or 0 <= code != KERNEL_DIED:
+        if process.stdin is None or process.stdin.closed or 0 <= code != KERNEL_DIED:
             break
     return code
 
@@ -287,15 +278,13 @@ def local(workers: int) -> Iterator[Submit]:
 def on_ray(address: str | None, gpus: float, cpus: float) -> Iterator[Submit]:
     """The cluster at ``address``, or a Ray of this machine's own.
 
-    The repository, its environment and ``runs/`` must lie at the same path on every node, on a
-    shared folder. A job whose node is lost is placed again by Ray; it waits for the run's lock and
-    keeps what was finished.
+    The repository, its environment and ``runs/`` must lie at one path on every node, on a shared
+    folder. Ray places a job whose node is lost again; it keeps what was finished.
     """
     try:
         import ray
     except ImportError:
-        remedy = "see 'optional' in environment.yml"
-        raise ValueError(f"ENGINE=ray: Ray is not installed; {remedy}") from None
+        raise ValueError("ENGINE=ray: not installed; see 'optional' in environment.yml") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     where = address or os.environ.get("RAY_ADDRESS")
     try:
@@ -307,8 +296,8 @@ def on_ray(address: str | None, gpus: float, cpus: float) -> Iterator[Submit]:
     except OSError as error:
         without = "leave ADDRESS out" if address else "unset RAY_ADDRESS"
         remedy = f"start one with ray start --head, or {without} for a Ray of this machine's own"
-        reason = one_line(error)
-        raise ValueError(f"ENGINE=ray: no cluster at {where!r}: {remedy} ({reason})") from None
+        text = f"ENGINE=ray: no cluster at {where!r}: {remedy} ({one_line(error)})"
+        raise ValueError(text) from None
     task = ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=5)(run_process)
     placed = []
 

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,8 +23,7 @@ from tqdm import tqdm
 from recrl_lib import paths, runs
 from recrl_lib.params import STAGES, Params, Stage, owned_by
 
-KERNEL_DIED = 3  # exit code that tells a batch to try again: not an error of the notebook
-INTERRUPTED = 130
+KERNEL_DIED, INTERRUPTED = 3, 130  # exit codes; after the first a batch tries again
 
 
 class StageFailure(RuntimeError):
@@ -46,9 +44,8 @@ def check_notebooks(stages: tuple[Stage, ...]) -> None:
             problems.append(str(error))
             continue
         declaring = "\n".join(runs.source(c) for c in cells if "parameters" in runs.tags(c))
-        names = re.findall(r"^(\w+) *=", declaring, re.MULTILINE)
-        owned = owned_by(stage.name)
-        if wrong := ", ".join(sorted(set(names) ^ set(owned))):
+        declared = re.findall(r"^(\w+) *=", declaring, re.MULTILINE)
+        if wrong := ", ".join(sorted(set(declared) ^ set(owned_by(stage.name)))):
             fault = f"the cell tagged 'parameters' lacks {wrong}, or should not declare it"
             remedy = f"its text is params.parameters_cell({stage.name!r})"
             problems.append(f"notebooks/{stage.notebook}: {fault}; {remedy}")
@@ -56,7 +53,7 @@ def check_notebooks(stages: tuple[Stage, ...]) -> None:
         raise ValueError("\n".join(problems))
 
 
-# ------------------------------------------------------------------------------------ live progress
+# ---------------------------------------------------------------------------------- live progress
 
 clock = tqdm.format_interval  # 83 seconds -> "01:23"
 
@@ -96,25 +93,32 @@ def last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-# ------------------------------------------------------------------------------------- one notebook
+# ----------------------------------------------------------------------------------- one notebook
 
 
 def execute(
     stage: Stage, params: dict[str, Any], run: str, line: ProgressLine,
-    check: Callable[[dict], None] = lambda notebook: None, quiet: bool = False,
+    check: Callable[[dict], None] | None = None,
 ) -> int:  # fmt: skip
     """Execute the notebook of ``stage``, say on ``line`` how it ended; return the exit code.
 
-    The executed notebook is kept in the run folder, also if a cell fails. ``check`` may refuse it
-    with a ``StageFailure``. ``quiet``: no progress inside the notebook, so that none is stored.
+    The executed notebook is kept in the run folder, also if a cell fails. With ``check``, which may
+    refuse it by a ``StageFailure``, it is to be stored: no progress is shown inside it.
     """
-    output = runs.run_folder(run) / "notebooks" / stage.notebook
+    folder = runs.run_folder(run)
+    output = folder / "notebooks" / stage.notebook
+    log = folder / "logs" / f"{output.stem}.log"  # what the kernel process itself prints
+    for path in (output, log):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
     try:
-        _watched(_Execution(paths.NOTEBOOKS / stage.notebook, output, params), line, quiet)
-        check(runs.read_notebook(output))
+        _watched(paths.NOTEBOOKS / stage.notebook, output, params, log, line, check is None)
+        if check:
+            check(runs.read_notebook(output))
     except StageFailure as failure:
-        kept = runs.display(output)
-        line.close(f"FAILED {line.label}, {failure} (notebook kept at {kept})")
+        see = f"; see {runs.display(log)}" if log.is_file() and "kernel" in str(failure) else ""
+        kept = f"(notebook kept at {runs.display(output)})"
+        line.close(f"FAILED {line.label}, {failure}{see} {kept}")
         return failure.exit_code
     except KeyboardInterrupt:
         remedy = "finished stages are kept, the same command goes on from here"
@@ -124,98 +128,80 @@ def execute(
     return 0
 
 
-def _watched(execution: "_Execution", line: ProgressLine, quiet: bool) -> None:
+def _watched(
+    notebook: Path, output: Path, params: dict, log: Path, line: ProgressLine, progress: bool
+) -> None:
     """Execute in a thread and show progress. An exception here ends the kernel first."""
-    execution.output.parent.mkdir(parents=True, exist_ok=True)
-    execution.log.parent.mkdir(parents=True, exist_ok=True)
-    execution.output.unlink(missing_ok=True)
-    execution.log.unlink(missing_ok=True)
     # A folder with a short name: the path of a Unix socket may have about 100 characters.
     with tempfile.TemporaryDirectory(prefix="recrl-") as folder, ThreadPoolExecutor(1) as pool:
-        progress = Path(folder) / "progress"
-        job = pool.submit(execution.run, Path(folder), "off" if quiet else str(progress))
+        news = Path(folder) / "progress"
+        manager = _logged_kernel_manager(log, str(news) if progress else "off")
+        job = pool.submit(_with_retry, notebook, output, params, Path(folder), manager)
         try:
             line.update()
             while not wait([job], timeout=0.5).done:
-                line.update(last_line(progress))
+                line.update(last_line(news))
         except BaseException:
             while not wait([job], timeout=0.2).done:
                 _end_kernel(folder)
             raise
-    if execution.log.is_file() and not execution.log.stat().st_size:
-        execution.log.unlink()
+    if log.is_file() and not log.stat().st_size:
+        log.unlink()
     job.result()
 
 
-@dataclass(frozen=True)
-class _Execution:
-    notebook: Path
-    output: Path
-    parameters: dict[str, Any]
+def _with_retry(notebook: Path, output: Path, params: dict, scratch: Path, manager: type) -> None:
+    """Execute; once more if the kernel did not start, which is rare and mostly gone then."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
-    @property
-    def log(self) -> Path:
-        """``runs/x/logs/05_shielded_ppo.log`` for ``runs/x/notebooks/05_shielded_ppo.ipynb``."""
-        return self.output.parent.parent / "logs" / f"{self.output.stem}.log"
+    # The kernel of this environment comes before one of the same name in the user's home.
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # we report a failure, once
+    # Unix sockets: no open ports, no race for them. On Windows ZeroMQ has only TCP.
+    transport = "tcp" if sys.platform == "win32" else "ipc"
+    for attempt in (1, 2):
+        options = {"transport": transport, "connection_file": str(scratch / f"{attempt}.json")}
+        try:
+            papermill.execute_notebook(
+                notebook, output, parameters=params, kernel_name="python3", progress_bar=False,
+                log_output=False, coalesce_streams=True, kernel_manager_class=manager,
+                config=Config({"KernelManager": options}),
+            )  # fmt: skip
+            return
+        except PapermillExecutionError as error:
+            reason = f"{error.ename}: {one_line(error.evalue)}"
+            raise StageFailure(f"cell {error.exec_count}: {reason}") from None
+        except Exception as error:
+            reason, cell = f"{type(error).__name__}: {one_line(error)}", _last_started_cell(output)
+            if reason.startswith("DeadKernelError") and cell:
+                why = "the kernel died, usually for want of memory"
+                remedy = "close other programs or choose a smaller profile"
+                raise StageFailure(f"cell {cell}: {why}: {remedy}", KERNEL_DIED) from None
+            if cell:
+                raise StageFailure(f"cell {cell}: {reason}") from error
+            if attempt == 2:
+                raise StageFailure(f"the kernel did not start: {reason}") from error
 
-    def run(self, scratch: Path, progress: str) -> None:
-        """Execute; once more if the kernel did not start, which is rare and mostly gone then."""
-        from papermill.exceptions import PapermillExecutionError
 
-        for attempt in (1, 2):
-            try:
-                return self._papermill(scratch / f"{attempt}.json", progress)
-            except PapermillExecutionError as error:
-                reason = f"{error.ename}: {one_line(error.evalue)}"
-                raise StageFailure(f"cell {error.exec_count}: {reason}") from None
-            except Exception as error:
-                cell = self._last_started_cell()
-                printed = self.log.is_file() and self.log.stat().st_size
-                see = f"; see {runs.display(self.log)}" if printed else ""
-                reason = f"{type(error).__name__}: {one_line(error)}"
-                if type(error).__name__ == "DeadKernelError" and cell:
-                    why = "the kernel died, usually for want of memory: close other programs or"
-                    message = f"cell {cell}: {why} choose a smaller profile{see}"
-                    raise StageFailure(message, KERNEL_DIED) from None
-                if cell:
-                    raise StageFailure(f"cell {cell}: {reason}") from error
-                if attempt == 2:
-                    raise StageFailure(f"the kernel did not start: {reason}{see}") from error
+def _logged_kernel_manager(log: Path, progress: str) -> type:
+    from jupyter_client.manager import AsyncKernelManager
 
-    def _papermill(self, connection: Path, progress: str) -> None:
-        import papermill
-        from jupyter_client.manager import AsyncKernelManager
-        from traitlets.config import Config
+    class LoggedKernelManager(AsyncKernelManager):
+        async def start_kernel(self, **options: Any) -> None:
+            env = os.environ | {"RECRL_PROGRESS": progress}
+            with open(log, "ab") as file:
+                await super().start_kernel(stdout=file, stderr=file, env=env, **options)
 
-        log = self.log
+    return LoggedKernelManager
 
-        class LoggedKernelManager(AsyncKernelManager):
-            """What the kernel process itself prints (start-up, crash) goes to a file."""
 
-            async def start_kernel(self, **options: Any) -> None:
-                env = os.environ | {"RECRL_PROGRESS": progress}
-                with open(log, "ab") as file:
-                    await super().start_kernel(stdout=file, stderr=file, env=env, **options)
-
-        # The kernel of this environment comes before one of the same name in the user's home.
-        os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
-        logging.getLogger("papermill").setLevel(logging.CRITICAL)  # we report a failure, once
-        # Unix sockets: no open ports, no race for them. On Windows ZeroMQ has only TCP.
-        transport = "tcp" if sys.platform == "win32" else "ipc"
-        manager = {"transport": transport, "connection_file": str(connection)}
-        papermill.execute_notebook(
-            self.notebook, self.output, parameters=self.parameters, kernel_name="python3",
-            progress_bar=False, log_output=False, coalesce_streams=True,
-            kernel_manager_class=LoggedKernelManager, config=Config({"KernelManager": manager}),
-        )  # fmt: skip
-
-    def _last_started_cell(self) -> int | None:
-        """Number of the last code cell that papermill began, as Jupyter counts."""
-        if not self.output.is_file():
-            return None
-        cells = runs.read_notebook(self.output)["cells"]
-        notes = [c["metadata"].get("papermill", {}) for c in cells if c["cell_type"] == "code"]
-        return sum(bool(note.get("start_time")) for note in notes) or None
+def _last_started_cell(output: Path) -> int:
+    """Number of the last code cell that papermill began, as Jupyter counts; 0 if there is none."""
+    cells = runs.read_notebook(output)["cells"] if output.is_file() else []
+    notes = [c["metadata"].get("papermill", {}) for c in cells if c["cell_type"] == "code"]
+    return sum(bool(note.get("start_time")) for note in notes)
 
 
 def _end_kernel(scratch: str) -> None:
@@ -235,7 +221,7 @@ def one_line(text: object) -> str:
     return " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text)).split())
 
 
-# ----------------------------------------------------------------------------------- make notebooks
+# --------------------------------------------------------------------------------- make notebooks
 
 
 def publish(
@@ -252,7 +238,7 @@ def publish(
         shutil.rmtree(runs.run_folder(run), ignore_errors=True)
     for number, stage in enumerate(stages, 1):
         line = ProgressLine(f"publish {number}/{len(stages)} {stage.name}", out or sys.stdout)
-        if code := execute(stage, {}, run, line, refuse_stderr, quiet=True):
+        if code := execute(stage, {}, run, line, refuse_stderr):
             return code
         notebook = runs.read_notebook(runs.run_folder(run) / "notebooks" / stage.notebook)
         text = json.dumps(clean_notebook(notebook), indent=1, ensure_ascii=False, sort_keys=True)

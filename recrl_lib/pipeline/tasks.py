@@ -41,17 +41,8 @@ from recrl_lib.params import (
     owned_by,
     parse_value,
     resolve,
-    stage_named,
-)  # fmt: skip
-from recrl_lib.pipeline import publish as published
-from recrl_lib.pipeline.execute import (
-    INTERRUPTED,
-    ProgressLine,
-    check_notebooks,
-    clock,
-    execute,
-    publish,
-)  # fmt: skip
+)
+from recrl_lib.pipeline import execute, publish
 
 
 class StageReporter(ZeroReporter):
@@ -89,7 +80,8 @@ class StageReporter(ZeroReporter):
     def execute(self, stage: Stage, label: str) -> TaskFailed | None:
         """The action of a stage's task: its notebook, with the run's parameters."""
         values = {name: getattr(self.params, name) for name in owned_by(stage.name)}
-        self.exit_code = execute(stage, values, self.params.run, ProgressLine(label, self.out))
+        line = execute.ProgressLine(label, self.out)
+        self.exit_code = execute.execute(stage, values, self.params.run, line)
         return TaskFailed(f"exit code {self.exit_code}") if self.exit_code else None
 
     def skip_uptodate(self, task: Task) -> None:
@@ -103,16 +95,13 @@ class StageReporter(ZeroReporter):
 
 
 def run_all(
-    params: Params,
-    stages: tuple[Stage, ...] = PIPELINE,
-    force: bool = False,
-    out: TextIO | None = None,
+    params: Params, stages: tuple[Stage, ...], force: bool = False, out: TextIO | None = None
 ) -> int:
     """Run those of ``stages`` that are not up to date, then show the results; return the exit code.
 
     Raises ``ValueError`` before anything is written if a notebook is not as it must be.
     """
-    check_notebooks(stages)
+    execute.check_notebooks(stages)
     runs.write_params(params)
     begun, reporter = time.monotonic(), StageReporter(params, stages, out or sys.stdout)
     loader = ModuleTaskLoader({"task_stages": reporter.tasks})
@@ -121,7 +110,7 @@ def run_all(
         return reporter.exit_code
     summary = f"all {reporter.kept} stages unchanged, nothing to do"
     if reporter.kept < len(stages):
-        spent = clock(time.monotonic() - begun)
+        spent = execute.clock(time.monotonic() - begun)
         summary = f"{len(stages)} stages ({reporter.kept} kept) in {spent}"
     shown = results(params.run) if stages[-1] is PIPELINE[-1] else ""  # else they may be older
     print(f"\nrun {params.run}: {summary}\n\n{shown}".rstrip(), file=reporter.out, flush=True)
@@ -138,16 +127,16 @@ def with_needs(*targets: str) -> tuple[Stage, ...]:
 
 # ----------------------------------------------------------------------------------------- results
 
+HEADLINE = "reward ctr_lift ndcg@10 top10_overlap top10_set_same max_abs_score_delta".split()
+
 
 def results(run: str) -> str:
-    """The headline table and the report's path. The report is rendered if it is not there yet."""
+    """The headline table and the report's path; a report older than its notebook is rendered."""
     folder = runs.run_folder(run)
-    page, executed = folder / "report.html", folder / "notebooks" / stage_named("report").notebook
-    fresh = (
-        page.is_file() and executed.is_file() and page.stat().st_mtime >= executed.stat().st_mtime
-    )
-    if executed.is_file() and not fresh:
-        published.render_report(run)
+    page, executed = folder / "report.html", folder / "notebooks" / PIPELINE[-1].notebook
+    times = [path.stat().st_mtime if path.is_file() else 0.0 for path in (page, executed)]
+    if times[0] < times[1]:
+        publish.render_report(run)
     parts = [headline(run)] if (folder / "metrics" / "evaluation.csv").is_file() else []
     parts += [f"report: {runs.display(page)}"] if page.is_file() else []
     return "\n\n".join(parts)
@@ -155,20 +144,11 @@ def results(run: str) -> str:
 
 def headline(run: str) -> str:
     """The main table as text, one row an arm, from ``metrics/evaluation.csv``."""
-    names = [
-        "reward",
-        "ctr_lift",
-        "ndcg@10",
-        "top10_overlap",
-        "top10_set_same",
-        "max_abs_score_delta",
-    ]
     table = runs.read_results(run, "evaluation").query("group == 'all' and against == ''")
-    by_arm = table.pivot(index="arm", columns="measure", values=["value", "low", "high"])
-    shown = by_arm["value"].loc[list(runs.ARMS), names].map("{:.4g}".format)
+    by_arm = table.pivot(index="arm", columns="measure").loc[list(runs.ARMS)]
+    shown = by_arm["value"][HEADLINE].map("{:.4g}".format)
     ends = [by_arm[end]["ctr_lift"].map("{:.3f}".format) for end in ("low", "high")]
     shown["ctr_lift"] += " [" + ends[0] + ", " + ends[1] + "]"
-    shown = shown.rename(columns={"ctr_lift": "ctr_lift [95 %]"})
     return shown.rename_axis(columns="arm", index=None).to_string()
 
 
@@ -200,7 +180,7 @@ def run_command(command: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         print("INTERRUPTED (what is finished is kept, the same command goes on)", flush=True)
-        return INTERRUPTED
+        return execute.INTERRUPTED
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -277,7 +257,7 @@ def _publish(given: argparse.Namespace) -> int:
     stages = tuple(stage for stage in STAGES if given.only in (None, stage.number))
     if not stages:
         raise ValueError(f"--only {given.only}: no notebook has this number")
-    return publish(stages, fresh=given.only is None)
+    return execute.publish(stages, fresh=given.only is None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -300,9 +280,6 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("--run", required=True)
     job.add_argument("--stages", nargs="+", required=True, choices=[s.name for s in PIPELINE])
     job.add_argument("--attended", action="store_true", help="exit when stdin is closed")
-    table = commands.add_parser("headline", help="print the main table of a run")
-    table.set_defaults(function=lambda given: print(headline(given.run)) or 0)
-    table.add_argument("--run", required=True)
     return parser
 
 

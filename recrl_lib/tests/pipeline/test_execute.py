@@ -68,7 +68,7 @@ def test_a_cell_in_progress_is_seen_from_outside(house):
     house.write(
         "environment",
         "import time\nfrom recrl_lib.progress import track\n"
-        "for _ in track(range(3), 'counting', every=0):\n    time.sleep(0.7)",
+        "for _ in track(range(3), 'counting'):\n    time.sleep(0.7)",
     )
     out = Terminal()
     assert execute.execute(ENVIRONMENT, {}, "r", execute.ProgressLine("stage 1/1", out)) == 0

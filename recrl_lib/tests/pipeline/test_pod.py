@@ -1,4 +1,4 @@
-"""The scripts for a rented machine: what they refuse, what they write, and a target that outlives its caller."""
+"""The scripts for a rented machine: what they refuse and write; a target outlives its caller."""
 
 import os
 import re
@@ -16,35 +16,34 @@ pytestmark = pytest.mark.skipif(
     shutil.which("setsid") is None or shutil.which("make") is None,
     reason="needs make and setsid (Linux)",
 )
+NEWER, OLDER = (
+    "2.12.1+cu130",
+    "2.9.1+cu128",
+)  # a torch that the code runs on, and one that it does not
 
 
 @pytest.fixture
 def repo(tmp_path):
-    """A repository on a volume: the scripts, and a Makefile whose environment costs nothing and whose targets wait to be let go."""
+    """A repository on a volume: the scripts, and a Makefile with a free environment and toys."""
     folder = tmp_path / "volume" / "repo"
     shutil.copytree(paths.ROOT / ".devcontainer", folder / ".devcontainer")
-    stubs = 'cd .venv/lib/python3*/site-packages && touch torch.py transformers.py && echo "$(PEFT)" > peft.py'
-    env = f"env:\n\t@echo torch $(RECRL_TORCH) >> made; touch .venv/.installed; {stubs}\n"
-    slow = "slow:\n\t@for n in $$(seq 600); do [ -f go ] && break; sleep .05; done; exit 3\n"  # half a minute at most
+    stubs = 'touch torch.py transformers.py && echo "$(PEFT)" > peft.py'
+    made = "@echo torch $(RECRL_TORCH) >> made; touch .venv/.installed"
+    env = f"env:\n\t{made}; cd .venv/lib/python3*/site-packages && {stubs}\n"
+    slow = "slow:\n\t@for n in $$(seq 600); do [ -f go ] && break; sleep .05; done; exit 3\n"
     leaves = "leaves:\n\t@sleep 60 & echo $$! > left\n"
     (folder / "Makefile").write_text(f"-include .venv/pod.env\n{env}{slow}{leaves}")
     return folder
 
 
 def script(repo, name, **environment):
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("RUNPOD", "VOLUME", "PYTHONPATH", "MAKE"))
-    }
-    command = ["bash", str(repo / ".devcontainer" / name)]
+    mine = ("RUNPOD", "VOLUME", "PYTHONPATH", "MAKE")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(mine)}
     return subprocess.run(
-        command,
+        ["bash", str(repo / ".devcontainer" / name)],
         env=clean | {"PYTHON": sys.executable} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
 
 
 def test_a_container_of_ones_own_keeps_downloads_on_what_is_mounted():
@@ -53,16 +52,14 @@ def test_a_container_of_ones_own_keeps_downloads_on_what_is_mounted():
     assert f" HF_HOME={home}/huggingface" in dockerfile and f":{home} -it" in dockerfile
 
 
-def test_a_repository_off_the_volume_is_refused(repo, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    for volume, words in (
-        (elsewhere, "is not below"),
-        (tmp_path / "none", "not a folder that can be written to"),
-    ):
-        done = script(repo, "pod-setup.sh", VOLUME=str(volume))
-        assert done.returncode == 1 and words in done.stderr
-    assert not (repo / ".venv").exists() and list(elsewhere.iterdir()) == []
+@pytest.mark.parametrize(
+    "volume, words", [("elsewhere", "is not below"), ("none", "not a folder that can be written")]
+)
+def test_a_repository_off_the_volume_is_refused(repo, tmp_path, volume, words):
+    (tmp_path / "elsewhere").mkdir()
+    done = script(repo, "pod-setup.sh", VOLUME=str(tmp_path / volume))
+    assert done.returncode == 1 and words in done.stderr
+    assert not (repo / ".venv").exists() and not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.fixture
@@ -71,31 +68,23 @@ def setup(repo, tmp_path):
     image = tmp_path / "image"
     image.mkdir()
     python = image / "python"
+    venv = f'echo "$@" >> {repo}/venvs; exec {sys.executable} -m venv --without-pip "$@"'
     python.write_text(
-        f'#!/bin/sh\nif [ "$2" = venv ]; then shift 2; echo "$@" >> {repo}/venvs; exec {sys.executable} -m venv --without-pip "$@"; fi\n'
+        f'#!/bin/sh\nif [ "$2" = venv ]; then shift 2; {venv}; fi\n'
         f'PYTHONPATH={image} exec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
 
     def call(torch, **environment):
-        (image / "torch.py").write_text(
-            f"__version__ = {torch!r}" if torch else "raise ImportError"
-        )
-        return script(
-            repo,
-            "pod-setup.sh",
-            VOLUME=str(repo.parent),
-            PYTHON=str(python),
-            PYTHONDONTWRITEBYTECODE="1",
-            **environment,
-        )
+        text = f"__version__ = {torch!r}" if torch else "raise ImportError"
+        (image / "torch.py").write_text(text)
+        given = {"VOLUME": str(repo.parent), "PYTHON": str(python), "PYTHONDONTWRITEBYTECODE": "1"}
+        return script(repo, "pod-setup.sh", **given, **environment)
 
     return call
 
 
-@pytest.mark.parametrize(
-    "torch, kept", [("2.12.1+cu130", True), ("2.9.1+cu128", False), (None, False)]
-)
+@pytest.mark.parametrize("torch, kept", [(NEWER, True), (OLDER, False), (None, False)])
 def test_the_images_torch_is_kept_if_the_code_runs_on_it(repo, setup, torch, kept):
     for _ in range(2):
         done = setup(torch)
@@ -103,58 +92,39 @@ def test_the_images_torch_is_kept_if_the_code_runs_on_it(repo, setup, torch, kep
     settings = (repo / ".venv" / "pod.env").read_text()
     assert (f"export RECRL_TORCH={torch}" in settings) is kept
     assert (repo / "made").read_text().split("\n")[0] == (f"torch {torch}" if kept else "torch")
-    assert (repo / "venvs").read_text() == (
-        "--clear --system-site-packages .venv\n" if kept else "--clear .venv\n"
-    )  # once
-    assert (
-        f"export HF_HOME={repo.parent}/.shielded-recrl/huggingface" in settings
-        and "make pod-run" in done.stdout
-    )
-    assert (repo / ".venv" / ".installed").exists()
+    options = "--clear --system-site-packages" if kept else "--clear"
+    assert (repo / "venvs").read_text() == f"{options} .venv\n"  # once
+    assert f"export HF_HOME={repo.parent}/.shielded-recrl/huggingface" in settings
+    assert "make pod-run" in done.stdout and (repo / ".venv" / ".installed").exists()
 
 
 def test_another_image_gets_another_environment(repo, setup):
-    """A torchvision of the image, built for the image's torch, must not be seen beside another torch."""
-    for torch, seen in (
-        ("2.12.1+cu130", "true"),
-        ("2.9.1+cu128", "false"),
-        ("2.12.1+cu130", "true"),
-    ):
+    """A torchvision built for the image's torch must not be seen beside another torch."""
+    for torch, seen in ((NEWER, "true"), (OLDER, "false"), (NEWER, "true")):
         assert setup(torch).returncode == 0
-        assert (
-            f"include-system-site-packages = {seen}\n"
-            in (repo / ".venv" / "pyvenv.cfg").read_text()
-        )
+        settings = (repo / ".venv" / "pyvenv.cfg").read_text()
+        assert f"include-system-site-packages = {seen}\n" in settings
     assert len((repo / "venvs").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
     "torch, remedy",
-    [
-        ("2.12.1+cu130", "do not fit its torch 2.12.1+cu130; take another image"),
-        (None, "remove .venv"),
-    ],
+    [(NEWER, f"do not fit its torch {NEWER}; take another image"), (None, "remove .venv")],
 )
 def test_an_environment_that_does_not_import_is_a_failure(repo, setup, torch, remedy):
-    done = setup(torch, PEFT="raise RuntimeError('operator torchvision::nms does not exist')")
+    broken = "operator torchvision::nms does not exist"
+    done = setup(torch, PEFT=f"raise RuntimeError('{broken}')")
     assert done.returncode == 1 and "ready" not in done.stdout
-    assert (
-        "FAILED torch, transformers and peft do not import together (RuntimeError: operator torchvision::nms does not exist): "
-        in done.stderr
-    )
-    assert remedy in done.stderr
+    start = f"FAILED torch, transformers and peft do not import together (RuntimeError: {broken}): "
+    assert start in done.stderr and remedy in done.stderr
 
 
 def test_the_environments_own_python_is_not_the_images(repo, setup):
     assert setup(None).returncode == 0
-    done = script(
-        repo, "pod-setup.sh", VOLUME=str(repo.parent), PYTHON=str(repo / ".venv" / "bin" / "python")
-    )
-    assert (
-        done.returncode == 1
-        and "is that of .venv" in done.stderr
-        and (repo / ".venv" / "pod.env").is_file()
-    )
+    own = str(repo / ".venv" / "bin" / "python")
+    done = script(repo, "pod-setup.sh", VOLUME=str(repo.parent), PYTHON=own)
+    assert done.returncode == 1 and "is that of .venv" in done.stderr
+    assert (repo / ".venv" / "pod.env").is_file()
 
 
 def until(path, limit: float = 20.0) -> str:
@@ -168,15 +138,13 @@ def until(path, limit: float = 20.0) -> str:
 def test_a_target_goes_on_without_its_caller_and_is_not_started_twice(repo):
     first, second = (script(repo, "pod-run.sh", TARGET="slow") for _ in range(2))
     pid = (repo / "runs" / "pod.pid").read_text().strip()
-    assert (
-        "started make slow" in first.stdout and f"at work already: process {pid}" in second.stdout
-    )
+    assert "started make slow" in first.stdout
+    assert f"at work already: process {pid}" in second.stdout
     (repo / "go").touch()
     assert until(repo / "runs" / "pod.exit") == "2\n"  # make's own code for a failed recipe
     assert "Error 3" in (repo / "runs" / "pod.log").read_text()
-    assert (
-        "started make slow" in script(repo, "pod-run.sh", TARGET="slow").stdout
-    )  # what has just ended is not at work
+    # what has just ended is not at work
+    assert "started make slow" in script(repo, "pod-run.sh", TARGET="slow").stdout
     until(repo / "runs" / "pod.exit")
 
 
@@ -188,10 +156,8 @@ def test_after_a_stop_of_the_pod_another_process_of_that_number_is_not_the_job(r
         time.sleep(0.01)
     os.killpg(job, signal.SIGKILL)
     pid.write_text(f"{os.getpid()}\n")
-    assert (
-        "started" in script(repo, "pod-run.sh", TARGET="slow").stdout
-        and not (repo / "runs" / "pod.exit").exists()
-    )
+    assert "started" in script(repo, "pod-run.sh", TARGET="slow").stdout
+    assert not (repo / "runs" / "pod.exit").exists()
     (repo / "go").touch()
     until(repo / "runs" / "pod.exit")
 
