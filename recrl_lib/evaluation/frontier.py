@@ -110,10 +110,14 @@ class Comparison:
     asked: Demonstrations  # of validation users: what a point learned decides settings
     n_boot: int = 10_000
     untuned: dict[str, float] = field(init=False)
-    ranking: pd.DataFrame = field(init=False)  # of the untuned model
+    vectors: Tensor = field(init=False)  # item vectors (I+1, d) of the untuned model
+    ranking: pd.DataFrame = field(init=False)  # its ranking, a row a user
 
     def __post_init__(self):
-        self.ranking, _ = ranking_change.ranking_table(self.study, self.study.text)
+        if self.study.text is None:
+            raise ValueError("text='none': no item vectors to protect; set frontier_points=none")
+        self.vectors = self.study.text
+        self.ranking, _ = ranking_change.ranking_table(self.study, self.vectors)
         with self.explainer.reference():
             loss, (reward, _) = self.asked.mean_loss(), self.reward()
         self.untuned = {"loss_base": loss, "reward_base": reward}
@@ -125,7 +129,7 @@ class Comparison:
     def replay(self, point: Point) -> Replay | None:
         if not point.penalty:
             return None
-        given = (self.explainer, self.items, self.study.text, readout_of(self.study.ranker))
+        given = (self.explainer, self.items, self.vectors, readout_of(self.study.ranker))
         return Replay(*given, point.penalty, point.seed, self.seen)
 
     def reward(self) -> tuple[float, float]:
@@ -159,11 +163,12 @@ def run_point(shared: Comparison, point: Point) -> dict:
         seconds = tune(shared, point, shield)
         measured = {"leak": leak(explainer, protected), **measure(shared, point)}
     # A mode that projects nothing shows its leak against the subspaces it was not held to.
+    prompts = grams.behind("contrastive")
     held = protected if point.mode in (*projection.PROJECTING, "restart") else {}
     shares = {
         "rank_mean": [s.rank for s in held.values()],
         "items_inside": [s.energy for s in held.values()],
-        "explanations_inside": [s.holds(grams.prompts[name]) for name, s in held.items()],
+        "explanations_inside": [s.holds(prompts[name]) for name, s in held.items()],
     }
     row = {**asdict(point), "curve": point.curve}
     row |= {name: float(np.mean(values)) if values else 0.0 for name, values in shares.items()}
@@ -213,7 +218,8 @@ def measure(shared: Comparison, point: Point) -> dict:
     vectors = shared.items.vectors()  # no offsets are given: activated LoRA stays out
     if point.mode == "align":
         rng = np.random.default_rng(point.seed)
-        vectors = fit_alignment(vectors, study.text, np.array(sorted(shared.seen)), rng)(vectors)
+        items = np.array(sorted(shared.seen))
+        vectors = fit_alignment(vectors, shared.vectors, items, rng)(vectors)
     table, top = ranking_change.ranking_table(study, vectors)
     after, before = table["ndcg"].to_numpy(), shared.ranking["ndcg"].to_numpy()
     change, low, high = stats.bootstrap_mean(

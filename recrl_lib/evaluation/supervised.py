@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Demonstrations:
     @torch.no_grad()
     def __init__(self, explainer: Explainer, records: list[dict], texts: list[str] | None = None):
         self.explainer, self.records = explainer, records
+        self.peft: Any = explainer.peft
         self.prompts = [prompt_ids(explainer, messages(r)) for r in records]
         texts = [reference_line(r) for r in records] if texts is None else list(texts)
         answers = explainer.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -61,10 +63,10 @@ class Demonstrations:
         """Negative log-likelihood of the rows' answer tokens, at temperature 1."""
         explainer, mask = self.explainer, self._mask(rows)
         target = self._padded(self.labels, rows, -100)[:, 1:]
-        if explainer.peft.active_adapter == "alora":  # PEFT looks for the turn header in the ids
+        if self.peft.active_adapter == "alora":  # PEFT looks for the turn header in the ids
             places = {"attention_mask": mask.long(), "position_ids": position_ids(mask)}
             ids = self._padded(self.ids, rows, explainer.pad_id)
-            logits = explainer.peft(ids, **places).logits[:, :-1][target != -100]
+            logits = self.peft(ids, **places).logits[:, :-1][target != -100]
         else:
             hidden = explainer.top(self._padded(self.states, rows), mask)[:, :-1]
             logits = explainer.lm.get_output_embeddings()(hidden[target != -100])
@@ -80,11 +82,11 @@ class Demonstrations:
     def greedy(self) -> list[str]:
         """What the explainer says to the prompts, at most ``TEXT_TOKENS`` tokens."""
         explainer = self.explainer
-        if explainer.peft.active_adapter != "alora":
+        if self.peft.active_adapter != "alora":
             return sampling.sample(explainer, self.prompts, 1, TEXT_TOKENS, 1.0, None).texts
         ids, mask = left_pad(self.prompts, explainer.pad_id, explainer.device)
         given = {"input_ids": ids, "attention_mask": mask.long(), "pad_token_id": explainer.pad_id}
-        out = explainer.peft.generate(**given, max_new_tokens=TEXT_TOKENS, do_sample=False)
+        out = self.peft.generate(**given, max_new_tokens=TEXT_TOKENS, do_sample=False)
         said = [row[row != explainer.pad_id] for row in out[:, ids.shape[1] :]]
         return [sampling.decode(explainer, row) for row in said]
 
@@ -95,16 +97,17 @@ def activated_lora(explainer: Explainer) -> Iterator[None]:
 
     It acts from the template's last turn header on; item texts have none and never meet it.
     """
+    peft: Any = explainer.peft
     turn, template = [{"role": "user", "content": "x"}], explainer.tokenizer.apply_chat_template
     without = template(turn, return_dict=False)
     header = template(turn, return_dict=False, add_generation_prompt=True)
-    config = copy.deepcopy(explainer.peft.peft_config["default"])
+    config = copy.deepcopy(peft.peft_config["default"])
     config.alora_invocation_tokens = header[len(without) :]
     with torch.random.fork_rng(devices=[]):
-        explainer.peft.add_adapter("alora", config)
-    explainer.peft.set_adapter("alora")
+        peft.add_adapter("alora", config)
+    peft.set_adapter("alora")
     try:
         yield
     finally:
-        explainer.peft.set_adapter("default")
-        explainer.peft.delete_adapter("alora")
+        peft.set_adapter("default")
+        peft.delete_adapter("alora")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # not imported at run time: the shield can be used without th
     from recrl_lib.explainer.model import Explainer
 
 BASES = ("activation", "sensitivity", "contrastive", "readout", "random")
-NEEDS = {name: name for name in ("sensitivity", "readout")} | {"contrastive": "prompts"}
+SOURCES = {"contrastive": "prompts", "sensitivity": "sensitivity", "readout": "readout"}
 WEIGHTED = ("sensitivity",)  # k from equal damage in every layer input, not from its energy
 
 
@@ -203,6 +203,15 @@ class GramMatrices:
     readout: Mapping[str, Tensor] | None = None  # (d_rank, d) ``readout_rows``: readout
     seed: int = 0  # random
 
+    def behind(self, basis: str) -> Mapping[str, Tensor]:
+        """What ``basis`` is made of; ``ValueError`` if it is unknown or its matrices are missing."""
+        if basis not in BASES:
+            raise ValueError(f"shield_basis={basis!r}: choose one of {', '.join(BASES)}")
+        source = SOURCES.get(basis, "items")
+        if getattr(self, source) is None:
+            raise ValueError(f"shield_basis={basis!r} needs GramMatrices.{source}")
+        return getattr(self, source)
+
 
 def protect(
     grams: GramMatrices | Mapping[str, Tensor],
@@ -219,18 +228,15 @@ def protect(
     """
     if not isinstance(grams, GramMatrices):
         grams = GramMatrices(grams)
-    if basis not in BASES:
-        raise ValueError(f"shield_basis={basis!r}: choose one of {', '.join(BASES)}")
-    if basis in NEEDS and getattr(grams, NEEDS[basis]) is None:
-        raise ValueError(f"shield_basis={basis!r} needs GramMatrices.{NEEDS[basis]}")
-    measured = grams.sensitivity if basis in WEIGHTED else grams.items
+    source = grams.behind(basis)
+    measured = source if basis in WEIGHTED else grams.items
     allowed = (1 - energy) * sum(float(g.trace()) for g in measured.values()) / len(measured)
     found = {}
     for number, (name, gram) in enumerate(grams.items.items()):
         if not torch.isfinite(gram).all():
             raise ValueError(f"Gram matrix of {name} is not finite: a text gives inf or nan")
         gram = gram.cpu()  # float64 eigh differs between GPU libraries
-        frame = _frame(grams, basis, name, number)
+        frame = _frame(basis, gram, source[name].cpu(), grams.seed * 1000 + number)
         along = _energy_along(frame, measured[name].cpu())
         needed = 1 - allowed / float(along.sum()) if basis in WEIGHTED else energy
         k = rank or (int((along.cumsum(0) / along.sum() < needed).sum()) + 1 if needed > 0 else 0)
@@ -252,19 +258,16 @@ def _energy_along(frame: Tensor, gram: Tensor) -> Tensor:
     return (frame * (gram @ frame)).sum(0).clamp(min=0)
 
 
-def _frame(grams: GramMatrices, basis: str, name: str, number: int) -> Tensor:
+def _frame(basis: str, gram: Tensor, source: Tensor, seed: int) -> Tensor:
     """An orthonormal frame (d, d) of one layer input, column 0 to be protected first."""
-    gram = grams.items[name].cpu()
-    if basis == "activation":
-        return torch.linalg.eigh(gram)[1].flip(1)
-    if basis == "sensitivity":
-        return torch.linalg.eigh(grams.sensitivity[name].cpu())[1].flip(1)
+    if basis in ("activation", "sensitivity"):
+        return torch.linalg.eigh(source)[1].flip(1)
     if basis == "contrastive":
-        return contrastive_frame(gram, grams.prompts[name].cpu())
+        return contrastive_frame(gram, source)
     if basis == "readout":
-        rows = grams.readout[name].cpu().double()
-        return torch.linalg.qr(torch.cat([rows.T, torch.eye(len(gram)).double()], dim=1))[0]
-    generator = torch.Generator().manual_seed(grams.seed * 1000 + number)
+        rows = source.double().T
+        return torch.linalg.qr(torch.cat([rows, torch.eye(len(gram)).double()], dim=1))[0]
+    generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(gram.shape, generator=generator, dtype=torch.float64))[0]
 
 
