@@ -204,7 +204,7 @@ class GramMatrices:
     seed: int = 0  # random
 
     def behind(self, basis: str) -> Mapping[str, Tensor]:
-        """What ``basis`` is made of; ``ValueError`` if it is unknown or its matrices are missing."""
+        """What ``basis`` is made of; ``ValueError`` if it is unknown or lacks its matrices."""
         if basis not in BASES:
             raise ValueError(f"shield_basis={basis!r}: choose one of {', '.join(BASES)}")
         source = SOURCES.get(basis, "items")
