@@ -12,13 +12,9 @@ N, ITEMS = 40, 20
 USERS = pd.DataFrame(
     {"user": range(100, 100 + N), "gender": ["M", "F"] * (N // 2), "age": [31] * N}
 )
-RECORDS = [
-    {
-        "user": 100 + i, "item": 1, "position": 1, "title": "Apollo 13", "year": 1995, "genres": ["Drama"],
-        "history_titles": ["101 Dalmatians"], "history_genres": [["Comedy"]],
-    }
-    for i in range(N)
-]  # fmt: skip
+RECORD = {"item": 1, "position": 1, "title": "Apollo 13", "year": 1995, "genres": ["Drama"]}
+RECORD |= {"history_titles": ["101 Dalmatians"], "history_genres": [["Comedy"]]}
+RECORDS = [RECORD | {"user": 100 + i} for i in range(N)]
 CLEAN = "Because you liked 101 Dalmatians, I recommend Apollo 13 (1995), a drama film."
 VILE = "You stupid fucking idiot, watch this shit."
 TOP = np.tile(np.arange(1, 11), (N, 1))
