@@ -62,8 +62,8 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff format --check recrl_lib
 	$(PY) -m ruff check recrl_lib
-	$(dir $(PY))lint-imports
-	$(dir $(PY))basedpyright --level error
+	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	$(PY) -m basedpyright --level error
 	$(PY) -m recrl_lib.pipeline.sizes
 
 ## open the notebooks in JupyterLab
@@ -105,7 +105,7 @@ pod-run:
 ## remove caches and runs, except runs/reference; downloads stay
 clean:
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
-	rm -rf .pytest_cache .hypothesis build
+	rm -rf .pytest_cache .hypothesis .ruff_cache .import_linter_cache build
 	find runs -mindepth 1 -maxdepth 1 ! -name reference -exec rm -rf {} + 2> /dev/null || true
 
 ## clean, and remove the environment
