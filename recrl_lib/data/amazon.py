@@ -21,11 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from recrl_lib.data.reading import blocks
+from recrl_lib.data.reading import blocks, find
 from recrl_lib.data.tables import Raw, Skipped, catalogue, milliseconds, parse_times, sanitise_text
 
-REVIEWS = "Books.jsonl Books.json Books_5.json reviews_Books.json reviews_Books_5.json"
-METADATA = "meta_Books.jsonl meta_Books.json"
+_NAMES = ("Books.jsonl", "Books.json", "Books_5.json", "reviews_Books.json", "reviews_Books_5.json")
+REVIEWS = [name + suffix for name in _NAMES for suffix in ("", ".gz")]
+METADATA = [f"meta_Books.{kind}{suffix}" for kind in ("jsonl", "json") for suffix in ("", ".gz")]
 GENRES = {"fantasy", "romance"}  # "Science Fiction & Fantasy" is another category
 # In the nature of the data: people review a book twice; metadata lack books, titles, categories.
 NORMAL = frozenset(("duplicate", "item without metadata", "metadata without a title"))
@@ -45,8 +46,8 @@ _AUTHOR = re.compile(
 
 def read(folder: Path, skipped: Skipped) -> Raw:
     """The fantasy and romance reviews. Raises ``ValueError`` also if there is none."""
-    path = _find(folder, REVIEWS)
-    items, known = metadata(_find(folder, METADATA), skipped)
+    path = find(folder, REVIEWS)
+    items, known = metadata(find(folder, METADATA), skipped)
     parts = []
     for number, block in blocks(path, skipped):
         table = pd.concat(_reviews(block, number, path, skipped), ignore_index=True)
@@ -65,16 +66,6 @@ def read(folder: Path, skipped: Skipped) -> Raw:
     wanted = "books in a category fantasy or romance"
     info = {"n_reviews": skipped.rows[path], "n_books": len(known), "filter": wanted}
     return Raw(path, table, items, f"Amazon Books reviews, {path.name}", "book", info=info)
-
-
-def _find(folder: Path, names: str) -> Path:
-    paths = [folder / f"{name}{suffix}" for name in names.split() for suffix in ("", ".gz")]
-    if not (found := [path for path in paths if path.is_file()]):
-        raise FileNotFoundError(
-            f"{folder} must hold one of {', '.join(path.name for path in paths)}; put it there, "
-            "or name another folder with data_dir"
-        )
-    return found[0]
 
 
 def _reviews(text: bytes, number: int, path: Path, skipped: Skipped) -> Iterator[pd.DataFrame]:

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recrl_lib.data import tables
-from recrl_lib.data.reading import Rows
+from recrl_lib.data.reading import Rows, find
 from recrl_lib.data.tables import Raw, Skipped, sanitise_text
 
 INTERACTIONS = ("user", "item", "time", "rating")
@@ -39,7 +39,7 @@ def read(folder: Path, skipped: Skipped, names: dict[str, str]) -> Raw:
     Raises ``ValueError`` naming a column that is not there, or for too many bad rows;
     ``FileNotFoundError`` naming the files looked for.
     """
-    path, parts = _find(folder, "interactions"), []
+    path, parts = find(folder, [f"interactions{suffix}" for suffix in SUFFIXES], only=True), []
     optional = {"rating"} if names["time"] else {"rating", "time"}
     for lines, fields in _chunks(path, skipped, {n: names[n] for n in INTERACTIONS}, optional):
         table = pd.DataFrame({"user": fields["user"], "item": fields["item"], "line": lines})
@@ -59,7 +59,7 @@ def read(folder: Path, skipped: Skipped, names: dict[str, str]) -> Raw:
         "time, ties by file order" if "time" in fields else "file order: no time column was named"
     )
     table = pd.concat(parts, ignore_index=True)
-    items_path = _find(folder, "items")
+    items_path = find(folder, [f"items{suffix}" for suffix in SUFFIXES], only=True)
     items = tables.catalogue(_items(items_path, skipped, names), items_path, skipped)
     items["raw"], table["item"] = _numbers([items["raw"], table["item"]])
     (table["user"],) = _numbers([table["user"]])
@@ -172,15 +172,3 @@ def _columns(
                 f"{', '.join(map(repr, names))}{hint}"
             )
     return found
-
-
-def _find(folder: Path, name: str) -> Path:
-    paths = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
-    found = [path for path in paths if path.exists()]
-    if len(found) != 1:
-        raise FileNotFoundError(
-            f"{folder} must hold one of {', '.join(path.name for path in paths)}: "
-            f"{'several of them are' if found else 'none is'} there. "
-            "Set data_dir to the folder with your two tables"
-        )
-    return found[0]

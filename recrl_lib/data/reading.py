@@ -6,6 +6,7 @@ import codecs
 import csv
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,11 +25,23 @@ PIECE = 2**18  # bytes read from disk at once
 SEPARATORS = (",", ";", "\t")
 
 
-def blocks(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes]]:
+def find(folder: Path, names: Sequence[str], only: bool = False) -> Path:
+    """The first of ``names`` that is in ``folder``; ``only``: there may be no second one."""
+    found = [folder / name for name in names if (folder / name).exists()]
+    if not found or only and len(found) > 1:
+        raise FileNotFoundError(
+            f"{folder} must hold one of {', '.join(names)}: {'several are' if found else 'none is'} "
+            "there; name another folder with data_dir"
+        )
+    return found[0]
+
+
+def blocks(path: Path, skipped: Skipped, quoted: bool = False) -> Iterator[tuple[int, bytes]]:
     """Yield (number of the first line, text) of successive blocks of whole lines.
 
-    Only the last block can end without a newline. Where a gzip file breaks off, the lines before
-    the break are yielded and the break is counted. Raises ``FileNotFoundError``.
+    With ``quoted`` no block ends inside a quoted field; a quote that is never closed joins a few
+    blocks only. Only the last block can end without a newline. Where a gzip file breaks off, the
+    lines before the break are yielded and the break is counted. Raises ``FileNotFoundError``.
     """
     if not path.is_file():
         where = "put it there, or name another folder with data_dir"
@@ -37,7 +50,9 @@ def blocks(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes]]:
     try:
         for data in _content(path):
             rest += data
-            if len(rest) >= BLOCK and (end := rest.rfind(b"\n") + 1):
+            end = rest.rfind(b"\n") + 1 if len(rest) >= BLOCK else 0
+            is_open = quoted and rest.count(b'"', 0, end) % 2 and len(rest) <= 4 * BLOCK
+            if end and not is_open:
                 yield number, rest[:end]
                 number += rest.count(b"\n", 0, end)
                 rest = rest[end:]
@@ -77,33 +92,30 @@ def _inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
         raise EOFError
 
 
+@dataclass
 class Rows:
     """The rows of a CSV file in chunks of columns; bad rows are counted and left out.
 
     Args:
-        header: the column names that line 1 must have; None: they are read from line 1.
-        has_header: False if line 1 is data already; ``header`` then says how many columns.
+        names: of the columns, which line 1 must have; empty: they are read from line 1.
+        has_header: False if line 1 is data already; ``names`` then says how many columns there are.
         separator: "" takes the one of ``SEPARATORS`` that divides line 1 most.
         quoted: whether quotes have a meaning.
         terminated: the format ends every line, so a last line without newline was cut.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        skipped: Skipped,
-        header: Sequence[str] | None = None,
-        *,
-        has_header: bool = True,
-        separator: str = ",",
-        quoted: bool = True,
-        encoding: str = "utf-8",
-        terminated: bool = True,
-    ):
-        self.path, self.skipped, self.names = path, skipped, list(header or ())
-        self.separator, self.quoted, self.terminated = separator, quoted, terminated
-        self.encoding, self._blocks = encoding, self._balanced()
-        if has_header:
+    path: Path
+    skipped: Skipped
+    names: Sequence[str] = ()
+    has_header: bool = True
+    separator: str = ","
+    quoted: bool = True
+    encoding: str = "utf-8"
+    terminated: bool = True
+
+    def __post_init__(self):
+        self._blocks = blocks(self.path, self.skipped, self.quoted)
+        if self.has_header:
             number, text = next(self._blocks, (1, b""))
             first, _, rest = text.partition(b"\n")
             self._read_header(first.decode("utf-8", "replace").removeprefix("\ufeff").strip("\r"))
@@ -117,24 +129,12 @@ class Rows:
         rows = [next(csv.reader([line], delimiter=s, quoting=quoting), []) for s in choices]
         found, self.separator = max(zip(rows, choices), key=lambda pair: len(pair[0]))
         found = [name.strip() for name in found]
-        if self.names and found != self.names:
+        if self.names and found != list(self.names):
             raise ValueError(
                 f"{self.path} line 1: the columns must be {', '.join(self.names)}; they are "
                 f"{', '.join(found)}: this is another file, or a damaged one"
             )
         self.names = found
-
-    def _balanced(self) -> Iterator[tuple[int, bytes]]:
-        """Blocks, joined where a quoted field goes on; a quote never closed joins a few only."""
-        start, held = 1, b""
-        for number, block in blocks(self.path, self.skipped):
-            start = start if held else number
-            held += block
-            if not self.quoted or held.count(b'"') % 2 == 0 or len(held) > 4 * BLOCK:
-                yield start, held
-                held = b""
-        if held:
-            yield start, held
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, list[pa.Array]]]:
         """Yield (line numbers (n,), columns of n texts) of the good rows; check the limit."""

@@ -187,7 +187,9 @@ def test_a_broken_gzip_stops_the_run(tmp_path, name):
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_used(tmp_path, reviews, meta, message):
-    missing = "must hold one of Books.jsonl, Books.jsonl.gz, .*reviews_Books_5.json.gz; put it"
+    missing = (
+        "must hold one of Books.jsonl, Books.jsonl.gz, .*reviews_Books_5.json.gz: none is there"
+    )
     with pytest.raises(FileNotFoundError, match=missing):
         load("amazon-books", tmp_path)
     with pytest.raises(ValueError, match=message):

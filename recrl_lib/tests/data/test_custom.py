@@ -223,7 +223,7 @@ def test_missing_or_ambiguous_tables_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=message):
         load("csv", tmp_path)
     (write(tmp_path) / "items.parquet").touch()
-    with pytest.raises(FileNotFoundError, match="one of items.csv.*several of them are there"):
+    with pytest.raises(FileNotFoundError, match="one of items.csv.*several are there"):
         load("csv", tmp_path, NAMES)
     (tmp_path / "interactions.csv").write_text("")
     with pytest.raises(ValueError, match="interactions.csv: no rows; the file is empty"):
