@@ -74,14 +74,14 @@ def _reviews(text: bytes, number: int, path: Path, skipped: Skipped) -> Iterator
     Arrow reads a text whole or not at all, so one that it refuses is halved until the odd line is
     alone and can be counted.
     """
-    lines = text.splitlines(keepends=True)
-    table = _arrow(text, len(lines))
-    if table is None and len(lines) > 1:
-        half = len(lines) // 2
-        yield from _reviews(b"".join(lines[:half]), number, path, skipped)
-        yield from _reviews(b"".join(lines[half:]), number + half, path, skipped)
+    n_lines = text.count(b"\n") + (not text.endswith(b"\n"))
+    table = _arrow(text, n_lines)
+    if table is None and n_lines > 1:
+        half = (text.rfind(b"\n", 0, len(text) // 2) + 1) or text.find(b"\n") + 1
+        yield from _reviews(text[:half], number, path, skipped)
+        yield from _reviews(text[half:], number + text.count(b"\n", 0, half), path, skipped)
         return
-    skipped.seen(path, len(lines))
+    skipped.seen(path, n_lines)
     if table is None:
         skipped.add(_kind(text), path, number)
         table = _SCHEMA.empty_table()

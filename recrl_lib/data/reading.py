@@ -29,9 +29,10 @@ def find(folder: Path, names: Sequence[str], only: bool = False) -> Path:
     """The first of ``names`` that is in ``folder``; ``only``: there may be no second one."""
     found = [folder / name for name in names if (folder / name).exists()]
     if not found or only and len(found) > 1:
+        there = "several are" if found else "none is"
         raise FileNotFoundError(
-            f"{folder} must hold one of {', '.join(names)}: {'several are' if found else 'none is'} "
-            "there; name another folder with data_dir"
+            f"{folder} must hold one of {', '.join(names)}: {there} there; name another folder "
+            "with data_dir"
         )
     return found[0]
 

@@ -3,7 +3,6 @@
 import gzip
 import json
 
-import numpy as np
 import pytest
 
 from recrl_lib import assets
@@ -55,7 +54,7 @@ YEARS = [
     ("amazon-books-2018", review_2018, book_2018, 1,
      "Outlander by Diana Gabaldon. Genres: Romance, Historical."),
     ("amazon-books", review_2023, book_2023, 1000,
-     "Circe| by Madeline Miller. Genres: Myth/Folk, Fantasy."),
+     "Circe| by Madeline Miller. Genres: Myth/Folk, Fantasy.")
 ]  # fmt: skip
 
 
@@ -100,7 +99,7 @@ def test_what_is_in_the_nature_of_the_data_is_no_bad_row(tmp_path):
     lines += [review_2018("u2", "c"), review_2018("u2", "x"), review_2018("u2", "a"), lines[0]]
     data = load("amazon-books", write(tmp_path, lines, meta), min_core=1)
     assert data.info["skipped"] == {
-        "duplicate": 2, "metadata without a title": 2, "item without metadata": 1,
+        "duplicate": 2, "metadata without a title": 2, "item without metadata": 1
     }  # fmt: skip
     assert data.info["skipped_first"]["item without metadata"] == "Books.json line 5"
     assert data.info["skipped_bad"] == [] and data.info["n_reviews"] == 7
@@ -183,8 +182,8 @@ def test_a_broken_gzip_stops_the_run(tmp_path, name):
         ([review_2018(book="0")], [book_2018()], "no review of a fantasy or romance book; do the"),
         ([review_2018()], [book_2018(category=["Books"])], "no book of the metadata is in a categ"),
         ([], [book_2018()], "Books.json: no rows; the file is empty"),
-        ([review_2018()], [], "meta_Books.json: no rows; the file is empty"),
-    ],
+        ([review_2018()], [], "meta_Books.json: no rows; the file is empty")
+    ]
 )  # fmt: skip
 def test_files_that_cannot_be_used(tmp_path, reviews, meta, message):
     missing = (
@@ -194,16 +193,3 @@ def test_files_that_cannot_be_used(tmp_path, reviews, meta, message):
         load("amazon-books", tmp_path)
     with pytest.raises(ValueError, match=message):
         load("amazon-books", write(tmp_path, reviews, meta))
-
-
-def test_about_as_many_of_the_latest_as_asked_for(tmp_path):
-    pairs = dict.fromkeys(map(tuple, np.random.default_rng(0).integers(0, 30, (600, 2)).tolist()))
-    lines = [
-        review_2018(f"u{u}", f"{b:010d}", time=1111363200 + n) for n, (u, b) in enumerate(pairs)
-    ]
-    write(tmp_path, lines, [book_2018(f"{b:010d}") for b in range(30)])
-    few, whole = (load("amazon-books", tmp_path, max_interactions=n) for n in (200, 0))
-    assert 200 <= len(few.interactions) < 240
-    assert few.interactions.groupby("user").size().min() >= 5
-    assert len(whole.interactions) > 240  # the default of 50,000 is more than there is
-    assert whole.interactions["time"].max() == few.interactions["time"].max()

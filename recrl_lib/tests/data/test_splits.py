@@ -33,7 +33,7 @@ def test_leave_one_out_refuses_short_users():
 # 40 events: 32 up to the first cut, 36 up to the second. User 2 only trains.
 TIMED = [
     (0, 1, 10), (2, 1, 20), (1, 2, 30), (2, 2, 40), (0, 3, 50), (2, 3, 60), (0, 4, 70), (1, 4, 80),
-    (0, 5, 85), (0, 6, 90), (1, 5, 90), (0, 7, 95), (1, 6, 99), (1, 7, 100), (2, 7, 97),
+    (0, 5, 85), (0, 6, 90), (1, 5, 90), (0, 7, 95), (1, 6, 99), (1, 7, 100), (2, 7, 97)
 ] + [(2, n, 1) for n in range(11, 36)]  # fmt: skip
 
 
@@ -96,8 +96,8 @@ WANTED = {"eval_users": 9, "explain_users": 8, "frontier_users": 4}
         ((15, 4, 7), {}, "SET='eval_users=7 explain_users=7'"),
         ((15, 3, 9), {}, "SET='frontier_users=3', or raise validation_users"),
         ((15, 1, 9), {}, "only 1 users are kept for validation: raise validation_users"),
-        ((14, 4, 9), {}, r"1 users have met all but fewer than 10 of 14 items \(first: user 3, 9"),
-    ],
+        ((14, 4, 9), {}, r"1 users have met all but fewer than 10 of 14 items \(first: user 3, 9")
+    ]
 )  # fmt: skip
 def test_what_later_stages_would_lack_is_said_at_once(enough, changed, message):
     rows = frame([(u, i, i) for u in range(4) for i in range(1, 4 + u)])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pandera.errors import SchemaError
 
-from recrl_lib.data import splits, tables
+from recrl_lib.data import splits
 from recrl_lib.data.tables import (
     Raw,
     Skipped,
@@ -79,7 +79,7 @@ def test_assembling_by_hand():
     data = assembled([*rows, ("a", 8, 2)])
     # No item 6 in items; the second (b, 9) is a duplicate, though earlier; a is left with two.
     assert data.info["skipped"] == {
-        "item without metadata": 1, "duplicate": 1, "user with fewer than 3 events": 1,
+        "item without metadata": 1, "duplicate": 1, "user with fewer than 3 events": 1
     }  # fmt: skip
     assert list(data.info["skipped_first"].values()) == [f"x.csv line {n}" for n in (5, 6, 3)]
     assert data.info["skipped_bad"] == ["duplicate", "item without metadata"]
@@ -161,7 +161,7 @@ TIMES = {
     "1.4200704e9": 0,
     str(NEW_YEAR * 10**6): 0, "01 1, 2015": 0, "01 7, 2015": 6 * 86_400_000, " 2015-01-01 ": 0,
     "2015-01-01T01:00:00+01:00": 0, "2015-01-01 00:00:01Z": 1000, "0": -NEW_YEAR,
-    "2015-01-01T00:00:00.123456789": 123, "-86400": -86_400_000 - NEW_YEAR,
+    "2015-01-01T00:00:00.123456789": 123, "-86400": -86_400_000 - NEW_YEAR
 }  # fmt: skip
 NO_TIMES = ["", "noon", "13 40, 2015", "nan", "1e400", "inf", "99999999999999999999", "2015-02-30"]
 
@@ -222,15 +222,3 @@ def test_sanitised_text_is_plain_and_stable(text):
 )
 def test_sanitise_text(text, plain):
     assert sanitise_text(text) == plain
-
-
-@pytest.mark.parametrize(
-    "parts, text",
-    [
-        (("The Rock", 1996, "Action|Thriller"), "The Rock (1996). Genres: Action, Thriller."),
-        (("Circe", 0, "Fantasy", "M. Miller"), "Circe by M. Miller. Genres: Fantasy."),
-        (("Dota 2", 0, ""), "Dota 2."),
-    ],
-)
-def test_item_text(parts, text):
-    assert tables.item_text(*parts) == text
