@@ -15,7 +15,7 @@ USERS, ITEMS = 20, 30
 
 
 def toy_study() -> tuple[study.Study, Explainer]:
-    """Users 0-5 are PPO's, 6-17 held out, 18-19 for validation; of the films a fifth is held out."""
+    """Users 0-5 are PPO's, 6-17 held out, 18-19 for validation; a fifth of the films is new."""
     rng = np.random.default_rng(0)
     titles = [" ".join(rng.choice(WORDS, 3, replace=False)).title() for _ in range(ITEMS)]
     facts = {"title": titles, "year": 1990, "genres": "Drama|Comedy"}
