@@ -111,7 +111,8 @@ def fetch(url: str, folder: Path, known: str = "", retries: int = RETRIES) -> Pa
         digest = _published_md5(url) if known == "md5" else f"sha256:{known}" if known else None
         files = {"registry": {name: digest}, "urls": {name: url}, "allow_updates": False}
         origin = pooch.create(folder, base_url="", retry_if_failed=retries, **files)
-        return Path(origin.fetch(name, downloader=_download))
+        downloader: Any = _download
+        return Path(origin.fetch(name, downloader=downloader))
     except (ValueError, OSError) as error:  # also those of requests
         raise RuntimeError(
             f"could not fetch {url}: {error}. Remedy: check the network, or fetch it by hand, put "
@@ -128,7 +129,7 @@ def _published_md5(url: str) -> str:
 
 
 # Not pooch's own downloader: its bar does not go where this study shows progress.
-def _download(url: str, output_file: Any, pooch: Any, check_only: bool | None = False) -> None:
+def _download(url: str, output_file: Any, pooch: Any) -> None:
     as_it_is = {"Accept-Encoding": "identity"}
     with requests.get(url, stream=True, timeout=TIMEOUT, headers=as_it_is) as answer:
         answer.raise_for_status()

@@ -11,7 +11,7 @@ with decimal commas), in UTF-8 or UTF-16; a Parquet table may be a folder of par
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -153,14 +153,14 @@ def _text(value: Any) -> str:
 
 
 def _columns(
-    path: Path, names: list[str], wanted: dict[str, str], optional: set[str]
+    path: Path, names: Sequence[str], wanted: dict[str, str], optional: set[str]
 ) -> dict[str, int]:
     """{need: place of its column}. An ``optional`` column may lack, unless one looks like it."""
     found, lower = {}, {name.lower(): name for name in names}
     for need, name in wanted.items():
         near = get_close_matches(name.lower(), lower, n=1, cutoff=0.7) if name else []
         if name in names:
-            found[need] = names.index(name)
+            found[need] = list(names).index(name)
         elif near or need not in optional:
             hint = f"; set {need}_column to one of these"
             if near:
