@@ -27,7 +27,8 @@ def reply(explainer: Explainer, history: list[Turn], text: str, params: Params, 
 
     With empty ``text`` the last message of ``history`` is answered. Chat-template tokens in
     ``text`` are removed. Of a chat too long for the model the oldest turns after the opening
-    question go first. Equal arguments give equal answers. Raises ``ValueError`` if there is nothing to answer.
+    question go first. Equal arguments give equal answers. Raises ``ValueError`` if there is
+    nothing to answer.
     """
     chat = list(history)
     if question := sanitise_text(text):

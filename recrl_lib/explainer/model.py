@@ -250,12 +250,11 @@ class Explainer:
 
 def without_dropout(lm: Any) -> Any:
     """``lm`` with every dropout at 0, so that log-probabilities of one policy are always equal."""
-    module: Any
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if getattr(module, "attention_dropout", None):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
     if getattr(lm.config, "attention_dropout", 0):
         lm.config.attention_dropout = 0.0
     return lm

@@ -26,7 +26,7 @@ def records(users, positions) -> list[dict]:
 
 @pytest.fixture
 def tuned():
-    """(explainer with adapters, two sets of adapter tensors that differ from the base and each other)."""
+    """An explainer with adapters, and two sets of adapter tensors that differ."""
     explainer = tiny_explainer(lora_layers=2)
     adapters = {}
     for seed, arm in enumerate(("unshielded", "shielded")):
@@ -78,11 +78,9 @@ def test_arms_speak_with_their_own_adapters(tuned):
     assert len(set(spoken.values())) == 3
     untouched = tiny_explainer()
     assert spoken["base"] == tuple(say(untouched, seed) for seed in range(4))
-    with pytest.raises(
-        ValueError, match="no arm is called 'none'; choose one of base, unshielded, shielded"
-    ):
-        with tuned_as(explainer, adapters, "none"):
-            pass
+    wrong = "no arm is called 'none'; choose one of base, unshielded, shielded"
+    with pytest.raises(ValueError, match=wrong), tuned_as(explainer, adapters, "none"):
+        pass
 
 
 def test_a_long_chat_drops_its_oldest_turns_but_neither_opening_nor_question(tuned):
