@@ -61,15 +61,16 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def causal_mask(mask: Tensor) -> Tensor:
-    """Attention mask (B, 1, T, T), bool: each position sees the real tokens up to its own.
+def causal_mask(mask: Tensor, new: int) -> Tensor:
+    """Attention mask (B, 1, new, T), bool, of the last ``new`` of T tokens; ``mask`` is (B, T).
 
-    A padded position sees itself, since a softmax over nothing would be 0 / 0.
+    Each position sees the real tokens up to its own. A padded position sees itself too, since a
+    softmax over nothing would be 0 / 0.
     """
     length = mask.shape[1]
-    lower = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    allowed = lower & mask.bool()[:, None, :]
-    return (allowed | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
+    square = torch.ones(length, length, dtype=torch.bool, device=mask.device)
+    lower, own = square.tril()[-new:], square.tril().triu()[-new:]
+    return (lower & mask.bool()[:, None, :] | own)[:, None]
 
 
 class Explainer:
@@ -199,33 +200,46 @@ class Explainer:
         return self._derived[make]
 
     def forget_hash(self) -> None:
-        """Call after changing the frozen weights: their hash and packed form are computed anew."""
+        """Call after changing the frozen weights: their hash is computed anew."""
         self._derived.clear()
 
     # Forward pass
 
-    def trunk(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Trunk states (B, T, d) of ``ids`` (B, T); ``mask`` (B, T) marks real tokens."""
+    def trunk(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+        """Trunk states (B, T, d) of ``ids`` (B, T).
+
+        Args:
+            mask: (B, S), real tokens of all that was seen, new ones last; S = T without a cache.
+            cache: keys and values of earlier tokens, extended by the new ones (a split model only).
+        """
         with torch.no_grad():
             embedded = self.lm.get_input_embeddings()(ids)
-            return self._run(embedded, mask, 0, self.cut) if self.split else embedded
+            return self._run(embedded, mask, slice(self.cut), cache) if self.split else embedded
 
-    def top(self, states: Tensor, mask: Tensor) -> Tensor:
+    def top(self, states: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """Final normed hidden states (B, T, d) from trunk states, through the adapters if on."""
         if self.split:
-            return self.lm.model.norm(self._run(states, mask, self.cut, self.n_layers))
+            h = self._run(states, mask, slice(self.cut, None), cache)
+            return self.lm.model.norm(h)
         body, more = self.lm.base_model, {}
         if "position_ids" in signature(body.forward).parameters:
             more["position_ids"] = position_ids(mask)
         out = body(inputs_embeds=states, attention_mask=mask.long(), use_cache=False, **more)
         return out.last_hidden_state
 
-    def _run(self, h: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
-        """Hidden states (B, T, d) after layers ``first`` to ``last`` (exclusive)."""
-        model, allowed, positions = self.lm.model, causal_mask(mask), position_ids(mask)
-        rotary = model.rotary_emb(h, positions)
-        for layer in model.layers[first:last]:
-            h = layer(h, attention_mask=allowed, position_ids=positions, position_embeddings=rotary)
+    def _run(self, h: Tensor, mask: Tensor, layers: slice, cache: Any) -> Tensor:
+        """Hidden states (B, T, d) after ``layers``: the one forward pass of sampler and update."""
+        new = h.shape[1]
+        allowed, positions = causal_mask(mask, new), position_ids(mask)[:, -new:]
+        rotary = self.lm.model.rotary_emb(h, positions)
+        for layer in self.lm.model.layers[layers]:
+            h = layer(
+                h,
+                attention_mask=allowed,
+                position_ids=positions,
+                position_embeddings=rotary,
+                past_key_values=cache,
+            )
         return h
 
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:

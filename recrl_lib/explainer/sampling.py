@@ -6,7 +6,7 @@ else, so two policies given equal generators meet common random numbers.
 Shapes as in ``recrl_lib.explainer.model``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from recrl_lib.explainer.model import Explainer, causal_mask, left_pad, position_ids, quiet
+from recrl_lib.explainer.model import Explainer, left_pad, quiet
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
 from recrl_lib.progress import track
 
@@ -166,8 +166,7 @@ class _Task:
 
 def _decode(task: _Task) -> Rollout:
     explainer, device, tokens = task.explainer, task.explainer.device, task.max_new_tokens
-    policy = _Policy(explainer)
-    h, prompt_mask, states, cached, cache = _read(task, policy)
+    h, prompt_mask, states, cached, cache = _read(task)
     rows, width = prompt_mask.shape
     response = torch.full((rows, tokens), explainer.pad_id, device=device)
     mask = torch.zeros(rows, tokens, dtype=torch.bool, device=device)
@@ -175,7 +174,7 @@ def _decode(task: _Task) -> Rollout:
     alive = torch.arange(rows, device=device)  # rows of the batch still being computed
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for t in range(tokens):
-        logp = policy.log_softmax(h, task.temperature)
+        logp = explainer.log_softmax(h, task.temperature)
         token = task.choose(logp, alive, t)
         going = ~ended[alive]
         response[alive, t] = torch.where(going, token, explainer.pad_id)
@@ -189,18 +188,17 @@ def _decode(task: _Task) -> Rollout:
         # Copying the cache costs a third of a step: only if leaving ended rows out can save one
         if ended[alive].float().mean() * left > 1:
             keep = (~ended[alive]).nonzero()[:, 0]
-            cache.take(keep, width + tokens)
+            cache.take(keep)
             alive, token = alive[keep], token[keep]
         seen = torch.cat([cached, mask[:, : t + 1]], dim=1)[alive]
-        positions = seen.sum(-1, keepdim=True) - 1
-        h, state = policy(token[:, None], positions, seen[:, None, None, :], cache)
-        h, states[alive, width + t] = h[:, -1], state[:, 0]
+        state = explainer.trunk(token[:, None], seen, cache)
+        h, states[alive, width + t] = explainer.top(state, seen, cache)[:, -1], state[:, 0]
     r, full = slice(t + 1), slice(width + t)
     found = (x[:, r] for x in (response, mask, logprobs, values))
     return Rollout(prompt_mask, *found, states[:, full], ended, [])
 
 
-def _read(task: _Task, policy: "_Policy") -> tuple[Tensor, Tensor, Tensor, Tensor, "Cache"]:
+def _read(task: _Task) -> tuple[Tensor, Tensor, Tensor, Tensor, "Cache"]:
     """Run the prompts through the network, once each, and their common beginning once for all.
 
     Returns the last hidden state (B, d), the mask (B, P) of left-padded prompts, trunk states with
@@ -218,11 +216,12 @@ def _read(task: _Task, policy: "_Policy") -> tuple[Tensor, Tensor, Tensor, Tenso
     cache = Cache(explainer, 1 if n else len(prompts), room)
     first = None
     if n:
-        ones = torch.ones(1, n, dtype=torch.bool, device=device)
-        beginning = torch.tensor([common], device=device)
-        _, first = policy(beginning, position_ids(ones), causal_mask(ones), cache)
-        cache.take(torch.zeros(len(prompts), dtype=torch.long, device=device), room)
-    h, rest = policy(ids, position_ids(mask)[:, n:], causal_mask(mask)[:, :, n:], cache)
+        beginning, ones = torch.tensor([common], device=device), mask[:1, :n]
+        first = explainer.trunk(beginning, ones, cache)
+        explainer.top(first, ones, cache)
+        cache.take(torch.zeros(len(prompts), dtype=torch.long, device=device))
+    rest = explainer.trunk(ids, mask, cache)
+    h = explainer.top(rest, mask, cache)[:, -1]
     states = rest.new_zeros(len(prompts), room - 1, rest.shape[-1])
     for row, length in enumerate(lengths):
         start = width - length
@@ -230,154 +229,40 @@ def _read(task: _Task, policy: "_Policy") -> tuple[Tensor, Tensor, Tensor, Tenso
             states[row, start : start + n] = first[0]
         states[row, start + n : width] = rest[row, n - length :]
     repeat = torch.arange(len(prompts), device=device).repeat_interleave(task.samples)
-    cache.take(repeat, room)
+    cache.take(repeat)
     padding = width - torch.tensor(lengths, device=device)
     prompt_mask = torch.arange(width, device=device) >= padding[:, None]
-    return h[repeat, -1], prompt_mask[repeat], states[repeat], mask[repeat], cache
+    return h[repeat], prompt_mask[repeat], states[repeat], mask[repeat], cache
 
 
 class Cache:
-    """Keys and values (layers, 2, B, heads, room, width) of the ``length`` tokens seen so far."""
+    """Keys and values (layers, 2, B, heads, room, width) of the tokens seen so far.
+
+    Has what transformers' layers ask of a cache. Room for all tokens is made once: its own
+    ``DynamicCache`` copies everything at each token, and ``StaticCache`` cannot lose rows.
+    """
 
     def __init__(self, explainer: Explainer, rows: int, room: int):
         config = explainer.lm.config
-        heads = config.num_attention_heads
+        heads, layers = config.num_attention_heads, config.num_hidden_layers
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, room, width)
+        shape = (layers, 2, rows, config.num_key_value_heads, room, width)
         self.data = torch.empty(shape, device=explainer.device, dtype=explainer.lm.dtype)
-        self.length = 0
+        self.lengths = [0] * layers
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Append (B, heads, T, width) to ``layer``; returns all of its keys and values."""
-        end = self.length + keys.shape[2]
-        self.data[layer, 0, :, :, self.length : end] = keys
-        self.data[layer, 1, :, :, self.length : end] = values
+        start, end = self.lengths[layer], self.lengths[layer] + keys.shape[2]
+        self.data[layer, 0, :, :, start:end] = keys
+        self.data[layer, 1, :, :, start:end] = values
+        self.lengths[layer] = end
         return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
 
-    def take(self, rows: Tensor, room: int) -> None:
-        """Row i becomes a copy of row ``rows[i]``, with room for ``room`` tokens."""
-        old = self.data
-        self.data = old.new_empty(*old.shape[:2], len(rows), old.shape[3], room, old.shape[5])
-        self.data[..., : self.length, :] = old[:, :, rows, :, : self.length]
-
-
-def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """``F.linear`` with a constant weight (out, in).
-
-    On a CPU in oneDNN's layout, where this torch has the (private) operations for it.
-    """
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        try:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
-            product = torch.ops.mkldnn._linear_pointwise
-            product(weight.new_zeros(1, weight.shape[1]), packed, bias, "none", [], "")
-            return lambda x: product(x, packed, bias, "none", [], "")
-        except (AttributeError, RuntimeError):
-            pass
-    return lambda x: F.linear(x, weight, bias)
-
-
-def _packed(explainer: Explainer) -> list[list[Callable[[Tensor], Tensor]]]:
-    """The frozen weights fused for decoding: four products a layer, and last the head's."""
-    layers = [
-        [
-            _join(attention.q_proj, attention.k_proj, attention.v_proj),
-            _join(attention.o_proj),
-            _join(mlp.gate_proj, mlp.up_proj),
-            _join(mlp.down_proj),
-        ]
-        for attention, mlp in ((x.self_attn, x.mlp) for x in explainer.lm.model.layers)
-    ]
-    return [*layers, [_join(explainer.lm.lm_head)]]
-
-
-def _join(*modules) -> Callable[[Tensor], Tensor]:
-    """One product for linear layers that read the same input, without their adapters."""
-    bare = [getattr(m, "base_layer", m) for m in modules]
-    if len(bare) == 1:
-        return linear(bare[0].weight, bare[0].bias)
-    bias = None if bare[0].bias is None else torch.cat([m.bias for m in bare])
-    return linear(torch.cat([m.weight for m in bare]), bias)
-
-
-def _adapters(*modules) -> tuple[Tensor, Tensor] | None:
-    """(A^T, B^T) of the modules' adapters side by side, scaled; None if there are none or off."""
-    if any(not hasattr(m, "lora_A") or m.disable_adapters for m in modules):
-        return None
-    a = torch.cat([m.lora_A["default"].weight for m in modules])
-    b = torch.block_diag(*(m.scaling["default"] * m.lora_B["default"].weight for m in modules))
-    return a.T.contiguous(), b.T.contiguous()
-
-
-class _Policy:
-    """The network's forward pass for decoding, with the adapters as they are at construction."""
-
-    def __init__(self, explainer: Explainer):
-        self.model, self.cut = explainer.lm.model, explainer.cut
-        *self.layers, (self.head,) = explainer.derived(_packed)
-        attentions = [layer.self_attn for layer in self.model.layers]
-        self.adapters = [
-            (_adapters(a.q_proj, a.k_proj, a.v_proj), _adapters(a.o_proj)) for a in attentions
-        ]
-
-    def __call__(
-        self, ids: Tensor, positions: Tensor, allowed: Tensor, cache: Cache
-    ) -> tuple[Tensor, Tensor]:
-        """(final normed hidden, trunk states), both (B, T, d), of new tokens ids (B, T).
-
-        ``allowed`` (B, 1, T, S): which of the S tokens in the cache, new ones last, each one sees.
-        """
-        h = states = self.model.embed_tokens(ids)
-        cos, sin = (x[:, :, None] for x in self.model.rotary_emb(h, positions))
-        for number, layer in enumerate(self.model.layers):
-            qkv, out, gate_up, down = self.layers[number]
-            adapt_qkv, adapt_out = self.adapters[number]
-            x = _adapted(qkv, _rms(h, layer.input_layernorm), adapt_qkv)
-            h = h + _adapted(out, _attend(x, cos, sin, allowed, cache, number), adapt_out)
-            gate, up = gate_up(_rms(h, layer.post_attention_layernorm)).chunk(2, -1)
-            h = h + down(layer.mlp.act_fn(gate) * up)
-            if number + 1 == self.cut:
-                states = h
-        cache.length += ids.shape[1]
-        return _rms(h, self.model.norm), states
-
-    def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
-        return torch.log_softmax(self.head(hidden).float() / temperature, dim=-1)
-
-
-def _rms(x: Tensor, norm) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
-def _adapted(product: Callable, x: Tensor, adapters: tuple[Tensor, Tensor] | None) -> Tensor:
-    if adapters is None:
-        return product(x)
-    a, b = adapters  # float32 in a bf16 model too: PEFT's choice
-    return (product(x) + x.to(a.dtype) @ a @ b).to(x.dtype)
-
-
-def _attend(
-    qkv: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor, cache: Cache, layer: int
-) -> Tensor:
-    """Attention output (B, T, heads x width) from projected q, k, v side by side.
-
-    The query heads of one key head are laid out one after the other on the length axis, so that
-    keys and values need not be repeated for them (grouped-query attention).
-    """
-    b, t, _ = qkv.shape
-    groups, width = cache.data.shape[3], cache.data.shape[5]
-    qkv = qkv.view(b, t, -1, width)
-    heads = qkv.shape[2] - 2 * groups
-    qk, values = qkv.split([heads + groups, groups], 2)
-    left, right = qk.chunk(2, -1)
-    qk = qk * cos + torch.cat([-right, left], -1) * sin  # rotary positions
-    keys, values = cache.update(qk[:, :, heads:].transpose(1, 2), values.transpose(1, 2), layer)
-    per = heads // groups
-    queries = qk[:, :, :heads].view(b, t, groups, per, width).permute(0, 2, 3, 1, 4)
-    queries = queries.reshape(b, groups, per * t, width)
-    allowed = allowed.repeat(1, 1, per, 1)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
-    return out.view(b, groups, per, t, width).permute(0, 3, 1, 2, 4).reshape(b, t, heads * width)
+    def take(self, rows: Tensor) -> None:
+        """Row i becomes a copy of row ``rows[i]``."""
+        old, length = self.data, max(self.lengths)
+        self.data = old.new_empty(*old.shape[:2], len(rows), *old.shape[3:])
+        self.data[..., :length, :] = old[:, :, rows, :, :length]
 
 
 # --- any architecture -----------------------------------------------------------------------------

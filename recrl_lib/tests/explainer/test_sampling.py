@@ -1,6 +1,5 @@
 import pytest
 import torch
-import torch.nn.functional as F
 
 from recrl_lib.explainer import model, sampling
 from recrl_lib.tests.explainer.networks import LLAMAS, OTHERS, PROMPTS, tuned
@@ -116,25 +115,6 @@ def test_decoding_follows_the_adapters_as_they_are_and_the_weights_after_a_merge
             p.mul_(1.1)
     explainer.forget_hash()
     assert_trained_alike(explainer, sample(explainer))
-
-
-@pytest.mark.parametrize("rows", [1, 32, 200])
-@pytest.mark.parametrize("bias", [False, True])
-def test_packed_products_are_the_plain_ones(rows, bias):
-    torch.manual_seed(0)
-    weight, b, x = torch.randn(48, 32), torch.randn(48) if bias else None, torch.randn(rows, 32)
-    expected, product = F.linear(x, weight, b), sampling.linear(weight, b)
-    torch.testing.assert_close(product(x), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(product(x[:, None])[:, 0], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_torch_without_the_packing_operations_decodes_the_same(monkeypatch):
-    expected = sample(tuned("top two"))
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    monkeypatch.delattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    got = sample(tuned("top two"))
-    assert torch.equal(got.response, expected.response)
-    torch.testing.assert_close(got.logprobs, expected.logprobs, **close)
 
 
 def test_bfloat16_decodes_near_its_training_forward():
