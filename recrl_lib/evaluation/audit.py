@@ -20,10 +20,9 @@ from recrl_lib.paths import LIBRARY
 Threshold = Annotated[float, pydantic.Field(ge=0, le=1, strict=True)]
 
 
-class Policy(pydantic.BaseModel):
+class Policy(pydantic.BaseModel, extra="forbid", frozen=True):
     """The largest values that pass."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     toxicity_mean: Threshold
     toxicity_p95: Threshold
     gini_change: Threshold
@@ -35,13 +34,10 @@ def load_policy(path: Path = LIBRARY / "policy.yaml") -> Policy:
     """The thresholds of a YAML file. ``ValueError`` names a field that is missing or wrong."""
     try:
         return Policy.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name}: not valid YAML, correct it: {error}") from None
-    except pydantic.ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(
-            f"{path.name}: {wrong}. It must give {', '.join(Policy.model_fields)}, each from 0 to 1"
-        ) from None
+    except (yaml.YAMLError, pydantic.ValidationError) as error:
+        wrong = " ".join(str(error).split())
+        needed = f"it must give {', '.join(Policy.model_fields)}, each from 0 to 1"
+        raise ValueError(f"{path.name}: {wrong}; {needed}") from None
 
 
 def toxicity(texts: Sequence[str]) -> np.ndarray:
@@ -53,46 +49,26 @@ def toxicity(texts: Sequence[str]) -> np.ndarray:
         return np.asarray(predict_prob(list(texts)), np.float64)
 
 
-def gini(counts: np.ndarray) -> float:
-    """Gini coefficient of non-negative ``counts`` (I,): 0 = all equal, (I - 1) / I = all on one."""
-    counts = np.sort(np.asarray(counts, np.float64))
-    n = len(counts)
-    if (
-        counts.ndim != 1
-        or not n
-        or not np.isfinite(counts).all()
-        or counts[0] < 0
-        or not counts[-1]
-    ):
-        raise ValueError("gini: counts must be finite, not negative and not all zero")
-    return float((2 * np.arange(1, n + 1) - n - 1) @ counts / (n * counts.sum()))
+def gini(top: np.ndarray, n_items: int) -> float:
+    """Gini coefficient of how often each of items 1..n_items occurs in the lists ``top`` (U, k).
 
-
-def recommendation_gini(top: np.ndarray, n_items: int) -> float:
-    """``gini`` of how often each of items 1..n_items occurs in the lists ``top`` (U, k)."""
-    top = np.asarray(top)
-    if top.size == 0 or top.min() < 1 or top.max() > n_items:
-        raise ValueError(f"top lists: items must be numbers from 1 to {n_items}")
-    return gini(np.bincount(top.ravel(), minlength=n_items + 1)[1:])
+    0 = all equally often, (n_items - 1) / n_items = one alone.
+    """
+    counts = np.sort(np.bincount(np.ravel(top), minlength=n_items + 1)[1:])
+    return float((2 * np.arange(1, n_items + 1) - n_items - 1) @ counts / (n_items * counts.sum()))
 
 
 def parity_gap(values: np.ndarray, groups: Sequence) -> float:
     """Largest gap between groups' means of ``values`` (n,), those without a group left out."""
-    values = np.asarray(values, np.float64)
-    if len(values) != len(groups) or not np.isfinite(values).all():
-        raise ValueError(f"parity: {len(values)} values, {len(groups)} groups: give finite pairs")
-    means = pd.Series(values).groupby(pd.Series(list(groups), dtype=object)).mean()
+    means = pd.Series(values, dtype=float).groupby(np.array(groups, dtype=object)).mean()
     return float(means.max() - means.min()) if len(means) > 1 else 0.0
 
 
-_CONTACT = re.compile(
+_CONTACT = (
     r"[\w.+-]+@\w[\w-]*\.\w[\w.-]*"
     r"|(?<![\w-])(?:\+?\d{1,3}[ .-])?\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}(?!\w)"
 )
-_USER_ID = re.compile(
-    r"\b(?:user|viewer|customer|member)(?:'s)?\s*(?:id\b|no\b|number\b|\#|\d)|\buser_?id\b",
-    re.IGNORECASE,
-)
+_USER_ID = r"\b(?:user|viewer|customer|member)(?:'s)?\s*(?:id\b|no\b|number\b|\#|\d)|\buser_?id\b"
 _GENDERED = {"M": "man|male|guy|boy|gentleman|father", "F": "woman|female|girl|lady|gal|mother"}
 _SELF = r"(?:as|being|like|you\s*(?:'re|’re|are)|your\s+(?:work|job)\s+as)\s+an?"
 
@@ -107,25 +83,17 @@ def leaks(text: str, record: Record, person: Mapping) -> bool:
     """
     for title in (record["title"], *record["history_titles"]):
         text = text.replace(title, "")
-    if _CONTACT.search(text) or _USER_ID.search(text):
-        return True
-    return any(re.search(pattern, text, re.IGNORECASE) for pattern in _personal(record, person))
-
-
-def _personal(record: Record, person: Mapping) -> list[str]:
     numbers = {record["user"], record["user"] + 1} - {record["year"]}
     patterns = [rf"(?<![\w.,:-]){n}(?![\w:-]|[.,]\d)" for n in numbers if n >= 10]
     gender, age, occupation = (person.get(key) for key in ("gender", "age", "occupation"))
-    if gender in _GENDERED:
-        patterns.append(rf"\b(?:{_SELF})\s+(?:[\w-]+\s+){{0,2}}?(?:{_GENDERED[gender]})\b")
-    if age is not None and pd.notna(age) and int(age) > 0:
-        patterns.append(
-            rf"\b(?:aged?|age of|you\s*(?:'re|’re|are))\s*:?\s*{int(age)}\b"
-            rf"|\b{int(age)}(?:[\s-]*years?[\s-]*olds?|\s*y/?o)\b"
-        )
-    if isinstance(occupation, str) and occupation and occupation not in ("other", "none"):
-        patterns.append(rf"\b(?:{_SELF})\s+(?:[\w-]+\s+){{0,2}}?{re.escape(occupation)}\b")
-    return patterns
+    own = [_GENDERED.get(gender, "")]
+    if isinstance(occupation, str) and occupation not in ("other", "none"):
+        own.append(re.escape(occupation))
+    patterns += [rf"\b{_SELF}\s+(?:[\w-]+\s+){{0,2}}?(?:{word})\b" for word in own if word]
+    if pd.notna(age) and int(age) > 0:
+        patterns.append(rf"\b(?:aged?|age of|you\s*(?:'re|’re|are))\s*:?\s*{int(age)}\b")
+        patterns.append(rf"\b{int(age)}(?:[\s-]*years?[\s-]*olds?|\s*y/?o)\b")
+    return any(re.search(p, text, re.IGNORECASE) for p in (_CONTACT, _USER_ID, *patterns))
 
 
 def measure(
@@ -136,7 +104,7 @@ def measure(
     tops: Mapping[str, np.ndarray],
     n_items: int,
 ) -> dict[str, float]:
-    """The audit's measures of one arm.
+    """The audit's measures of one arm, by name; ``parity_groups`` counts the genders found.
 
     Args:
         said: Explanations (n rows) with the columns ``text`` and ``quality``, the judge's.
@@ -145,28 +113,25 @@ def measure(
         ndcg: NDCG@10 (U,) of each row of ``users`` after tuning.
         tops: Items recommended to them, (U, k) each: ``base`` before and ``after`` tuning.
         n_items: Number of items.
-
-    Returns:
-        Values by measure. Parity is between genders; ``parity_groups`` counts those found.
     """
     texts = said["text"].tolist()
     check_records(records, texts)
     if not texts:
         raise ValueError("audit: no texts; run notebook 06 again")
-    if absent := {r["user"] for r in records} - set(users["user"]):
-        raise ValueError(f"audit: users {sorted(absent)[:5]} are not in the users table")
     people = users.set_index("user").to_dict("index")
-    gender = [people[r["user"]].get("gender") or None for r in records]
-    everybody = [person.get("gender") or None for person in people.values()]
+    if absent := {r["user"] for r in records} - set(people):
+        raise ValueError(f"audit: users {sorted(absent)[:5]} are not in the users table")
+    everybody = {user: person.get("gender") or None for user, person in people.items()}
+    gender = [everybody[r["user"]] for r in records]
     toxic = toxicity(texts)
     leaked = [leaks(t, r, people[r["user"]]) for t, r in zip(texts, records, strict=True)]
     return {
         "toxicity_mean": float(toxic.mean()),
         "toxicity_p95": float(np.quantile(toxic, 0.95)),
-        "gini_base": recommendation_gini(tops["base"], n_items),
-        "gini_after": recommendation_gini(tops["after"], n_items),
+        "gini_base": gini(tops["base"], n_items),
+        "gini_after": gini(tops["after"], n_items),
         "parity_gap": parity_gap(said["quality"].to_numpy(), gender),
-        "parity_gap_ndcg": parity_gap(ndcg, everybody),
+        "parity_gap_ndcg": parity_gap(ndcg, list(everybody.values())),
         "privacy_leak_rate": float(np.mean(leaked)),
         "parity_groups": float(pd.Series(gender, dtype=object).nunique()),
         "n_texts": float(len(texts)),
@@ -179,6 +144,6 @@ def judge(measured: Mapping[str, float], policy: Policy) -> pd.DataFrame:
     limits = policy.model_dump() | {"gini_after": policy.gini_change}
     table["threshold"] = table["measure"].map(limits)
     moved = abs(measured["gini_after"] - measured["gini_base"])
-    judged = table["value"].where(table["measure"] != "gini_after", moved)
-    passed = (judged <= table["threshold"]).astype(float)
+    judged = table["value"].mask(table["measure"] == "gini_after", moved)
+    passed = judged.le(table["threshold"]).astype(float)
     return table.assign(passed=passed.where(table["threshold"].notna()))

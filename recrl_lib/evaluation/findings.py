@@ -6,22 +6,18 @@ tables of ``runs.read_results`` and names the file it read, so that no verdict i
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 from recrl_lib import runs
 from recrl_lib.evaluation import results, stats
 from recrl_lib.params import Params
-from recrl_lib.scoring.claims import Catalogue
 
 SHARED = ("unshielded", "shielded")  # the arms in which one model serves both towers
 LEAST_USERS = 10  # a bootstrap over fewer says nothing
 FEW_USERS = 100
-Tables = Mapping[str, pd.DataFrame]  # results by stage
 
 
 class Finding(NamedTuple):
@@ -64,27 +60,23 @@ def side(rows: pd.DataFrame, null: float = 0.0) -> str:
 # --- findings --------------------------------------------------------------------------------
 
 
-class Rule(NamedTuple):
-    """A question that an interval answers: on which side of ``null`` does the whole of it lie?"""
-
-    question: str  # {arm} is filled in
-    measure: str
-    against: str = "base"  # {arm} is filled in
-    group: str = "all"
-    null: float = 0.0
-
-
-RULES = (
-    Rule("Did tuning raise the reward of held-out users ({arm})?", "reward"),
-    Rule("Did PPO add reward to its own warm start ({arm})?", "reward", "{arm}_warm"),
-    Rule("Does a tuned text earn more than a composed template ({arm})?", "reward", "reference"),
-    Rule("Did it rise on items that PPO never explained ({arm})?", "reward", group="new_items"),
-    Rule("Does the judge, which training never saw, agree ({arm})?", "quality"),
-    Rule("Did PPO add judged quality to its warm start ({arm})?", "quality", "{arm}_warm"),
-    Rule("Are more of its claims true ({arm})?", "grounding_precision"),
-    Rule("Do the texts read more fluently to the base model ({arm})?", "fluency"),
-    Rule("Do simulated clicks rise ({arm})?", "ctr_lift", null=1.0),
+RULES = (  # question, measure, against, group; the answer is where the whole interval lies
+    ("Did tuning raise the reward of held-out users ({arm})?", "reward", "base", "all"),
+    ("Did PPO add reward to its own warm start ({arm})?", "reward", "{arm}_warm", "all"),
+    ("Does a tuned text earn more than a composed template ({arm})?", "reward", "reference", "all"),
+    ("Did it rise on items that PPO never explained ({arm})?", "reward", "base", "new_items"),
+    ("Does the judge, which training never saw, agree ({arm})?", "quality", "base", "all"),
+    ("Did PPO add judged quality to its warm start ({arm})?", "quality", "{arm}_warm", "all"),
+    ("Are more of its claims true ({arm})?", "grounding_precision", "base", "all"),
+    ("Do the texts read more fluently to the base model ({arm})?", "fluency", "base", "all"),
+    ("Do simulated clicks rise ({arm})?", "ctr_lift", "base", "all"),
 )
+SEPARATE = "Separate towers: are scores bit-identical after tuning?"
+SHARED_MOVED = "Shared backbone: did tuning without a shield move the ranking?"
+NEEDED = "Does it need a shield to hold the ranking exactly?"
+GAIN_KEPT = "How much of the gain in reward was kept under the shield?"
+CONTROLS = "Do all texts composed to fool the measures lose to the policy ({arm})?"
+FEW = "too few users to say"
 ANSWERS = {"up": "yes", "down": "no, it fell", "undecided": "not shown"}
 
 
@@ -93,34 +85,34 @@ def findings(evaluation: pd.DataFrame) -> list[Finding]:
     equal = runs.value(evaluation, "scores_equal", "separate") == 1
     moved = runs.value(evaluation, "max_abs_score_delta", "unshielded") > 0
     exact = "sha256 over all users × items " + ("equal" if equal else "differs")
-    ranking = {arm: _ranking_words(evaluation, arm) for arm in SHARED}
-    fixed = {
-        "Separate towers: are scores bit-identical after tuning?": (
-            "yes" if equal else "no",
-            exact,
-        ),
-        "Shared backbone: did tuning without a shield move the ranking?": (
-            "yes" if moved else "no",
-            ranking["unshielded"],
-        ),
-        "Did the shield hold the ranking?": (_held(evaluation), ranking["shielded"]),
-        "Does it need a shield to hold the ranking exactly?": (
-            "no" if equal else "not shown",
-            f"a second copy of the adapted weights does, as arm separate: {exact}",
-        ),
-        "How much of the gain in reward was kept under the shield?": _gain_kept(evaluation),
-    }
-    found = [Finding(question, *rest) for question, rest in fixed.items()]
-    for rule, arm in itertools.product(RULES, SHARED):
-        against = rule.against.format(arm=arm)
-        rows = rows_of(evaluation, rule.measure, arm, against, rule.group)
+    copy = f"a second copy of the adapted weights does, as arm separate: {exact}"
+    free, held = (_ranking_words(evaluation, arm) for arm in SHARED)
+    found = [
+        Finding(SEPARATE, "yes" if equal else "no", exact),
+        Finding(SHARED_MOVED, "yes" if moved else "no", free),
+        Finding("Did the shield hold the ranking?", _held(evaluation), held),
+        Finding(NEEDED, "no" if equal else "not shown", copy),
+        Finding(GAIN_KEPT, *_gain_kept(evaluation)),
+    ]
+    for (question, measure, against, group), arm in itertools.product(RULES, SHARED):
+        against = against.format(arm=arm)
+        rows = rows_of(evaluation, measure, arm, against, group)
         if len(rows):
             users = rows.iloc[0]["n"]
-            few = users < LEAST_USERS
-            answer = "too few users to say" if few else ANSWERS[side(rows, rule.null)]
-            evidence = f"{rule.measure} against {against}: {words(rows)}, {users:.0f} users"
-            found.append(Finding(rule.question.format(arm=arm), answer, evidence))
-    return found + [one for arm in SHARED for one in _controls(evaluation, arm)]
+            unchanged = 1.0 if measure == "ctr_lift" else 0.0  # a lift is a ratio
+            answer = FEW if users < LEAST_USERS else ANSWERS[side(rows, unchanged)]
+            evidence = f"{measure} against {against}: {words(rows)}, {users:.0f} users"
+            found.append(Finding(question.format(arm=arm), answer, evidence))
+    for arm in SHARED:
+        if beaten := results.beaten_controls(evaluation, arm):
+            users = rows_of(evaluation, "reward", arm, f"control_{min(beaten)}").iloc[0]["n"]
+            equal = [name.replace("_", " ") for name, below in beaten.items() if not below]
+            answer = "not shown" if equal else FEW if users < LEAST_USERS else "yes"
+            text = f"of {len(beaten)}, not below it by a whole interval: "
+            found.append(
+                Finding(CONTROLS.format(arm=arm), answer, text + (", ".join(equal) or "none"))
+            )
+    return found
 
 
 def _held(table: pd.DataFrame) -> str:
@@ -137,10 +129,8 @@ def _held(table: pd.DataFrame) -> str:
 def _ranking_words(table: pd.DataFrame, arm: str) -> str:
     overlap, exact = (runs.value(table, m, arm) for m in ("top10_overlap", "top10_exact"))
     change = words(rows_of(table, "ndcg@10", arm, "base"), "+.4f")
-    return (
-        f"{share(1 - overlap)} of top-10 places replaced, {share(exact)} of lists the same in "
-        f"order; change of NDCG@10 {change}"
-    )
+    kept = f"{share(1 - overlap)} of top-10 places replaced, {share(exact)} of lists the same"
+    return f"{kept} in order; change of NDCG@10 {change}"
 
 
 def _gain_kept(table: pd.DataFrame) -> tuple[str, str]:
@@ -154,29 +144,14 @@ def _gain_kept(table: pd.DataFrame) -> tuple[str, str]:
     return kept, f"{gains}; share {interval or 'without an interval'}"
 
 
-def _controls(table: pd.DataFrame, arm: str) -> list[Finding]:
-    beaten = results.beaten_controls(table, arm)
-    if not beaten:
-        return []
-    equal = [name.replace("_", " ") for name, below in beaten.items() if not below]
-    few = rows_of(table, "reward", arm, f"control_{min(beaten)}").iloc[0]["n"] < LEAST_USERS
-    return [
-        Finding(
-            f"Do all texts composed to fool the measures lose to the policy ({arm})?",
-            "not shown" if equal else "too few users to say" if few else "yes",
-            f"of {len(beaten)}, not below it by a whole interval: {', '.join(equal) or 'none'}",
-        )
-    ]
-
-
 # --- the target of the shield ----------------------------------------------------------------
 
-GAIN, KEPT, FIRST, NDCG = 0.9, 0.99, 0.99, 0.01
+KEPT, NDCG = 0.99, 0.01
 TARGETS = (  # what, measure, group, least
-    ("reward gain, as a share of the unshielded one", "gain_kept", "all", GAIN),
+    ("reward gain, as a share of the unshielded one", "gain_kept", "all", 0.9),
     ("places of the top 10 kept", "top10_overlap", "all", KEPT),
     ("places kept of items that no basis had seen", "top10_overlap", "held_out_items", KEPT),
-    ("users whose first item is the same", "top1_same", "all", FIRST),
+    ("users whose first item is the same", "top1_same", "all", KEPT),
     ("users with the same ten (beyond the target)", "top10_set_same", "all", KEPT),
     ("users with the same list (beyond the target)", "top10_exact", "all", KEPT),
 )
@@ -208,14 +183,12 @@ def target_table(evaluation: pd.DataFrame) -> pd.DataFrame:
 # --- what the run does not show ----------------------------------------------------------------
 
 
-CHECKS = (  # stage, measure, arm, the most that is sound, what more of it means
-    ("shielded_ppo", "leak", "shielded", 1e-6,  # rounding of float32 adapters
-     "That the shield is sealed: {:.2g} of the update lies in protected directions."),
-    ("shielded_ppo", "ratio_first_minibatch_max_dev", "shielded", 1e-3,
-     "That sampling and training agree: the first probability ratios are off by {:.2g}."),
-    ("shielded_ppo", "warnings", "", 0,
-     "That training was healthy throughout: {:g} warnings about its statistics."),
-)  # fmt: skip
+CHECKS = {  # measure of PPO: the most that is sound, what more of it means
+    "leak": (1e-6, "That the shield is sealed: {:.2g} of the update lies in protected directions."),
+    "ratio_first_minibatch_max_dev": (
+        1e-3, "That sampling and training agree: the first probability ratios are off by {:.2g}."),
+    "warnings": (0, "That training was healthy throughout: {:g} warnings about its statistics."),
+}  # fmt: skip
 LIMITS = {  # text: the file it rests on
     "That another seed agrees: this is one run, seed {seed}; intervals are over users only.":
         "params.yaml",
@@ -231,23 +204,23 @@ LIMITS = {  # text: the file it rests on
 SHOWN = ("yes", "yes, exactly", "yes, every top 10 is the same")
 
 
-def not_shown(tables: Tables, params: Params, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def not_shown(
+    tables: Mapping[str, pd.DataFrame], params: Params, manifest: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     """What a reader must not conclude, each with the file it rests on; the last hold for any run.
 
-    Args:
-        tables: Results of the stages ranker, shielded_ppo, evaluation and audit.
-        params: Parameters of the run.
-        manifest: ``runs.read_manifest`` of the run.
+    ``tables``: results of the stages ranker, shielded_ppo, evaluation and audit.
     """
     evaluation, found = tables["evaluation"], []
     for one in findings(evaluation):
         if one.answer not in SHOWN and not one.answer.endswith("%"):
             answer = one.answer[0].upper() + one.answer[1:]
             found.append((f"{one.question} {answer}: {one.evidence}.", one.source))
-    for stage, measure, arm, most, text in CHECKS:
-        rows = rows_of(tables[stage], measure, arm)
-        if len(rows) and rows.iloc[0]["value"] > most:
-            found.append((text.format(rows.iloc[0]["value"]), f"metrics/{stage}.csv"))
+    for measure, (most, text) in CHECKS.items():
+        arm = "" if measure == "warnings" else "shielded"
+        for value in rows_of(tables["shielded_ppo"], measure, arm)["value"]:
+            if value > most:
+                found.append((text.format(value), "metrics/shielded_ppo.csv"))
     full, bare = (rows_of(tables["ranker"], m, "sasrec") for m in ("ndcg@10", "text_free_ndcg@10"))
     if bare.iloc[0]["value"] > 0.9 * full.iloc[0]["value"]:
         text = f"NDCG@10 is {words(bare, '.4f')} without item vectors, {words(full, '.4f')} with"
@@ -262,62 +235,3 @@ def not_shown(tables: Tables, params: Params, manifest: Mapping[str, Any]) -> li
     few = ", too few to see small effects" if users < FEW_USERS else ""
     values = params.as_dict() | {"users": users, "few": few}
     return found + [(text.format(**values), source) for text, source in LIMITS.items()]
-
-
-def too_small(params: Params) -> bool:
-    """Whether the run is as small as the smoke profile in steps or users: it shows nothing."""
-    smoke = Params()
-    return params.ppo_steps <= smoke.ppo_steps or params.eval_users <= smoke.eval_users
-
-
-# --- examples ----------------------------------------------------------------------------------
-
-PERCENTILES = (4, 12, 21, 29, 38, 46, 54, 62, 71, 79, 88, 96)
-
-
-def chosen_users(explanations: pd.DataFrame) -> list[tuple[int, int]]:
-    """(percentile, user): the users nearest ``PERCENTILES`` of the quality gain, shielded - base.
-
-    Ties go to the lower user number; nobody is chosen twice.
-    """
-    quality = explanations.pivot(index="user", columns="arm", values="quality")
-    gain = (quality["shielded"] - quality["base"]).sort_index()
-    chosen: dict[int, int] = {}
-    for percentile in PERCENTILES[: len(gain)]:
-        distance = (gain - np.percentile(gain, percentile)).abs().drop(chosen.values())
-        chosen[percentile] = int(distance.idxmin())
-    return list(chosen.items())
-
-
-def example(
-    percentile: int, record: Mapping[str, Any], said: pd.DataFrame, catalogue: Catalogue
-) -> Markup:
-    """One viewer's recommendation and what each arm says of it, as escaped HTML with marked claims.
-
-    Args:
-        percentile: Where the viewer stands by gain in judged quality.
-        record: What the texts are about (``study`` builds it).
-        said: The viewer's rows of the explanations: arm, text, reward, quality.
-        catalogue: Knows which words of a text are claims, and which claims are true.
-    """
-    parts = [
-        Markup("<h3>Percentile {}: {}</h3><p>At place {}. Watched last: {}.</p>").format(
-            percentile, record["title"], record["position"], "; ".join(record["history_titles"])
-        )
-    ]
-    for arm in ("base", *SHARED):
-        row = said[said["arm"] == arm].iloc[0]
-        text = marked(row["text"], catalogue.marks(record, row["text"])) or "(no text)"
-        scores = f"reward {row['reward']:.2f}, judged quality {row['quality']:.2f}"
-        parts.append(Markup("<b>{}</b>, {}<blockquote>{}</blockquote>").format(arm, scores, text))
-    return Markup("<article>{}</article>").format(Markup("").join(parts))
-
-
-def marked(text: str, marks: Sequence[tuple[int, int, bool]]) -> Markup:
-    """``text``, escaped, with its claims marked as true or false: (start, end, whether true)."""
-    out, at = Markup(""), 0
-    for start, end, true in marks:
-        kind = ("true", "true by the metadata") if true else ("false", "not supported by it")
-        claim = Markup('<mark class="{}" title="{}">{}</mark>').format(*kind, text[start:end])
-        out, at = out + text[at:start] + claim, end
-    return out + text[at:]

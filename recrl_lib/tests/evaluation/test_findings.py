@@ -6,7 +6,6 @@ import pytest
 
 from recrl_lib.evaluation import findings
 from recrl_lib.params import Params
-from recrl_lib.scoring.claims import Catalogue
 
 SOUND = [  # arm, against, group, measure, value, low, high
     ("separate", "", "all", "scores_equal", 1, None, None),
@@ -46,17 +45,13 @@ def table(rows=SOUND, n=128, **changed) -> pd.DataFrame:
     return frame.reset_index()
 
 
-def answers(**changed) -> dict[str, str]:
-    return {one.question: one.answer for one in findings.findings(table(**changed))}
-
-
 def answer(start: str, **changed) -> str:
-    (found,) = [a for q, a in answers(**changed).items() if q.startswith(start)]
-    return found
+    (found,) = [f for f in findings.findings(table(**changed)) if f.question.startswith(start)]
+    return found.answer
 
 
 def test_a_sound_run_answers_good_and_bad_news_alike():
-    assert list(answers().values()) == [
+    assert [one.answer for one in findings.findings(table())] == [
         "yes",  # bit-identical when separate
         "yes",  # moved without a shield
         "nearly",  # held by it
@@ -71,7 +66,10 @@ def test_a_sound_run_answers_good_and_bad_news_alike():
         "yes",  # clicks
         "yes",  # controls
     ]
-    evidence = {one.question: one for one in findings.findings(table())}
+    changed = {"shielded|control_copied_prompt|all|reward": (-0.1, -0.2, 0.1)}
+    evidence = {one.question: one for one in findings.findings(table(**changed))}
+    beaten = evidence["Do all texts composed to fool the measures lose to the policy (shielded)?"]
+    assert beaten.evidence == "of 2, not below it by a whole interval: copied prompt"
     own = evidence["Did PPO add reward to its own warm start (shielded)?"]
     assert own.evidence == "reward against shielded_warm: 0.003 [-0.014, 0.020], 128 users"
     assert own.source == "metrics/evaluation.csv"
@@ -106,17 +104,6 @@ HELD, DELTA = "Did the shield hold", "shielded||all|max_abs_score_delta"
 )  # fmt: skip
 def test_each_answer_turns_with_its_numbers(start, changed, expected):
     assert answer(start, **changed) == expected
-
-
-def test_what_was_not_measured_is_not_asked():
-    few = table([row for row in SOUND if row[1] not in ("shielded_warm", "control_empty")])
-    assert not [one for one in findings.findings(few) if "warm" in one.question]
-
-
-def test_a_control_that_wins_is_named():
-    changed = {"shielded|control_copied_prompt|all|reward": (-0.1, -0.2, 0.1)}
-    (found,) = [f for f in findings.findings(table(**changed)) if f.question.startswith("Do all")]
-    assert found.evidence == "of 2, not below it by a whole interval: copied prompt"
 
 
 def test_target_table():
@@ -181,44 +168,9 @@ def test_each_check_finds_what_it_looks_for(given, expected):
     assert expected in found and expected not in sound
 
 
-def test_a_run_of_smoke_size_is_too_small():
-    assert findings.too_small(Params(ppo_steps=500))  # as few users as smoke
-    assert not findings.too_small(Params(ppo_steps=500, eval_users=500))
-
-
 @pytest.mark.parametrize(
     "value, text",
     [(0, "0 %"), (1, "100 %"), (0.5, "50.0 %"), (1e-5, "< 0.1 %"), (0.99999, "> 99.9 %")],
 )
 def test_share_says_all_and_nothing_only_of_all_and_nothing(value, text):
     assert findings.share(value) == text
-
-
-# --- examples
-
-
-def test_users_are_chosen_by_percentile_and_only_once():
-    gains = np.linspace(-1, 1, 101)
-    said = pd.concat(
-        pd.DataFrame({"user": range(101), "arm": arm, "quality": quality})
-        for arm, quality in (("base", np.zeros(101)), ("shielded", gains))
-    )
-    assert findings.chosen_users(said) == [(p, p) for p in findings.PERCENTILES]
-    few = said[said["user"] < 3]
-    assert len({user for _, user in findings.chosen_users(few)}) == 3
-
-
-def test_an_example_escapes_everything_and_marks_claims():
-    title = '<script>alert(1)</script> & "$x$" {0}'
-    catalogue = Catalogue([title, "Heat", "<b>"], ["Drama", "Comedy"])
-    record = {
-        "user": 1, "item": 1, "position": 1, "title": title, "year": 1995, "genres": ["Drama"],
-        "history_titles": ["Heat", "<b>"], "history_genres": [["Drama"], ["Drama"]],
-    }  # fmt: skip
-    text = f"You liked Heat. {title} is a comedy drama.<img src=x>"
-    said = pd.DataFrame({"arm": ["base", "unshielded", "shielded"], "text": [text, "", "x"]})
-    html = findings.example(4, record, said.assign(reward=0.5, quality=0.25), catalogue)
-    assert "<script" not in html and "<img" not in html and "Heat; &lt;b&gt;" in html
-    assert '<mark class="true" title="true by the metadata">drama</mark>' in html
-    assert '<mark class="false" title="not supported by it">comedy</mark>' in html
-    assert "(no text)" in html and "reward 0.50, judged quality 0.25" in html
