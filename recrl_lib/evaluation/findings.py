@@ -46,9 +46,9 @@ def rows_of(
 
 
 def words(rows: pd.DataFrame, spec: str = ".3f") -> str:
-    """The one row of results as "0.743 [0.720, 0.761]"; "" without a row."""
-    found = rows[["value", "low", "high"]].to_numpy(float)
-    return stats.interval(*found[0], spec) if len(found) else ""
+    """Results as "0.743 [0.720, 0.761]", one after the other; "" without a row."""
+    numbers = rows[["value", "low", "high"]].to_numpy(float)
+    return ", ".join(stats.interval(*row, spec) for row in numbers)
 
 
 def side(rows: pd.DataFrame, null: float = 0.0) -> str:
