@@ -1,10 +1,11 @@
-"""Supervised texts: prompts with their explanations, and activated LoRA to compare with."""
+"""Prompts with their explanations as supervised texts; two competitors of the shield's modes."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -17,6 +18,7 @@ from recrl_lib.scoring.composed import reference_line
 from recrl_lib.shield.subspaces import state_grams
 
 TEXT_TOKENS = 40  # longest explanation of ``Demonstrations.greedy``
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class Demonstrations:
@@ -34,49 +36,49 @@ class Demonstrations:
         answers = explainer.tokenizer(texts, add_special_tokens=False)["input_ids"]
         self.ids, self.labels, self.states = [], [], []  # (T,), (T,), (T, d) each
         for prompt, answer in zip(self.prompts, answers):
-            self.ids.append(torch.tensor(prompt + answer + [explainer.eos_id]))
-            self.labels.append(self.ids[-1].clone())
-            self.labels[-1][: len(prompt)] = -100  # no loss on the prompt
-        self.tokens = sum(int((row != -100).sum()) for row in self.labels)
-        for rows in track(self.batches(), "reading explanations"):
+            answer = answer + [explainer.eos_id]
+            self.ids.append(torch.tensor(prompt + answer))
+            self.labels.append(torch.tensor([-100] * len(prompt) + answer))  # no loss on the prompt
+        rows = range(len(records))
+        self.batches = [rows[start : start + 16] for start in rows[::16]]
+        for rows in track(self.batches, "reading explanations"):
             ids, mask = self._padded(self.ids, rows, explainer.pad_id), self._mask(rows)
             self.states += [s[m].cpu() for s, m in zip(explainer.trunk(ids, mask), mask)]
 
-    def batches(self, size: int = 16) -> list[list[int]]:
-        rows = list(range(len(self.ids)))
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-    def _padded(self, parts: list[Tensor], rows: list[int], value: float = 0) -> Tensor:
+    def _padded(self, parts: list[Tensor], rows: range | list[int], value: float = 0) -> Tensor:
         chosen = [parts[r] for r in rows]
         return pad_sequence(chosen, True, value, "left").to(self.explainer.device)
 
-    def _mask(self, rows: list[int]) -> Tensor:
+    def _mask(self, rows: range | list[int]) -> Tensor:
         return self._padded([torch.ones(len(row)) for row in self.ids], rows).bool()
 
     def grams(self) -> dict[str, Tensor]:
         """Gram matrices of the layer inputs over prompts and explanations, under the base model."""
-        parts = track(self.batches(), "explanation Grams")
+        parts = track(self.batches, "explanation Grams")
         pairs = ((self._padded(self.states, rows), self._mask(rows)) for rows in parts)
         return state_grams(self.explainer, pairs)[0]
 
-    def loss(self, rows: list[int], reduction: str = "mean") -> Tensor:
+    def loss(self, rows: range | list[int], reduction: str = "mean") -> Tensor:
         """Negative log-likelihood of the rows' answer tokens, at temperature 1."""
         explainer, mask = self.explainer, self._mask(rows)
         target = self._padded(self.labels, rows, -100)[:, 1:]
+        answered = target != -100
         if self.peft.active_adapter == "alora":  # PEFT looks for the turn header in the ids
-            places = {"attention_mask": mask.long(), "position_ids": position_ids(mask)}
             ids = self._padded(self.ids, rows, explainer.pad_id)
-            logits = self.peft(ids, **places).logits[:, :-1][target != -100]
+            out = self.peft(ids, attention_mask=mask.long(), position_ids=position_ids(mask))
+            logits = out.logits[:, :-1][answered]
         else:
             hidden = explainer.top(self._padded(self.states, rows), mask)[:, :-1]
-            logits = explainer.lm.get_output_embeddings()(hidden[target != -100])
-        answers = target[target != -100]
-        return torch.nn.functional.cross_entropy(logits.float(), answers, reduction=reduction)
+            logits = explainer.lm.get_output_embeddings()(hidden[answered])
+        return torch.nn.functional.cross_entropy(
+            logits.float(), target[answered], reduction=reduction
+        )
 
     @torch.no_grad()
     def mean_loss(self) -> float:
         """The mean over all answer tokens."""
-        return sum(float(self.loss(rows, "sum")) for rows in self.batches()) / self.tokens
+        tokens = sum(int((row != -100).sum()) for row in self.labels)
+        return sum(float(self.loss(rows, "sum")) for rows in self.batches) / tokens
 
     @torch.no_grad()
     def greedy(self) -> list[str]:
@@ -111,3 +113,27 @@ def activated_lora(explainer: Explainer) -> Iterator[None]:
     finally:
         peft.set_adapter("default")
         peft.delete_adapter("alora")
+
+
+def aligned(new: Tensor, old: Tensor, items: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Tuned item vectors ``new`` (I+1, d) mapped back to the base vectors ``old``; row 0 is zero.
+
+    The map is fitted on ``items`` by ridge regression towards the identity, least
+    ``|X M - Y|^2 + ridge tr(X^T X)/d |M - I|^2`` with the centred vectors X and Y: the aligner of
+    bc-emb (Hu et al. 2022, arXiv 2206.03040) in closed form. The ridge is the one with the least
+    error on a fifth of the items that was kept out.
+    """
+
+    def fit(rows: np.ndarray, ridge: float) -> Tensor:
+        x, y = new[rows].double(), old[rows].double()
+        mean_x, mean_y = x.mean(0), y.mean(0)
+        x, y = x - mean_x, y - mean_y
+        gram = x.T @ x
+        loading = ridge * gram.trace() / len(gram) * torch.eye(len(gram), dtype=torch.float64)
+        matrix = torch.linalg.solve(gram + loading, x.T @ y + loading)
+        moved = mean_y + (new.double() - mean_x) @ matrix
+        moved[0] = 0.0
+        return moved.to(new)
+
+    kept, fitted = np.split(rng.permutation(items), [len(items) // 5])
+    return fit(items, min(RIDGES, key=lambda r: float((fit(fitted, r)[kept] - old[kept]).norm())))

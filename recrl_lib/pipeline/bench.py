@@ -164,7 +164,7 @@ def items(bench: Bench) -> Iterator[Row]:
 def shield(bench: Bench) -> Iterator[Row]:
     """The projection's share of a PPO step."""
     grams = subspaces.item_grams(bench.reader, bench.texts)[0]
-    protected = subspaces.subspaces(grams, bench.params.shield_energy)
+    protected = subspaces.protect(grams, energy=bench.params.shield_energy)
     guard = projection.Shield(bench.reader, protected)
     line = ppo.PPO(bench.reader, bench.reward, bench.records, bench.params, 0, guard).step()
     guard.detach()

@@ -24,22 +24,9 @@ choose directions, ``replay`` a penalty that may stand beside the projection.
 May import: explainer, and what it imports; nothing of them while it is being imported itself.
 """
 
-from recrl_lib.shield.alignment import Alignment, fit_alignment
-from recrl_lib.shield.projection import MODES, Shield, initial_overlap, leak
+from recrl_lib.shield.projection import MODES, Shield, leak
 from recrl_lib.shield.replay import Replay
 from recrl_lib.shield.subspaces import BASES, GramMatrices, Subspace, collect_grams, protect
 
-__all__ = [
-    "BASES",
-    "MODES",
-    "Alignment",
-    "GramMatrices",
-    "Replay",
-    "Shield",
-    "Subspace",
-    "collect_grams",
-    "fit_alignment",
-    "initial_overlap",
-    "leak",
-    "protect",
-]
+__all__ = ["BASES", "MODES", "GramMatrices", "Replay", "Shield", "Subspace"]
+__all__ += ["collect_grams", "leak", "protect"]

@@ -13,31 +13,25 @@ sees the base model's x too; induction over the layers.
 *Where it ends.* With k < d a share 1 - energy of the input energy lies outside span(Q): that part
 does reach the adapters, and what it does is measured, not assumed away.
 
-Three details decide whether A Q = 0 really holds:
-
-* Q spans layer *inputs* (the right side of dW = s B A), not outputs.
-* A starts at a random value that already overlaps Q: it is projected when the shield attaches.
-* Adam rescales element by element, so a projected *gradient* still gives a leaking *step*. Mode
-  ``update`` projects the gradient, lets the optimizer step, then projects the parameter:
-  ``A <- A - (A Q) Q^T``. Whatever the optimizer did (momentum, decay, stale state), A Q is 0 again.
-  The second projection is that of Adam-NSCL (Wang et al. 2021, CVPR) and NSPO (arXiv 2512.11391).
+A starts at a random value that already overlaps Q: it is projected when the shield attaches. Adam
+rescales element by element, so a projected *gradient* still gives a leaking *step*. Mode ``update``
+projects the gradient, lets the optimizer step, then projects the parameter: ``A <- A - (A Q) Q^T``.
+Whatever the optimizer did (momentum, decay, stale state), A Q is 0 again. The second projection is
+that of Adam-NSCL (Wang et al. 2021, CVPR) and NSPO (arXiv 2512.11391).
 
 ======== ===========================================================================================
 mode     what it does
 ======== ===========================================================================================
-none     hooks nothing: the unshielded arm through the same code
 gradient the gradient of A is projected, and nothing else: the published description; it leaks
 update   the default, above
 frozen_a A stays fixed in the null space and only B learns, after InfLoRA (Liang & Li 2024, CVPR)
 penalty  no projection: a replay gradient pulls the item vectors back at every step (``Replay``)
 restart  trains freely and projects A once, when the shield is detached
-align    trains freely; afterwards a linear map restores the item vectors (``fit_alignment``)
 ======== ===========================================================================================
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from time import perf_counter
 from typing import Any
 
@@ -47,7 +41,7 @@ from torch import Tensor, nn
 from recrl_lib.shield.replay import Replay
 from recrl_lib.shield.subspaces import Subspace, adapted_layers
 
-MODES = ("none", "gradient", "update", "frozen_a", "penalty", "restart", "align")
+MODES = ("gradient", "update", "frozen_a", "penalty", "restart")
 PROJECTING = ("gradient", "update", "frozen_a")  # keep A in the null space from the first step on
 REPLAY_LR = 7e-4  # Adam's first rate in ``run_replay``: a quarter of the warm start's
 
@@ -57,12 +51,8 @@ class _Layer:
     name: str
     a: nn.Parameter  # (r, d)
     b: nn.Parameter  # (d_out, r)
-    space: Subspace
     basis: Tensor  # Q (d, k) float64 on the parameter's device
-
-    @cached_property
-    def free(self) -> Tensor:
-        return self.space.free.to(self.basis)
+    free: Tensor  # of the complement, where that is smaller
 
     def off(self, matrix: Tensor) -> Tensor:
         """``matrix`` (r, d) projected off Q in float64, by the cheaper of two equal products."""
@@ -91,9 +81,13 @@ class Shield:
             raise ValueError(f"shield_mode={mode!r}: choose one of {', '.join(MODES)}")
         if mode == "penalty" and replay is None:
             raise ValueError("shield_mode='penalty' needs a replay: set shield_penalty above 0")
-        self.mode, self.replay, self.protected = mode, replay, protected
+        self.mode, self.replay = mode, replay
         self.seconds = 0.0  # spent in hooks so far
         self._layers, self._handles = _layers(model, protected), []
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for x in self._layers for p in (x.a, x.b) if p.requires_grad]
 
     def attach(self, optimizer: Any) -> "Shield":
         """Project A now and hook ``optimizer``, or the one that it wraps (accelerate, TRL).
@@ -104,11 +98,11 @@ class Shield:
             raise RuntimeError("this shield is attached already; detach() it first")
         optimizer = getattr(optimizer, "optimizer", optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        needed = [(x.name, x.b) for x in self._layers]
-        if self.mode != "frozen_a":
-            needed += [(x.name, x.a) for x in self._layers]
-        missing = sorted({name for name, parameter in needed if id(parameter) not in held})
-        if missing:
+        needed = {
+            x.name: {id(x.b)} if self.mode == "frozen_a" else {id(x.a), id(x.b)}
+            for x in self._layers
+        }
+        if missing := sorted(name for name, adapters in needed.items() if adapters - held):
             raise ValueError(
                 f"the optimizer does not hold {len(missing)} shielded adapters, "
                 f"the first is {missing[0]}"
@@ -116,8 +110,10 @@ class Shield:
         if self.mode in PROJECTING:
             self.project_parameters()
         self._train_a(self.mode != "frozen_a")
-        self._handles.append(optimizer.register_step_pre_hook(self._before))
-        self._handles.append(optimizer.register_step_post_hook(self._after))
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
         return self
 
     def detach(self) -> None:
@@ -126,7 +122,7 @@ class Shield:
             self.project_parameters()
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
+        self._handles = []
         self._train_a(True)
 
     def callback(self):
@@ -174,19 +170,16 @@ class Shield:
                 layer.a.requires_grad_(trained)
                 layer.a.grad = None
 
-    def _before(self, optimizer, args, kwargs) -> None:
+    def _before(self, *_) -> None:
         start = perf_counter()
         if self.replay:
-            self.replay.add_to([p for x in self._layers for p in (x.a, x.b) if p.requires_grad])
-        with torch.no_grad():
-            for layer in self._layers:
-                if self.mode == "frozen_a":
-                    layer.a.grad = None
-                elif self.mode in PROJECTING and layer.a.grad is not None:
-                    layer.a.grad.copy_(layer.off(layer.a.grad))
+            self.replay.add_to(self._trained)
+        for layer in self._layers:
+            if self.mode in PROJECTING and layer.a.grad is not None:
+                layer.a.grad.copy_(layer.off(layer.a.grad))
         self.seconds += perf_counter() - start
 
-    def _after(self, optimizer, args, kwargs) -> None:
+    def _after(self, *_) -> None:
         start = perf_counter()
         if self.mode == "update":
             self.project_parameters()
@@ -197,24 +190,20 @@ def _layers(model: Any, protected: Mapping[str, Subspace]) -> list[_Layer]:
     """The adapted layers with their subspaces; ``ValueError`` unless they belong together."""
     adapted = adapted_layers(model)
     if not adapted:
-        raise ValueError(
-            "the model has no LoRA layers to shield; call get_peft_model or add_lora first"
-        )
+        raise ValueError("the model has no LoRA layers; call get_peft_model or add_lora first")
     other = "the subspaces belong to another LoRA setting"
     if strangers := sorted(set(protected) - {key for _, key, _ in adapted}):
         raise ValueError(f"protected subspace {strangers[0]!r} matches no adapter; {other}")
     found = []
     for name, key, module in adapted:
-        if key not in protected:
+        if (space := protected.get(key)) is None:
             raise ValueError(f"no protected subspace for {name} (key {key!r}); {other}")
         adapter = module.active_adapters[0]
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        space = protected[key]
         if space.width != a.shape[1]:
-            raise ValueError(
-                f"{name}: its input has width {a.shape[1]}, its basis has width {space.width}"
-            )
-        found.append(_Layer(name, a, b, space, space.basis.to(a.device, torch.float64)))
+            raise ValueError(f"{name}: input of width {a.shape[1]}, basis of width {space.width}")
+        basis, free = (x.to(a.device, torch.float64) for x in (space.basis, space.free))
+        found.append(_Layer(name, a, b, basis, free))
     return found
 
 
@@ -224,19 +213,9 @@ def leak(model: Any, protected: Mapping[str, Subspace]) -> float:
 
     0: the protected inputs feel nothing of the update (or dW = 0); 1: all of it.
     """
-    return _share((x.b.double() @ x.a.double(), x.basis) for x in _layers(model, protected))
-
-
-@torch.no_grad()
-def initial_overlap(model: Any, protected: Mapping[str, Subspace]) -> float:
-    """``||A Q|| / ||A||``, pooled: what mode ``gradient`` leaks through B from the first step."""
-    return _share((x.a.double(), x.basis) for x in _layers(model, protected))
-
-
-def _share(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """``||M Q|| / ||M||`` over all pairs (M, Q); 0 where every M is 0."""
     inside = total = 0.0
-    for matrix, basis in pairs:
-        inside += float((matrix @ basis).square().sum())
-        total += float(matrix.square().sum())
+    for layer in _layers(model, protected):
+        update = layer.b.double() @ layer.a.double()
+        inside += float((update @ layer.basis).square().sum())
+        total += float(update.square().sum())
     return (inside / total) ** 0.5 if total else 0.0

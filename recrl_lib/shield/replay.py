@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from recrl_lib.shield.subspaces import readout_of
+from recrl_lib.shield.subspaces import items_of, readout_of
 
 if TYPE_CHECKING:
     from recrl_lib.explainer.item_texts import ItemTexts
     from recrl_lib.explainer.model import Explainer
     from recrl_lib.params import Params
+
+BATCH = 32  # item texts a step
 
 
 class Replay:
@@ -34,36 +36,26 @@ class Replay:
         weight: float,
         seed: int = 0,
         only: set[int] | None = None,
-        batch: int = 32,
     ):
         if weight <= 0:
             raise ValueError(f"shield_penalty={weight}: a replay penalty needs a positive weight")
-        self.weight, self.batch = weight, batch
+        self.weight = weight
         self.norm = 0.0  # of the last gradient added
         self.generator = torch.Generator().manual_seed(seed)
         self._explainer, self._readout = explainer, readout.to(explainer.device)
         spread = (vectors[1:] - vectors[1:].mean(0)).to(explainer.device) @ self._readout.T
         self._scale = float(spread.square().sum(-1).mean())
-        self._parts = []  # (trunk states (b, T, d), base vectors (b, d)) of texts of one length
-        for (numbers, _), states in zip(items.batches, items.states()):
-            keep = torch.tensor([only is None or int(n) in only for n in numbers])
-            if keep.any():
-                self._parts.append((states[keep], vectors[numbers[keep]]))
-        self._sizes = torch.tensor([len(states) for states, _ in self._parts]).double()
-
-    @property
-    def megabytes(self) -> float:
-        """Memory of the trunk states and base vectors that it keeps, in MB."""
-        return sum(t.numel() * t.element_size() for part in self._parts for t in part) / 2**20
+        # (trunk states (b, T, d), base vectors (b, d)) of texts of one length
+        self.parts = [(states, vectors[numbers]) for numbers, states in items_of(items, only)]
+        self._sizes = torch.tensor([len(states) for states, _ in self.parts]).double()
 
     def loss(self) -> Tensor:
         """The penalty of one minibatch: texts of one length, a length as often as it has texts."""
         part = int(torch.multinomial(self._sizes, 1, generator=self.generator))
-        states, base = self._parts[part]
-        rows = torch.randperm(len(states), generator=self.generator)[: self.batch]
-        device = self._explainer.device
-        states, base = states[rows].to(device), base[rows].to(device)
-        mask = torch.ones(states.shape[:2], dtype=torch.long, device=device)
+        states, base = self.parts[part]
+        rows = torch.randperm(len(states), generator=self.generator)[:BATCH]
+        states, base = (x[rows].to(self._explainer.device) for x in (states, base))
+        mask = torch.ones_like(states[..., 0]).long()
         moved = (self._explainer.top(states, mask).mean(1) - base) @ self._readout.T
         return self.weight * moved.square().sum(-1).mean() / self._scale
 
@@ -79,19 +71,16 @@ class Replay:
 
 
 def replay_for(explainer: Explainer, study, params: Params, held: set[int]) -> Replay | None:
-    """The run's replay without the ``held`` items, or None at ``shield_penalty`` 0.
+    """The run's replay (``study``: a ``Study``) without ``held`` items; None at shield_penalty 0.
 
-    ``study`` is a ``study.Study``. Make the replay once an arm, before a warm start is merged: the
-    merge leaves the trunk states as they are.
+    Make it once an arm, before a warm start is merged: trunk states stay as they are.
     """
     from recrl_lib.explainer.item_texts import ItemTexts  # the shield can be used without explainer
 
     if not params.shield_penalty:
         return None
     if study.text is None:
-        raise ValueError(
-            "shield_penalty: a ranker without text (text='none') reads no item vectors; set it to 0"
-        )
+        raise ValueError("shield_penalty: a ranker with text='none' reads no vectors; set it to 0")
     items = ItemTexts(explainer, study.items["text"].tolist())
     only = set(range(1, items.n_items + 1)) - held
     readout = readout_of(study.ranker)

@@ -17,7 +17,7 @@ Bases, the directions that ``protect`` can take first:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,10 +30,6 @@ if TYPE_CHECKING:  # not imported at run time: the shield can be used without th
     from recrl_lib.explainer.item_texts import ItemTexts
     from recrl_lib.explainer.model import Explainer
 
-BASES = ("activation", "sensitivity", "contrastive", "readout", "random")
-SOURCES = {"contrastive": "prompts", "sensitivity": "sensitivity", "readout": "readout"}
-WEIGHTED = ("sensitivity",)  # k from equal damage in every layer input, not from its energy
-
 
 # --- Gram matrices --------------------------------------------------------------------------------
 
@@ -41,73 +37,76 @@ WEIGHTED = ("sensitivity",)  # k from equal damage in every layer input, not fro
 def adapted_layers(model: Any) -> list[tuple[str, str, nn.Module]]:
     """(name, key of its input, module) of every linear LoRA layer of ``model``."""
     if hasattr(model, "adapted_modules"):
-        return list(model.adapted_modules())
+        return model.adapted_modules()
     return [(n, n, m) for n, m in model.named_modules() if len(getattr(m, "lora_A", ())) > 0]
 
 
-class GramCollector(ExitStack):
-    """Sums x x^T over every adapted layer's inputs until it is closed: ``grams`` (d, d) float64."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.grams: dict[str, Tensor] = {}
-        self.tokens = 0
-        self._mask = torch.empty(0, dtype=torch.bool)
-        one_a_key = {key: module for _, key, module in adapted_layers(model)}
-        for key, module in one_a_key.items():
-            self.enter_context(module.register_forward_pre_hook(partial(self._add, key)))
-
-    def masked(self, mask: Tensor) -> None:
-        """The next batch's (B, T) mask: padded tokens are excluded from the Gram matrix."""
-        self._mask = mask.bool()
-        self.tokens += int(self._mask.sum())
-
-    def _add(self, key: str, module: nn.Module, args: tuple) -> None:
-        x = args[0].detach()[self._mask].double()
-        gram = self.grams.get(key)
-        self.grams[key] = x.T @ x if gram is None else gram.addmm_(x.T, x)
-
-
 @torch.no_grad()
+def _sum_inputs(
+    model: Any, passes: Iterable[tuple[Tensor, Callable[[], Any]]]
+) -> tuple[dict[str, Tensor], int]:
+    """(sums of x x^T over every layer input, tokens); a pass: mask (B, T), call of the model."""
+    grams: dict[str, Tensor] = {}
+    tokens, mask = 0, torch.empty(0)
+
+    def add(key: str, module: nn.Module, args: tuple) -> None:
+        x = args[0][mask].double()  # padded tokens are excluded from the Gram matrix
+        grams[key] = grams[key].addmm_(x.T, x) if key in grams else x.T @ x
+
+    with ExitStack() as hooks:
+        for key, module in {key: module for _, key, module in adapted_layers(model)}.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(add, key)))
+        for mask, forward in passes:
+            tokens += int(mask.sum())
+            forward()
+    return grams, tokens
+
+
 def collect_grams(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Gram matrices of a PEFT model's layer inputs over ``model(**batch)``, adapters off."""
+
+    def passes() -> Iterator[tuple[Tensor, Callable]]:
+        for batch in batches:
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            yield mask.bool(), partial(model, **batch)
+
     training = model.training
     model.eval()  # no dropout
-    with model.disable_adapter(), GramCollector(model) as collector:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            collector.masked(torch.ones_like(batch["input_ids"]) if mask is None else mask)
-            model(**batch)
+    with model.disable_adapter():
+        grams, _ = _sum_inputs(model, passes())
     model.train(training)
-    return collector.grams
+    return grams
 
 
-@torch.no_grad()
 def state_grams(
     explainer: Explainer, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, Tensor], int]:
     """(Gram matrices, tokens) under the base model over (trunk states (B, T, d), mask (B, T))."""
-    with explainer.reference(), GramCollector(explainer) as collector:
-        for states, mask in batches:
-            mask = mask.to(explainer.device)
-            collector.masked(mask)
-            explainer.top(states.to(explainer.device), mask)
-    return collector.grams, collector.tokens
+    device = explainer.device
+    placed = ((states.to(device), mask.to(device).bool()) for states, mask in batches)
+    with explainer.reference():
+        return _sum_inputs(explainer, ((m, partial(explainer.top, s, m)) for s, m in placed))
 
 
 def item_grams(
     explainer: Explainer, items: ItemTexts, only: set[int] | None = None
 ) -> tuple[dict[str, Tensor], int]:
     """The same over the item texts. ``only``: item numbers to use, None for all."""
+    parts = items_of(items, only, "item Grams")
+    return state_grams(explainer, ((s, torch.ones(s.shape[:2])) for _, s in parts))
+
+
+def items_of(
+    items: ItemTexts, only: Iterable[int] | None = None, desc: str = "item texts"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(item numbers (b,), trunk states (b, T, d)) of every batch of texts of one length."""
     from recrl_lib.progress import track
 
-    def batches():
-        for (numbers, ids), states in zip(track(items.batches, "item Grams"), items.states()):
-            keep = torch.tensor([only is None or int(n) in only for n in numbers])
-            if keep.any():
-                yield states[keep], torch.ones_like(ids[keep])
-
-    return state_grams(explainer, batches())
+    wanted = None if only is None else torch.tensor(list(only))
+    for (numbers, _), states in zip(track(items.batches, desc), items.states()):
+        keep = torch.ones(len(numbers)).bool() if wanted is None else torch.isin(numbers, wanted)
+        if keep.any():
+            yield numbers[keep], states[keep]
 
 
 def sensitivity_grams(
@@ -121,8 +120,6 @@ def sensitivity_grams(
     that an isotropic update of the free directions would cause if what the tokens contribute did
     not interfere (products of two tokens are left out): a measure that compares layers.
     """
-    from recrl_lib.progress import track
-
     grams: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     outputs: dict[tuple[str, str], Tensor] = {}
@@ -133,14 +130,10 @@ def sensitivity_grams(
     with explainer.reference(), ExitStack() as hooks:
         for name, key, module in explainer.adapted_modules():
             hooks.enter_context(module.register_forward_hook(partial(keep, key, name)))
-        for (numbers, _), states in zip(track(items.batches, "sensitivities"), items.states()):
-            probed = torch.tensor([int(i) in probes for i in numbers])
-            if not probed.any():
-                continue
-            states = states[probed].to(explainer.device).requires_grad_(True)
-            mask = torch.ones(states.shape[:2], dtype=torch.long, device=explainer.device)
-            vectors = explainer.top(states, mask).mean(1)
-            users = torch.stack([probes[int(i)] for i in numbers[probed]]).to(vectors)
+        for numbers, states in items_of(items, probes, "sensitivities"):
+            states = states.to(explainer.device).requires_grad_(True)
+            vectors = explainer.top(states, torch.ones_like(states[..., 0]).long()).mean(1)
+            users = torch.stack([probes[n] for n in numbers.tolist()]).to(vectors)
             scores = users * (vectors @ readout.to(vectors).T)
             slopes = torch.autograd.grad(scores.sum(), list(outputs.values()))
             weights: dict[str, Tensor] = {}
@@ -203,15 +196,6 @@ class GramMatrices:
     readout: Mapping[str, Tensor] | None = None  # (d_rank, d) ``readout_rows``: readout
     seed: int = 0  # random
 
-    def behind(self, basis: str) -> Mapping[str, Tensor]:
-        """What ``basis`` is made of; ``ValueError`` if it is unknown or lacks its matrices."""
-        if basis not in BASES:
-            raise ValueError(f"shield_basis={basis!r}: choose one of {', '.join(BASES)}")
-        source = SOURCES.get(basis, "items")
-        if getattr(self, source) is None:
-            raise ValueError(f"shield_basis={basis!r} needs GramMatrices.{source}")
-        return getattr(self, source)
-
 
 def protect(
     grams: GramMatrices | Mapping[str, Tensor],
@@ -228,7 +212,11 @@ def protect(
     """
     if not isinstance(grams, GramMatrices):
         grams = GramMatrices(grams)
-    source = grams.behind(basis)
+    if basis not in BASES:
+        raise ValueError(f"shield_basis={basis!r}: choose one of {', '.join(BASES)}")
+    made_of, frame_of = BASES[basis]
+    if (source := getattr(grams, made_of)) is None:
+        raise ValueError(f"shield_basis={basis!r} needs GramMatrices.{made_of}")
     measured = source if basis in WEIGHTED else grams.items
     allowed = (1 - energy) * sum(float(g.trace()) for g in measured.values()) / len(measured)
     found = {}
@@ -236,7 +224,7 @@ def protect(
         if not torch.isfinite(gram).all():
             raise ValueError(f"Gram matrix of {name} is not finite: a text gives inf or nan")
         gram = gram.cpu()  # float64 eigh differs between GPU libraries
-        frame = _frame(basis, gram, source[name].cpu(), grams.seed * 1000 + number)
+        frame = frame_of(source[name].cpu(), gram, grams.seed * 1000 + number)
         along = _energy_along(frame, measured[name].cpu())
         needed = 1 - allowed / float(along.sum()) if basis in WEIGHTED else energy
         k = rank or (int((along.cumsum(0) / along.sum() < needed).sum()) + 1 if needed > 0 else 0)
@@ -249,40 +237,48 @@ def protect(
     return found
 
 
-def subspaces(grams: Mapping[str, Tensor], energy: float, rank: int = 0) -> dict[str, Subspace]:
-    """``protect`` with basis ``activation``."""
-    return protect(grams, "activation", energy, rank)
-
-
 def _energy_along(frame: Tensor, gram: Tensor) -> Tensor:
     return (frame * (gram @ frame)).sum(0).clamp(min=0)
 
 
-def _frame(basis: str, gram: Tensor, source: Tensor, seed: int) -> Tensor:
-    """An orthonormal frame (d, d) of one layer input, column 0 to be protected first."""
-    if basis in ("activation", "sensitivity"):
-        return torch.linalg.eigh(source)[1].flip(1)
-    if basis == "contrastive":
-        return contrastive_frame(gram, source)
-    if basis == "readout":
-        rows = source.double().T
-        return torch.linalg.qr(torch.cat([rows, torch.eye(len(gram)).double()], dim=1))[0]
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(gram.shape, generator=generator, dtype=torch.float64))[0]
+# --- bases: orthonormal frames (d, d) of one layer input, column 0 to be protected first ----------
 
 
-def contrastive_frame(items: Tensor, prompts: Tensor, ridge: float = 1e-3) -> Tensor:
+def eigenvectors(source: Tensor, *_) -> Tensor:
+    return torch.linalg.eigh(source)[1].flip(1)
+
+
+def contrastive_frame(prompts: Tensor, items: Tensor, *_, ridge: float = 1e-3) -> Tensor:
     """A frame whose last m columns have the most explanation energy per item-text energy.
 
     These solve ``P v = l (G + ridge tr(G)/d I) v`` for the largest l, with P = ``prompts`` and G =
     ``items``, both (d, d). The QR makes them orthonormal, so that no direction is amplified: in the
     free space the adapter learns at its usual speed.
     """
-    d = len(items)
-    values, vectors = torch.linalg.eigh(items * (d / items.trace()))
+    values, vectors = torch.linalg.eigh(items * (len(items) / items.trace()))
     whiten = (vectors * (values.clamp(min=0) + ridge).rsqrt()) @ vectors.T
     _, directions = torch.linalg.eigh(whiten @ prompts @ whiten)
     return torch.linalg.qr(whiten @ directions.flip(1))[0].flip(1)
+
+
+def readout_frame(rows: Tensor, gram: Tensor, *_) -> Tensor:
+    return torch.linalg.qr(torch.cat([rows.double().T, torch.eye(len(gram)).double()], dim=1))[0]
+
+
+def random_frame(_, gram: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(gram.shape, generator=generator, dtype=torch.float64))[0]
+
+
+# name -> (field of ``GramMatrices`` it is made of, frame of (that, items' Gram matrix, seed))
+BASES: dict[str, tuple[str, Callable[[Tensor, Tensor, int], Tensor]]] = {
+    "activation": ("items", eigenvectors),
+    "sensitivity": ("sensitivity", eigenvectors),
+    "contrastive": ("prompts", contrastive_frame),
+    "readout": ("readout", readout_frame),
+    "random": ("items", random_frame),
+}
+WEIGHTED = ("sensitivity",)  # k from equal damage in every layer input, not from its energy
 
 
 def readout_of(ranker) -> Tensor:
@@ -301,23 +297,7 @@ def readout_rows(explainer: Explainer, readout: Tensor) -> dict[str, Tensor]:
     return rows
 
 
-# --- what they cost, and how they are stored ------------------------------------------------------
-
-
-def megabytes(protected: Mapping[str, Subspace]) -> float:
-    """Memory of the bases, and of the complements where the shield projects on these, in MB."""
-    parts = [part for s in protected.values() for part in (s.basis, s.free)]
-    return sum(part.numel() * part.element_size() for part in parts) / 2**20
-
-
-def price(protected: Mapping[str, Subspace], prompts: Mapping[str, Tensor]) -> float:
-    """Free item energy per free energy of ``prompts`` (Gram matrices), a mean over the layers.
-
-    It needs no training and foresees what learning costs the ranking. 1: the directions cannot tell
-    item texts and prompts apart.
-    """
-    ratios = [(1 - s.energy) / (1 - s.holds(prompts[name])) for name, s in protected.items()]
-    return sum(ratios) / len(ratios)
+# --- storage --------------------------------------------------------------------------------------
 
 
 def to_tensors(protected: Mapping[str, Subspace]) -> dict[str, Tensor]:
@@ -327,7 +307,6 @@ def to_tensors(protected: Mapping[str, Subspace]) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Subspace]:
-    """The subspaces that ``to_tensors`` wrote, in the order of the layers."""
-    names = {key.rsplit("/", 1)[0] for key in tensors}
-    ordered = sorted(names, key=lambda name: [(len(p) * p.isdigit(), p) for p in name.split(".")])
-    return {n: Subspace(tensors[f"{n}/basis"], tensors[f"{n}/spectrum"]) for n in ordered}
+    """The subspaces that ``to_tensors`` wrote."""
+    names = dict.fromkeys(key.rsplit("/", 1)[0] for key in tensors)
+    return {n: Subspace(tensors[f"{n}/basis"], tensors[f"{n}/spectrum"]) for n in names}

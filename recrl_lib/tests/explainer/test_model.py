@@ -86,7 +86,7 @@ def test_other_architectures_encode_items_and_are_shielded(kind):
     items = item_texts.ItemTexts(whole, ["good film", "the red film and a blue film", "bad"])
     grams, tokens = subspaces.item_grams(whole, items)
     assert tokens == 10 and sorted(grams) == ["1.attention", "1.output", "2.attention", "2.output"]
-    protected = subspaces.subspaces(grams, 1.0, rank=10)  # as many as there are tokens
+    protected = subspaces.protect(grams, rank=10)  # as many as there are tokens
     optimizer = torch.optim.Adam(whole.adapter_parameters(), lr=0.1)
     shield = projection.Shield(whole, protected).attach(optimizer)
     before = items.base_vectors()

@@ -87,7 +87,7 @@ class Finished:
 
 def tune(explainer, reader: ItemTexts) -> dict[str, dict]:
     """Stages shield and shielded_ppo; each arm's adapter."""
-    protected = subspaces.subspaces(subspaces.item_grams(explainer, reader)[0], 0.9)
+    protected = subspaces.protect(subspaces.item_grams(explainer, reader)[0], energy=0.9)
     stage = start("shield")
     stage.save_tensors("subspaces", subspaces.to_tensors(protected))
     stage.save_json("held_out_items", [3, 7, 8, 20])

@@ -35,7 +35,7 @@ def timeless(rows: list[dict]) -> list[dict]:
 def protect(explainer: Explainer, energy: float = 0.9) -> dict[str, subspaces.Subspace]:
     """Subspaces of two item texts."""
     items = ItemTexts(explainer, PROTECTED_TEXTS)
-    return subspaces.subspaces(subspaces.item_grams(explainer, items)[0], energy)
+    return subspaces.protect(subspaces.item_grams(explainer, items)[0], energy=energy)
 
 
 def trainer(
