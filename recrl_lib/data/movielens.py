@@ -6,24 +6,17 @@
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
+from recrl_lib.data import tables
 from recrl_lib.data.reading import Rows
-from recrl_lib.data.tables import (
-    Raw,
-    Skipped,
-    catalogue,
-    milliseconds,
-    parse_numbers,
-    sanitise_text,
-)
+from recrl_lib.data.tables import Raw, Skipped, parse_integers, sanitise_text
 
-RATINGS, MOVIES = ("userId", "movieId", "rating", "timestamp"), ("movieId", "title", "genres")
+CSV = {"ratings.csv": "userId movieId rating timestamp", "movies.csv": "movieId title genres"}
 HEADERS = {
     "ml-100k.inter": "user_id:token item_id:token rating:float timestamp:float",
     "ml-100k.item": "item_id:token movie_title:token_seq release_year:token class:token_seq",
@@ -33,7 +26,7 @@ ORIGIN = (("u.data", 4, "\t"), ("u.item", 24, "|"), ("u.user", 5, "|"))  # name,
 GENRES = (  # u.item's last 19 columns, in their order
     "unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|Film-Noir"
     "|Horror|Musical|Mystery|Romance|Sci-Fi|Thriller|War|Western"
-)
+).split("|")
 # "unkonwn" is RecBole's spelling.
 MISSING = ("", "unknown", "unkonwn", "(no genres listed)")
 
@@ -41,15 +34,15 @@ MISSING = ("", "unknown", "unkonwn", "(no genres listed)")
 _INVERTED = re.compile(r"([^()\s][^()]*), (The|An?|Les?|La|L'|Il|El|Das|Der|Die|Det|O)(?=\)|$| \()")
 _YEAR_AT_END = re.compile(r"\s*\((\d{4})\)(?:\s*\(V\))?$")  # (V): for video
 
+# (title with its year, year, genres) of what follows the id in a row of films.
+Film = Callable[..., tuple[str, str, list[str]]]
+
 
 def read(folder: Path, skipped: Skipped) -> Raw:
     """The rows of ``ratings.csv`` and ``movies.csv``."""
-    ratings = Rows(folder / "ratings.csv", skipped, RATINGS)
-    table = _ratings(ratings)
-    films = Rows(folder / "movies.csv", skipped, MOVIES)
-    rows = ((line, raw, text, "", genres.split("|")) for line, raw, text, genres in films.records())
-    items = catalogue(_films(rows), films.path, skipped)
-    return Raw(ratings.path, table, items, f"MovieLens, {folder.name}", "film")
+    ratings, films = (Rows(folder / n, skipped, header.split()) for n, header in CSV.items())
+    items = _films(films, lambda title, genres: (title, "", genres.split("|")))
+    return Raw(ratings.path, _ratings(ratings), items, f"MovieLens, {folder.name}", "film")
 
 
 def read_100k(folder: Path, skipped: Skipped) -> Raw:
@@ -57,19 +50,19 @@ def read_100k(folder: Path, skipped: Skipped) -> Raw:
 
     Raises ``ValueError`` also for a rating by a user without a row.
     """
+    form = {"quoted": False}
     if (folder / "u.data").is_file():
         files = [(name, [""] * width, separator) for name, width, separator in ORIGIN]
-        source, rows_of = "GroupLens", _origin_films
-        form = {"has_header": False, "encoding": "latin-1"}
+        source, film = "GroupLens", _origin_film
+        form |= {"has_header": False, "encoding": "latin-1"}
     else:
         files = [(name, header.split(), "\t") for name, header in HEADERS.items()]
-        source, rows_of, form = "RecBole atomic files", _atomic_films, {}
+        source, film = "RecBole atomic files", _atomic_film
     ratings, films, people = (
-        Rows(folder / name, skipped, header, separator=separator, quoted=False, **form)
-        for name, header, separator in files
+        Rows(folder / name, skipped, names, separator=separator, **form)
+        for name, names, separator in files
     )
-    rows = _films(rows_of(films), untitled="Unknown")
-    items = catalogue(rows, films.path, skipped)
+    items = _films(films, film, untitled="Unknown")
     rows = ((_int(raw), gender, _int(age)) for _, raw, age, gender, *_ in people.records())
     users = pd.DataFrame(rows, columns=["raw", "gender", "age"]).drop_duplicates("raw")
     table = _ratings(ratings)
@@ -83,63 +76,42 @@ def read_100k(folder: Path, skipped: Skipped) -> Raw:
     return Raw(ratings.path, table, items, f"MovieLens 100K, {source}", "film", users)
 
 
+def _atomic_film(title: str, year: str, genres: str) -> tuple[str, str, list[str]]:
+    return title, year, genres.split()
+
+
+def _origin_film(title: str, *fields: str) -> tuple[str, str, list[str]]:
+    return title, "", [name for name, flag in zip(GENRES, fields[3:]) if flag == "1"]
+
+
 def _ratings(rows: Rows) -> pd.DataFrame:
-    """The table of user, item, time, rating and line."""
-
-    def parse(lines: np.ndarray, *columns: pa.Array) -> pd.DataFrame:
-        # Times stay int64: as float32 neighbouring seconds collapse and the order is lost.
-        kinds = {"user": np.int64, "item": np.int64, "rating": np.float64, "time": np.int64}
-        parsed = [parse_numbers(texts, kind) for texts, kind in zip(columns, kinds.values())]
-        good = np.logical_and.reduce([parsable for _, parsable in parsed])
-        rows.skipped.add("unparsable field", rows.path, lines[~good])
-        user, item, rating, time = (values for values, _ in parsed)
-        table = {"user": user, "item": item, "time": milliseconds(time), "rating": rating}
-        return pd.DataFrame(table | {"line": lines}).loc[good]
-
-    return rows.frame(parse)
+    """The table of user, item, rating, time and line."""
+    kinds = {"user": parse_integers, "item": parse_integers, "rating": tables.parse_numbers}
+    # Times stay int64: as float32 neighbouring seconds collapse and the order is lost.
+    table = rows.frame(kinds | {"time": parse_integers})
+    table["time"] = tables.milliseconds(table["time"])
+    return table[["user", "item", "time", "rating", "line"]]
 
 
-def _films(rows: Iterable[tuple], untitled: str = "") -> Iterator[tuple]:
-    """(line, id, title, year, genres) of (line, id, title with year, year, list of genres)."""
-    for line, raw, text, year, genres in rows:
-        title, year_at_end = title_and_year(sanitise_text(text))
-        title = untitled if untitled and title in MISSING else title
-        genres = [name for name in map(sanitise_text, genres) if name not in MISSING]
-        yield (
-            line,
-            _int(raw) if raw.isdecimal() else "",
-            title,
-            _int(year) or year_at_end,
-            "|".join(genres),
-        )
+def _films(rows: Rows, film: Film, untitled: str = "") -> pd.DataFrame:
+    def films():
+        for line, raw, *fields in rows.records():
+            text, year, genres = film(*fields)
+            title, year_at_end = title_and_year(sanitise_text(text))
+            title = untitled if untitled and title in MISSING else title
+            names = [name for name in map(sanitise_text, genres) if name not in MISSING]
+            # One row has its year in the title, and "V", for video, in the year's place.
+            yield line, _int(raw) or "", title, _int(year) or year_at_end, "|".join(names)
 
-
-def _atomic_films(films: Rows) -> Iterator[tuple]:
-    # One row has its year in the title, and "V", for video, in the year's place.
-    for line, raw, text, year, genres in films.records():
-        yield line, raw, text, year, genres.split()
-
-
-def _origin_films(films: Rows) -> Iterator[tuple]:
-    for line, raw, text, _, _, _, *flags in films.records():
-        yield (
-            line,
-            raw,
-            text,
-            "",
-            [name for name, flag in zip(GENRES.split("|"), flags) if flag == "1"],
-        )
-
-
-def display_title(title: str) -> str:
-    """``title`` as people say it: "Usual Suspects, The" -> "The Usual Suspects"."""
-    return _INVERTED.sub(lambda m: m[2] + ("" if m[2].endswith("'") else " ") + m[1], title)
+    return tables.catalogue(films(), rows.path, rows.skipped)
 
 
 def title_and_year(text: str) -> tuple[str, int]:
     """ "Usual Suspects, The (1995)" -> ("The Usual Suspects", 1995); year 0 if there is none."""
     found = _YEAR_AT_END.search(text)
-    return display_title(text[: found.start()] if found else text), int(found[1]) if found else 0
+    title = text[: found.start()] if found else text
+    title = _INVERTED.sub(lambda m: m[2] + ("" if m[2].endswith("'") else " ") + m[1], title)
+    return title, int(found[1]) if found else 0
 
 
 def _int(text: str) -> int:

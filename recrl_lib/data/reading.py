@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,12 +18,39 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
-from recrl_lib.data.tables import BROKEN, Skipped
+from recrl_lib.data.tables import BROKEN, Skipped, sanitise_text
 from recrl_lib.progress import track
 
 BLOCK = 2**22  # bytes of text parsed at once
 PIECE = 2**18  # bytes read from disk at once
 SEPARATORS = (",", ";", "\t")
+
+# Of a column of texts: (the values, bool: which are usable).
+Parser = Callable[[pa.Array], tuple[Any, Any]]
+
+
+def parse_texts(texts: pa.Array) -> tuple[list[str], bool]:
+    """The texts as they are."""
+    return texts.to_pylist(), True
+
+
+def parse_titles(texts: pa.Array) -> tuple[list[str], bool]:
+    """The texts, sanitised."""
+    return [sanitise_text(text) for text in texts.to_pylist()], True
+
+
+def usable(
+    columns: dict[str, tuple[pa.Array, Parser]], lines: np.ndarray, path: Path, skipped: Skipped
+) -> pd.DataFrame:
+    """The parsed columns and ``line``; rows that lack a text or cannot be parsed are counted."""
+    parsed = {name: parse(texts) for name, (texts, parse) in columns.items()}
+    table = pd.DataFrame({name: values for name, (values, _) in parsed.items()} | {"line": lines})
+    missing, good = (table == "").any(axis=1).to_numpy(), np.ones(len(table), bool)
+    for _, parsable in parsed.values():
+        good &= np.asarray(parsable)
+    skipped.add("missing field", path, lines[missing])
+    skipped.add("unparsable field", path, lines[~missing & ~good])
+    return table.loc[~missing & good]
 
 
 def find(folder: Path, names: Sequence[str], only: bool = False) -> Path:
@@ -30,10 +58,8 @@ def find(folder: Path, names: Sequence[str], only: bool = False) -> Path:
     found = [folder / name for name in names if (folder / name).exists()]
     if not found or only and len(found) > 1:
         there = "several are" if found else "none is"
-        raise FileNotFoundError(
-            f"{folder} must hold one of {', '.join(names)}: {there} there; name another folder "
-            "with data_dir"
-        )
+        wanted = f"{folder} must hold one of {', '.join(names)}"
+        raise FileNotFoundError(f"{wanted}: {there} there; name another folder with data_dir")
     return found[0]
 
 
@@ -58,9 +84,8 @@ def blocks(path: Path, skipped: Skipped, quoted: bool = False) -> Iterator[tuple
                 number += rest.count(b"\n", 0, end)
                 rest = rest[end:]
     except (zlib.error, EOFError):
-        end = rest.rfind(b"\n") + 1
-        skipped.add(BROKEN, path, number + rest.count(b"\n", 0, end))
-        rest = rest[:end]
+        rest = rest[: rest.rfind(b"\n") + 1]
+        skipped.add(BROKEN, path, number + rest.count(b"\n"))
     if rest:
         yield number, rest
 
@@ -116,13 +141,12 @@ class Rows:
 
     def __post_init__(self):
         self._blocks = blocks(self.path, self.skipped, self.quoted)
-        if self.has_header:
-            number, text = next(self._blocks, (1, b""))
-            first, _, rest = text.partition(b"\n")
-            self._read_header(first.decode("utf-8", "replace").removeprefix("\ufeff").strip("\r"))
-            self._blocks = chain([(number + 1, rest)] if rest else [], self._blocks)
-
-    def _read_header(self, line: str) -> None:
+        if not self.has_header:
+            return
+        number, text = next(self._blocks, (1, b""))
+        first, _, rest = text.partition(b"\n")
+        self._blocks = chain([(number + 1, rest)] if rest else [], self._blocks)
+        line = first.decode("utf-8", "replace").removeprefix("\ufeff").strip("\r")
         if not line:
             self.skipped.check(self.path)
         quoting = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
@@ -131,10 +155,9 @@ class Rows:
         found, self.separator = max(zip(rows, choices), key=lambda pair: len(pair[0]))
         found = [name.strip() for name in found]
         if self.names and found != list(self.names):
-            raise ValueError(
-                f"{self.path} line 1: the columns must be {', '.join(self.names)}; they are "
-                f"{', '.join(found)}: this is another file, or a damaged one"
-            )
+            wanted = f"{self.path} line 1: the columns must be {', '.join(self.names)}"
+            there = ", ".join(found)
+            raise ValueError(f"{wanted}; they are {there}: this is another file, or a damaged one")
         self.names = found
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, list[pa.Array]]]:
@@ -143,9 +166,18 @@ class Rows:
             yield self._parse(number, text)
         self.skipped.check(self.path)
 
-    def frame(self, parse: Callable[..., pd.DataFrame]) -> pd.DataFrame:
-        """``parse(lines, *columns)`` of every chunk, joined."""
-        return pd.concat([parse(lines, *columns) for lines, columns in self], ignore_index=True)
+    def frame(self, parsers: dict[str, Parser]) -> pd.DataFrame:
+        """The first columns, named and parsed, and ``line``; see ``usable``."""
+        parts = [
+            usable(
+                {name: (column, parsers[name]) for name, column in zip(parsers, columns)},
+                lines,
+                self.path,
+                self.skipped,
+            )
+            for lines, columns in self
+        ]
+        return pd.concat(parts, ignore_index=True)
 
     def records(self) -> Iterator[tuple]:
         """(line, *fields) of every good row."""
@@ -175,14 +207,12 @@ class Rows:
         elif cut and (self.terminated or kinds[-1]):
             kinds[-1] = "cut last line"
         starts = number + np.cumsum(spans) - spans
-        for kind in dict.fromkeys(
-            kinds[(kinds != "") & (kinds != "blank")]
-        ):  # an empty line is no row
-            bad = kinds == kind
-            self.skipped.add(kind, self.path, starts[bad], int(spans[bad].sum()))
-            self.skipped.seen(self.path, int(spans[bad].sum()))
         good = kinds == ""
-        self.skipped.seen(self.path, int(good.sum()))
+        for kind in dict.fromkeys(kinds[~good & (kinds != "blank")]):  # an empty line is no row
+            bad = kinds == kind
+            self.skipped.add(kind, self.path, starts[bad], n := int(spans[bad].sum()))
+            self.skipped.rows[self.path] += n
+        self.skipped.rows[self.path] += int(good.sum())
         return starts[good], [column.filter(good[parsed]) for column in columns]
 
     def _arrow(self, text: bytes) -> tuple[list[pa.Array], dict[int, int]]:

@@ -42,46 +42,35 @@ class Split:
 
 
 def split(interactions: pd.DataFrame, n_users: int, kind: str) -> Split:
-    """The split called ``kind`` of users 0..n_users-1; see the two below."""
-    make = split_global_time if kind == GLOBAL_TIME else split_leave_one_out
-    return make(interactions, n_users)
+    """The split called ``kind`` of users 0..n_users-1; order is by time, ties by row.
 
-
-def split_leave_one_out(interactions: pd.DataFrame, n_users: int) -> Split:
-    """Last item of each user = test, the one before = validation, the rest = training.
-
-    Order is by time, ties by row. Raises ``ValueError`` when a user has fewer than three events.
+    leave-one-out: the last item of each user is for test, the one before for validation.
+    global-time: two moments cut everybody's events. A user's validation item is the first after the
+    first cut, the test item the first after the second, so nothing that anybody did after a cut is
+    known before it. Users from ``n_users`` on only train, with what they did up to the first cut.
+    Raises ``ValueError`` when one of the ``n_users`` lacks an event for training, validation or
+    test.
     """
-    sequences = _sequences(interactions, n_users)[0]
-    short = np.array([len(s) < MIN_EVENTS for s in sequences])
-    if short.any():
+    user, time = interactions["user"].to_numpy(), interactions["time"].to_numpy()
+    order = np.lexsort((time, user))  # stable: ties stay in file order
+    ends = np.cumsum(np.bincount(user, minlength=n_users))[:-1]
+    items = interactions["item"].to_numpy(dtype=np.int64)
+    sequences, times = np.split(items[order], ends), np.split(time[order], ends)
+    if kind == GLOBAL_TIME:
+        cuts = [np.searchsorted(t, time_cuts(interactions), "right") for t in times]
+        lack = "no event in one of the three periods"
+        remedy = "load the data with split='global-time', which puts such users last"
+    else:
+        cuts = [(len(items) - 2, len(items) - 1) for items in sequences]
+        lack = f"fewer than {MIN_EVENTS} events"
+        remedy = "drop those users first, for example with a 5-core filter"
+    rows = [(items, *cut) for items, cut in zip(sequences, cuts)]
+    wrong = [n for n, (items, a, b) in enumerate(rows[:n_users]) if not 0 < a < b < len(items)]
+    if wrong:
         raise ValueError(
-            f"interactions: {short.sum()} of {n_users} users have fewer than 3 events (first: user "
-            f"{short.argmax()}); drop those users first, for example with a 5-core filter"
+            f"interactions: {len(wrong)} of {n_users} users have {lack} (first: user {wrong[0]}); "
+            f"{remedy}"
         )
-    last_two = np.array([s[-2:] for s in sequences])
-    return Split([s[:-2] for s in sequences], last_two[:, 0], last_two[:, 1])
-
-
-def split_global_time(interactions: pd.DataFrame, n_users: int) -> Split:
-    """Two moments cut everybody's events: training up to the first, validation up to the second.
-
-    A user's validation item is the first after the first cut, the test item the first after the
-    second. So nothing that anybody did after a cut is known before it, which leave-one-out does not
-    promise. Users from ``n_users`` on only train, with what they did up to the first cut. Raises
-    ``ValueError`` when one of the ``n_users`` lacks an event in one of the three periods.
-    """
-    first, second = time_cuts(interactions)
-    sequences, times = _sequences(interactions, n_users)
-    cuts = [np.searchsorted(t, (first, second), "right") for t in times]
-    lacking = [u for u in range(n_users) if not 0 < cuts[u][0] < cuts[u][1] < len(sequences[u])]
-    if lacking:
-        raise ValueError(
-            f"interactions: {len(lacking)} of {n_users} users have no event in one of the three "
-            f"periods (first: user {lacking[0]}); load the data with split='global-time', which "
-            "puts such users last"
-        )
-    rows = [(s, a, b) for s, (a, b) in zip(sequences, cuts)]
     return Split(
         train=[s[:a] for s, a, _ in rows[:n_users]],
         valid=np.array([s[a] for s, a, _ in rows[:n_users]]),
@@ -100,10 +89,10 @@ def time_cuts(interactions: pd.DataFrame) -> tuple[int, int]:
 
 def evaluable(interactions: pd.DataFrame, n_users: int) -> np.ndarray:
     """(n_users,) bool: users with an event in each period of the global-time split."""
-    user, time = interactions["user"].to_numpy(), interactions["time"].to_numpy()
-    first, second = time_cuts(interactions)
-    periods = (time <= first, (first < time) & (time <= second), time > second)
-    return np.all([np.bincount(user[period], minlength=n_users) > 0 for period in periods], axis=0)
+    period = np.searchsorted(time_cuts(interactions), interactions["time"])
+    met = np.zeros((n_users, 3), bool)
+    met[interactions["user"], period] = True
+    return met.all(axis=1)
 
 
 def split_users(
@@ -135,10 +124,8 @@ def check_enough(
         if short := [name for name in wanted if getattr(params, name) > there]:
             lower = " ".join(f"{name}={there}" for name in short)
             remedy = f"make all SET='{lower}', or {change}" if there > 1 else change
-            raise ValueError(
-                f"{short[0]} is {getattr(params, short[0])}, but only {there} users are {group}: "
-                f"{remedy}"
-            )
+            lack = f"{short[0]} is {getattr(params, short[0])}, but only {there} users are {group}"
+            raise ValueError(f"{lack}: {remedy}")
     unseen = n_items - np.array([len(items) for items in split.with_valid])
     if (few := unseen < TOP_K).any():
         raise ValueError(
@@ -146,31 +133,3 @@ def check_enough(
             f"user {few.argmax()}, {unseen[few.argmax()]} left), so there is no top ten to "
             "recommend: lower min_core, or give more items"
         )
-
-
-def _sequences(
-    interactions: pd.DataFrame, n_users: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(items, times) of every user in time order, ties by row; ``n_users`` of them or more."""
-    user, time = interactions["user"].to_numpy(), interactions["time"].to_numpy()
-    order = np.lexsort((time, user))  # stable: ties stay in file order
-    ends = np.cumsum(np.bincount(user, minlength=n_users))[:-1]
-    items = interactions["item"].to_numpy(dtype=np.int64)
-    return np.split(items[order], ends), np.split(time[order], ends)
-
-
-def held_times(interactions: pd.DataFrame, split: Split) -> pd.DataFrame:
-    """Times of each user's last training event, validation and test event: train, valid, test.
-
-    Looked up by user and item in the interactions, not taken from how the split was made.
-    """
-    users = np.arange(len(split.train))
-    rows = {"valid": (users, split.valid), "test": (users, split.test)}
-    rows["train"] = (np.repeat(users, list(map(len, split.train))), np.concatenate(split.train))
-    held = pd.concat(
-        [pd.DataFrame({"user": u, "item": i, "part": p}) for p, (u, i) in rows.items()]
-    )
-    held = held.merge(interactions[["user", "item", "time"]], on=["user", "item"])
-    return held.pivot_table("time", "user", "part", aggfunc="max").loc[
-        :, ["train", "valid", "test"]
-    ]

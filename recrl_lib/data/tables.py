@@ -1,4 +1,4 @@
-"""From a format's raw rows to the three tables: duplicates, filters, numbering; texts and times.
+"""From raw rows to the three tables: counts of bad rows, filters, numbering; texts and times.
 
 A loader reads its files into ``Raw``; ``assemble`` does the rest, the same for every format.
 """
@@ -7,6 +7,7 @@ A loader reads its files into ``Raw``; ``assemble`` does the rest, the same for 
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,6 @@ _TOKEN = re.compile(r"<\|.*?\|>|<\||\|>|</?(?:s|pad|unk|bos|eos)>")
 _HIDDEN = re.compile(
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-
 _NUMBER = {
     np.int64: r"^-?(\d{1,18}|[0-8]\d{18})$",
     np.float64: r"^-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$",
@@ -37,17 +37,20 @@ _NUMBER = {
 
 _COUNT, _ITEM, _TEXT = Column("int64", Check.ge(0)), Column("int64", Check.ge(1)), Column(str)
 _RATING = Column("float64", nullable=True, required=False)
-INTERACTIONS = DataFrameSchema(
-    {"user": _COUNT, "item": _ITEM, "time": Column("int64"), "rating": _RATING},
-    unique=["user", "item"],
-    strict=True,
+INTERACTIONS, ITEMS, USERS = (
+    DataFrameSchema(columns, unique=key, strict=True)
+    for key, columns in (
+        (
+            ["user", "item"],
+            {"user": _COUNT, "item": _ITEM, "time": Column("int64"), "rating": _RATING},
+        ),
+        (
+            ["item"],
+            {"item": _ITEM, "title": _TEXT, "year": _COUNT, "genres": _TEXT, "text": _TEXT},
+        ),
+        (["user"], {"user": _COUNT, "gender": _TEXT, "age": _COUNT}),
+    )
 )
-ITEMS = DataFrameSchema(
-    {"item": _ITEM, "title": _TEXT, "year": _COUNT, "genres": _TEXT, "text": _TEXT},
-    unique=["item"],
-    strict=True,
-)
-USERS = DataFrameSchema({"user": _COUNT, "gender": _TEXT, "age": _COUNT}, strict=True)
 
 
 @dataclass(frozen=True)
@@ -76,26 +79,22 @@ class Skipped:
 
     limit: float = 0.01
     normal: frozenset[str] = frozenset((SHORT_USER,))
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
-    bad: dict[Path, int] = field(default_factory=dict)
-    rows: dict[Path, int] = field(default_factory=dict)
+    bad: Counter[Path] = field(default_factory=Counter)
+    rows: Counter[Path] = field(default_factory=Counter)  # good or bad
 
     def add(self, kind: str, path: Path, lines: Any, n: int = 0) -> None:
         """Count the rows in ``lines`` (a number or an array, 1-based); ``n``: if they are more."""
         lines = np.atleast_1d(lines)
         if n := n or len(lines):
-            self.counts[kind] = self.counts.get(kind, 0) + n
+            self.counts[kind] += n
             self.first.setdefault(kind, f"{path.name} line {lines.min()}")
-            self.bad[path] = self.bad.get(path, 0) + n * (kind not in self.normal)
-
-    def seen(self, path: Path, n: int) -> None:
-        """``n`` more rows of ``path``, good or bad, have been read."""
-        self.rows[path] = self.rows.get(path, 0) + n
+            self.bad[path] += n * (kind not in self.normal)
 
     def check(self, path: Path) -> None:
         """Raise ``ValueError`` when a file is broken or empty, or too many of its rows are bad."""
-        rows, bad = self.rows.get(path, 0), self.bad.get(path, 0)
+        rows, bad = self.rows[path], self.bad[path]
         if BROKEN in self.counts and self.limit < 1:  # nobody can count what is lost
             raise ValueError(
                 f"{path.parent / self.first[BROKEN]}: the gzip file breaks off here or is damaged, "
@@ -106,12 +105,15 @@ class Skipped:
             remedy = "fetch it again, or name another folder with data_dir"
             raise ValueError(f"{path}: no rows; the file is empty: {remedy}")
         if bad > self.limit * rows:
-            kinds = {kind: n for kind, n in self.counts.items() if kind not in self.normal}
-            listed = (f"{n} x {kind} (first: {self.first[kind]})" for kind, n in kinds.items())
+            listed = "; ".join(
+                f"{n} x {kind} (first: {self.first[kind]})"
+                for kind, n in self.counts.items()
+                if kind not in self.normal
+            )
             raise ValueError(
-                f"{path}: {bad} of {rows} rows are unusable, more than "
-                f"bad_row_limit={self.limit:g} allows: {'; '.join(listed)}. Repair those lines, "
-                "fetch the file again, or raise bad_row_limit if you can do without them"
+                f"{path}: {bad} of {rows} rows are unusable, more than bad_row_limit="
+                f"{self.limit:g} allows: {listed}. Repair those lines, fetch the file again, or "
+                "raise bad_row_limit if you can do without them"
             )
 
 
@@ -150,6 +152,14 @@ def catalogue(rows: Iterable[tuple], path: Path, skipped: Skipped) -> pd.DataFra
     return pd.DataFrame(found.values(), columns=["raw", "title", "year", "genres", "text"])
 
 
+def item_text(title: str, year: int, genres: str, author: str = "") -> str:
+    """What the LLM reads for one item, for example "Title (year) by Author. Genres: A, B."."""
+    year_part = f" ({year})" if year else ""
+    author_part = f" by {author}" if author else ""
+    genre_part = f" Genres: {genres.replace('|', ', ')}." if genres else ""
+    return f"{title}{year_part}{author_part}.{genre_part}"
+
+
 def assemble(
     raw: Raw, skipped: Skipped, *, split: str, min_core: int, max_interactions: int
 ) -> Dataset:
@@ -177,8 +187,9 @@ def assemble(
     used_users, user = np.unique(user[kept], return_inverse=True)
     used_items = np.unique(item[kept]) if min_core > 1 else np.arange(len(items))
     item = np.searchsorted(used_items, item[kept]) + 1
-    table = rows.iloc[kept].drop(columns="line").assign(user=user, item=item)
-    table = table.assign(time=table["time"] // 1000).reset_index(drop=True)
+    seconds = rows["time"].to_numpy()[kept] // 1000
+    table = rows.iloc[kept].drop(columns="line").assign(user=user, item=item, time=seconds)
+    table = table.reset_index(drop=True)
     items = items.loc[used_items].drop(columns="raw").reset_index(drop=True)
     items.insert(0, "item", np.arange(1, len(items) + 1))
     unknown = pd.DataFrame({"raw": raw_users, "gender": "", "age": 0})
@@ -187,14 +198,10 @@ def assemble(
     if split == GLOBAL_TIME:
         table, users, extra["n_unevaluated_users"] = _evaluable_first(table, users)
     users.insert(0, "user", np.arange(len(users)))
-    counts = {"n_users": len(users), "n_items": len(items), "n_interactions": len(table)}
-    choices = {"order": raw.order, "split": split, "min_core": min_core}
-    lost = {
-        "skipped": skipped.counts,
-        "skipped_first": skipped.first,
-        "skipped_bad": sorted(skipped.counts.keys() - skipped.normal),
-    }
-    info = {"source": raw.source, "noun": raw.noun} | counts | choices | extra | raw.info | lost
+    info = {"source": raw.source, "noun": raw.noun, "n_users": len(users), "n_items": len(items)}
+    info |= {"n_interactions": len(table), "order": raw.order, "split": split, "min_core": min_core}
+    info |= extra | raw.info | {"skipped": dict(skipped.counts), "skipped_first": skipped.first}
+    info["skipped_bad"] = sorted(skipped.counts.keys() - skipped.normal)
     return Dataset(INTERACTIONS.validate(table), ITEMS.validate(items), USERS.validate(users), info)
 
 
@@ -236,8 +243,7 @@ def _evaluable_first(
             "split='global-time': no user has events in all three periods; use "
             "split='leave-one-out', or data with longer histories"
         )
-    number = np.empty(len(whole), np.int64)
-    number[np.argsort(~whole, kind="stable")] = np.arange(len(whole))
+    number = np.argsort(np.argsort(~whole, kind="stable"))
     table = table.assign(user=number[table["user"]])
     return table, users.loc[whole].reset_index(drop=True), int((~whole).sum())
 
@@ -260,14 +266,11 @@ def latest_core(user: np.ndarray, item: np.ndarray, k: int, size: int) -> np.nda
     All rows' core if none has, or for size 0. A longer window's core contains a shorter one's, so
     the window is found by bisection.
     """
-    whole = k_core(user, item, k)
+    start, whole = 0, k_core(user, item, k)
     if not 0 < size < len(whole):
         return whole
-
-    def rows_fewer(start: int) -> int:
-        return -len(k_core(user[start:], item[start:], k))
-
-    start = bisect_right(range(len(user)), -size, key=rows_fewer) - 1
+    shorter = range(len(user))
+    start = bisect_right(shorter, -size, key=lambda n: -len(k_core(user[n:], item[n:], k))) - 1
     return start + k_core(user[start:], item[start:], k)
 
 
@@ -281,14 +284,6 @@ def sanitise_text(text: str) -> str:
         if plain == text:
             return text
         text = plain
-
-
-def item_text(title: str, year: int, genres: str, author: str = "") -> str:
-    """What the LLM reads for one item, for example "Title (year) by Author. Genres: A, B."."""
-    year_part = f" ({year})" if year else ""
-    author_part = f" by {author}" if author else ""
-    genre_part = f" Genres: {genres.replace('|', ', ')}." if genres else ""
-    return f"{title}{year_part}{author_part}.{genre_part}"
 
 
 def milliseconds(values: Any) -> np.ndarray:
@@ -307,29 +302,34 @@ def parse_times(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
     A time is a Unix time in any unit, an ISO 8601 date, or as in "01 7, 2015".
     """
-    whole, good = parse_numbers(texts, np.int64)
-    time, rest = milliseconds(whole), ~good
+    time, good = parse_integers(texts)
+    time, rest = milliseconds(time), ~good
     if rest.any():
-        number, finite = parse_numbers(texts.filter(rest), np.float64)
-        good[rest] = finite & (np.abs(number) < 2**63)
-        number[~good[rest]] = 0
-        # The unit first: a float holds seconds to the microsecond, but not as nanoseconds.
-        time[rest] = np.where(np.abs(number) < 1e11, number * 1000, milliseconds(number))
-        rest = ~good
-    if rest.any():
-        days = texts.filter(rest).to_pandas().str.strip()
+        texts = texts.filter(rest)
+        number, finite = parse_numbers(texts)
+        finite &= np.abs(number) < 2**63
+        number[~finite] = 0
+        days = texts.to_pandas().str.strip()
         moment, other = (
             pd.to_datetime(days, format=form, utc=True, errors="coerce").dt.as_unit("ms")
             for form in ("ISO8601", "%m %d, %Y")
         )
         moment = moment.fillna(other)
-        time[rest], good[rest] = moment.astype("int64"), moment.notna()
+        # The unit first: a float holds seconds to the microsecond, but not as nanoseconds.
+        number = np.where(np.abs(number) < 1e11, number * 1000, milliseconds(number))
+        time[rest] = np.where(finite, number.astype(np.int64), moment.astype("int64"))
+        good[rest] = finite | moment.notna()
     return time, good
 
 
-def parse_numbers(texts: pa.Array, kind: type) -> tuple[np.ndarray, np.ndarray]:
+def parse_numbers(texts: pa.Array, kind: type = np.float64) -> tuple[np.ndarray, np.ndarray]:
     """(numbers of ``kind``, bool: whether it is a finite number) of a column of texts."""
     texts = pc.utf8_trim_whitespace(texts)
     good = pc.match_substring_regex(texts, _NUMBER[kind])
     numbers = pc.if_else(good, texts, "0").cast(pa.from_numpy_dtype(kind)).to_numpy()
     return numbers.copy(), np.array(good) & np.isfinite(numbers)
+
+
+def parse_integers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """As ``parse_numbers``, for int64."""
+    return parse_numbers(texts, np.int64)

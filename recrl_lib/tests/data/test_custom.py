@@ -225,6 +225,7 @@ def test_missing_or_ambiguous_tables_are_named(tmp_path):
     (write(tmp_path) / "items.parquet").touch()
     with pytest.raises(FileNotFoundError, match="one of items.csv.*several are there"):
         load("csv", tmp_path, NAMES)
+    (tmp_path / "items.parquet").unlink()
     (tmp_path / "interactions.csv").write_text("")
     with pytest.raises(ValueError, match="interactions.csv: no rows; the file is empty"):
         load("csv", tmp_path, NAMES)

@@ -59,7 +59,7 @@ def test_of_a_broken_gzip_the_lines_before_the_break_count(tmp_path, small, cut)
     if cut in (-1, -9):  # only the checksum is lost
         assert whole == len(LINES)
     message = rf"a.gz line {whole + 1}: the gzip file breaks off here .*set bad_row_limit=1 "
-    skipped.seen(path, whole + 1)
+    skipped.rows[path] += whole + 1
     with pytest.raises(ValueError, match=message):
         skipped.check(path)
     skipped.limit = 1.0

@@ -69,7 +69,7 @@ def raw(rows, items=(7, 8, 9)) -> Raw:
 
 def assembled(rows, skipped=None, items=(7, 8, 9), **options):
     skipped = skipped or Skipped(1.0)
-    skipped.seen(Path("x.csv"), len(rows))
+    skipped.rows[Path("x.csv")] += len(rows)
     defaults = {"split": "leave-one-out", "min_core": 1, "max_interactions": 0}
     return assemble(raw(rows, items), skipped, **defaults | options)
 
@@ -148,7 +148,7 @@ def test_tables_that_break_the_schema_are_refused():
     broken = raw([("a", i, 1) for i in (7, 8, 9)])
     broken.items["year"] = -1
     skipped = Skipped()
-    skipped.seen(broken.path, 3)
+    skipped.rows[broken.path] = 3
     with pytest.raises(SchemaError, match="year"):
         assemble(broken, skipped, split="leave-one-out", min_core=1, max_interactions=0)
 
