@@ -15,7 +15,7 @@ from torch import Tensor
 from recrl_lib.data.tables import sanitise_text
 from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import messages, prompt_ids
-from recrl_lib.explainer.sampling import sample
+from recrl_lib.explainer.sampling import Settings, sample
 from recrl_lib.params import TOP_K, Params
 from recrl_lib.study import Study
 
@@ -38,7 +38,8 @@ def reply(explainer: Explainer, history: list[Turn], text: str, params: Params, 
     tokens = params.max_new_tokens
     ids = _fitting(explainer, chat, tokens)
     generator = torch.Generator().manual_seed(seed)
-    return sample(explainer, [ids], 1, tokens, params.temperature, generator).texts[0]
+    settings = Settings(tokens, params.temperature)
+    return sample(explainer, [ids], settings, generator).texts[0]
 
 
 def _fitting(explainer: Explainer, chat: list[Turn], max_new_tokens: int) -> list[int]:

@@ -107,15 +107,6 @@ def load(stage: StageRun) -> Study:
     )
 
 
-def explanation_frame(
-    records: list[dict], texts: list[str], reward: np.ndarray, parts: dict[str, np.ndarray]
-) -> pd.DataFrame:
-    """One row an explanation: user, item, position, title, text, reward and its parts."""
-    about = {key: [r[key] for r in records] for key in ("user", "item", "position", "title")}
-    scored = {f"reward_{name}": values for name, values in parts.items()}
-    return pd.DataFrame({**about, "text": texts, "reward": reward, **scored})
-
-
 def top_array(frame: pd.DataFrame, arm: str) -> np.ndarray:
     """One arm's rows of the ``top10`` table as an array (U, 10) of items, best first."""
     rows = frame.loc[frame["arm"] == arm].sort_values(["user", "position"])

@@ -137,7 +137,7 @@ def served_vectors(tuned: Explainer, fresh: Explainer, items: ItemTexts) -> Tens
         for name, weight in load_file(path).items():
             fresh.lm.get_parameter(name).copy_(weight)
     fresh.cut = tuned.cut
-    fresh.forget_hash()
+    fresh.weights_hash = ""
     items.states()
     again = copy.copy(items)
     again.explainer = fresh

@@ -85,7 +85,8 @@ class Demonstrations:
         """What the explainer says to the prompts, at most ``TEXT_TOKENS`` tokens."""
         explainer = self.explainer
         if self.peft.active_adapter != "alora":
-            return sampling.sample(explainer, self.prompts, 1, TEXT_TOKENS, 1.0, None).texts
+            settings = sampling.Settings(TEXT_TOKENS)
+            return sampling.sample(explainer, self.prompts, settings, None).texts
         ids, mask = left_pad(self.prompts, explainer.pad_id, explainer.device)
         given = {"input_ids": ids, "attention_mask": mask.long(), "pad_token_id": explainer.pad_id}
         out = self.peft.generate(**given, max_new_tokens=TEXT_TOKENS, do_sample=False)

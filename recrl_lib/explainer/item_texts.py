@@ -27,12 +27,8 @@ class ItemTexts:
     def __init__(self, explainer: Explainer, texts: list[str], batch: int = 64):
         self.explainer = explainer
         ids = explainer.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        empty = [i + 1 for i, row in enumerate(ids) if not row]
-        if empty:
-            raise ValueError(
-                f"{len(empty)} items have an empty text, the first is item {empty[0]}; "
-                "give each item a title"
-            )
+        if [] in ids:
+            raise ValueError(f"item {ids.index([]) + 1} has an empty text; give each item a title")
         self.n_items = len(ids)
         self.batches: list[tuple[Tensor, Tensor]] = []  # (item numbers (b,), token ids (b, T))
         for length in sorted({len(row) for row in ids}):
@@ -80,20 +76,12 @@ class ItemTexts:
 
     def _cached(self, kind: str) -> Path:
         """The cache file for all that can change the last bits of a vector."""
-        device = self.explainer.device
-        on_gpu = device.type == "cuda"
-        parts = (
-            kind,
-            self.explainer.cut,
-            device.type,
-            torch.cuda.get_device_name(device)
-            if on_gpu
-            else torch.backends.cpu.get_cpu_capability(),
-            torch.get_num_threads(),
-            torch.__version__,
-            transformers.__version__,
-        )
-        content = hashlib.sha256(self.explainer.derived(weights_sha256).encode())
+        device, cpu = self.explainer.device, torch.backends.cpu.get_cpu_capability()
+        processor = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+        parts = [kind, self.explainer.cut, device.type, processor, torch.get_num_threads()]
+        parts += [torch.__version__, transformers.__version__]
+        self.explainer.weights_hash = self.explainer.weights_hash or weights_sha256(self.explainer)
+        content = hashlib.sha256(self.explainer.weights_hash.encode())
         content.update("".join(f"{part}\n" for part in parts).encode())
         for numbers, ids in self.batches:
             content.update(numbers.numpy().tobytes() + ids.numpy().tobytes())

@@ -16,10 +16,10 @@ d hidden width, V vocabulary.
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any
 
 import peft
 import torch
@@ -30,7 +30,6 @@ from transformers.utils import logging
 from recrl_lib import assets
 from recrl_lib.params import Params
 
-T = TypeVar("T")
 PACKAGED = {"smollm2-135m-instruct": assets.smollm2_folder}
 SPLIT = ("llama",)  # model types that can be run in two parts; others run whole
 # Attention projections by the names that architectures give them -> which input each one reads:
@@ -84,14 +83,18 @@ class Explainer:
         self, lm: Any, tokenizer: Any, device: torch.device | str = "cpu", name: str = "model"
     ):
         self.split = lm.config.model_type in SPLIT
-        self.lm = without_dropout(lm).to(device).eval().requires_grad_(False)
+        for part in (lm.config, *lm.modules()):  # log-probabilities of one policy are always equal
+            for dropout in ("p", "attention_dropout"):
+                if isinstance(getattr(part, dropout, None), float):
+                    setattr(part, dropout, 0.0)
+        self.lm = lm.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.peft: peft.PeftModel | None = None
         self.adapters_off = True  # whether the model as it is now is the reference policy
         self.n_layers: int = lm.config.num_hidden_layers
         self.cut = self.n_layers if self.split else 0
-        self._derived: dict[Callable, Any] = {}
+        self.weights_hash = ""  # of the frozen weights, once known; empty it if they change
         # Padding must not be EOS: SmolLM2's tokenizer has pad == eos == <|im_end|>, which also
         # ends every turn of the prompt. Masks come from lengths, never from `ids != pad`.
         self.eos_id = tokenizer.eos_token_id
@@ -100,15 +103,8 @@ class Explainer:
         if not self.split:
             self._check_head(name)
 
-    # Adapters
-
     def add_lora(self, rank: int, alpha: int, layers: int, seed: int) -> "Explainer":
-        """Adapters on the attention projections of the top ``layers`` layers (0: of all layers).
-
-        B starts at 0, so that the model's output does not change yet.
-        """
-        if self.peft is not None:
-            raise RuntimeError("this explainer already has adapters")
+        """Adapters on the attention projections of the top ``layers`` layers (0: all); B is 0."""
         if layers > self.n_layers:
             raise ValueError(f"lora_layers={layers}: the model has {self.n_layers} layers")
         first = self.n_layers - (layers or self.n_layers)
@@ -121,13 +117,9 @@ class Explainer:
         self.cut = first if self.split else 0
         transposed = transformers.pytorch_utils.Conv1D  # stores its weight as (in, out)
         config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=0.0,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=targets,
             fan_in_fan_out=isinstance(self.lm.get_submodule(targets[0]), transposed),
-        )
+        )  # fmt: skip
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # transformers 5.23 warns of its own deprecated property on every PEFT wrap
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -186,25 +178,6 @@ class Explainer:
             )
         peft.set_peft_model_state_dict(self.peft, state)
 
-    def count_parameters(self) -> tuple[int, int]:
-        """(trainable, total) parameters."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.lm.parameters()]
-        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-    # What is computed from the frozen weights once
-
-    def derived(self, make: "Callable[[Explainer], T]") -> T:
-        """``make(self)``, kept until ``forget_hash`` says that the frozen weights changed."""
-        if make not in self._derived:
-            self._derived[make] = make(self)
-        return self._derived[make]
-
-    def forget_hash(self) -> None:
-        """Call after changing the frozen weights: their hash is computed anew."""
-        self._derived.clear()
-
-    # Forward pass
-
     def trunk(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """Trunk states (B, T, d) of ``ids`` (B, T).
 
@@ -260,18 +233,6 @@ class Explainer:
                 "on its last hidden state (a soft cap or a scale); choose another, "
                 "e.g. of type llama, qwen2, mistral, opt or gpt2"
             )
-
-
-def without_dropout(lm: Any) -> Any:
-    """``lm`` with every dropout at 0, so that log-probabilities of one policy are always equal."""
-    for module in lm.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if getattr(module, "attention_dropout", None):
-            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType]
-    if getattr(lm.config, "attention_dropout", 0):
-        lm.config.attention_dropout = 0.0
-    return lm
 
 
 @contextmanager

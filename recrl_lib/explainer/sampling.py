@@ -9,6 +9,7 @@ Shapes as in ``recrl_lib.explainer.model``.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from recrl_lib.explainer.model import Explainer, left_pad, quiet
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
 from recrl_lib.progress import track
+
+
+class Settings(NamedTuple):
+    """How to sample from a policy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    samples: int = 1  # responses to each prompt
 
 
 @dataclass
@@ -53,13 +62,11 @@ class Explained:
 def sample(
     explainer: Explainer,
     prompts: list[list[int]],
-    samples: int,
-    max_new_tokens: int,
-    temperature: float,
+    settings: Settings,
     generator: torch.Generator | None,
     value_head: torch.nn.Module | None = None,
 ) -> Rollout:
-    """``samples`` responses to each prompt, those of one prompt in adjacent rows.
+    """Responses to each prompt, those of one prompt in adjacent rows.
 
     Args:
         generator: None for greedy decoding.
@@ -67,9 +74,9 @@ def sample(
     """
     uniforms = None
     if generator is not None:
-        shape = (len(prompts) * samples, max_new_tokens)
+        shape = (len(prompts) * settings.samples, settings.max_new_tokens)
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(explainer.device)
-    task = _Task(explainer, prompts, samples, max_new_tokens, temperature, uniforms, value_head)
+    task = _Task(explainer, prompts, settings, uniforms, value_head)
     with torch.no_grad():
         rollout = _decode(task) if explainer.split else _generate(task)
     rollout.ended = ((rollout.response == explainer.eos_id) & rollout.mask).any(-1)
@@ -92,7 +99,7 @@ def response_hidden(explainer: Explainer, rollout: Rollout) -> Tensor:
 def token_logprobs(explainer: Explainer, rollout: Rollout, temperature: float) -> Tensor:
     """Log-probabilities (B, R) of the sampled tokens, adapters as they are; 0 where masked."""
     logp = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
-    return logp.gather(-1, rollout.response[..., None])[..., 0].masked_fill(~rollout.mask, 0.0)
+    return _of(rollout.response, logp).masked_fill(~rollout.mask, 0.0)
 
 
 @torch.no_grad()
@@ -105,11 +112,11 @@ def explain(
     desc: str = "explaining",
 ) -> Explained:
     """One sampled explanation a record by the policy as it is, in batches of 32 records."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, settings = torch.Generator().manual_seed(seed), Settings(max_new_tokens, temperature)
     texts, reference, kl, ended = [], [], [], []
     for start in track(range(0, len(records), 32), desc):
         prompts = [prompt_ids(explainer, messages(r)) for r in records[start : start + 32]]
-        rollout = sample(explainer, prompts, 1, max_new_tokens, temperature, generator)
+        rollout = sample(explainer, prompts, settings, generator)
         if explainer.adapters_off:  # the reference sampled: its log-probabilities are at hand
             chosen, divergence = rollout.logprobs, torch.zeros(len(prompts))
         else:
@@ -117,7 +124,7 @@ def explain(
             with explainer.reference():
                 ref = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
             divergence = (new.exp() * (new - ref)).sum(-1).masked_fill(~rollout.mask, 0.0).sum(-1)
-            chosen = ref.gather(-1, rollout.response[..., None])[..., 0]
+            chosen = _of(rollout.response, ref)
         texts += rollout.texts
         reference += [row[keep].cpu().numpy() for row, keep in zip(chosen, rollout.mask)]
         kl.append(divergence.clamp(min=0).cpu().numpy())
@@ -136,17 +143,20 @@ def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     return ids.squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
 
 
+def _of(ids: Tensor, logprobs: Tensor) -> Tensor:
+    """The log-probabilities (...) of tokens ``ids`` (...), picked from (..., V)."""
+    return logprobs.gather(-1, ids[..., None])[..., 0]
+
+
 @dataclass
 class _Task:
     """The arguments of ``sample``, its random numbers drawn."""
 
     explainer: Explainer
     prompts: list[list[int]]
-    samples: int
-    max_new_tokens: int
-    temperature: float
+    settings: Settings
     uniforms: Tensor | None  # (B, max_new_tokens)
-    value_head: torch.nn.Module | None = None
+    value_head: torch.nn.Module | None
 
     def choose(self, logprobs: Tensor, rows: Tensor | slice, position: int) -> Tensor:
         """The next token of ``rows``, whose log-probabilities are (rows, V)."""
@@ -161,11 +171,9 @@ class _Task:
         return self.value_head(hidden)[..., 0]
 
 
-# --- Llama-type models ----------------------------------------------------------------------------
-
-
 def _decode(task: _Task) -> Rollout:
-    explainer, device, tokens = task.explainer, task.explainer.device, task.max_new_tokens
+    """By a Llama-type model's layers, one token at a time."""
+    explainer, device, tokens = task.explainer, task.explainer.device, task.settings.max_new_tokens
     h, prompt_mask, states, cached, cache = _read(task)
     rows, width = prompt_mask.shape
     response = torch.full((rows, tokens), explainer.pad_id, device=device)
@@ -174,12 +182,12 @@ def _decode(task: _Task) -> Rollout:
     alive = torch.arange(rows, device=device)  # rows of the batch still being computed
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for t in range(tokens):
-        logp = explainer.log_softmax(h, task.temperature)
+        logp = explainer.log_softmax(h, task.settings.temperature)
         token = task.choose(logp, alive, t)
         going = ~ended[alive]
         response[alive, t] = torch.where(going, token, explainer.pad_id)
         mask[alive, t] = going
-        logprobs[alive, t] = torch.where(going, logp.gather(-1, token[:, None])[:, 0], 0.0)
+        logprobs[alive, t] = torch.where(going, _of(token, logp), 0.0)
         values[alive, t] = torch.where(going, task.value(h), 0.0)
         ended[alive] |= token == explainer.eos_id
         left = tokens - 1 - t
@@ -203,14 +211,13 @@ def _read(task: _Task) -> tuple[Tensor, Tensor, Tensor, Tensor, "Cache"]:
 
     Returns the last hidden state (B, d), the mask (B, P) of left-padded prompts, trunk states with
     room for the response's (B, P + max_new_tokens - 1, d), the mask (B, P) of the cache, the cache.
-    In the cache padding stands between the common beginning and the rest: positions count real
-    tokens, so its place does not matter.
+    In the cache padding stands between the common beginning and the rest.
     """
     explainer, prompts, device = task.explainer, task.prompts, task.explainer.device
     lengths = list(map(len, prompts))
     common = commonprefix(prompts)[: min(lengths) - 1] if len(prompts) > 1 else []
     n, width = len(common), max(lengths)
-    room = width + task.max_new_tokens
+    room = width + task.settings.max_new_tokens
     ids, mask = left_pad([p[n:] for p in prompts], explainer.pad_id, device)
     mask = F.pad(mask, (n, 0), value=True)
     cache = Cache(explainer, 1 if n else len(prompts), room)
@@ -228,7 +235,7 @@ def _read(task: _Task) -> tuple[Tensor, Tensor, Tensor, Tensor, "Cache"]:
         if first is not None:
             states[row, start : start + n] = first[0]
         states[row, start + n : width] = rest[row, n - length :]
-    repeat = torch.arange(len(prompts), device=device).repeat_interleave(task.samples)
+    repeat = torch.arange(len(prompts), device=device).repeat_interleave(task.settings.samples)
     cache.take(repeat)
     padding = width - torch.tensor(lengths, device=device)
     prompt_mask = torch.arange(width, device=device) >= padding[:, None]
@@ -265,9 +272,6 @@ class Cache:
         self.data[..., :length, :] = old[:, :, rows, :, :length]
 
 
-# --- any architecture -----------------------------------------------------------------------------
-
-
 class _Chosen(LogitsProcessor):
     """Leaves ``generate`` one token to choose: the one that our sampler draws."""
 
@@ -275,54 +279,35 @@ class _Chosen(LogitsProcessor):
         self.task, self.prompt = task, prompt
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        logp = torch.log_softmax(logits.float() / self.task.temperature, -1)
+        logp = torch.log_softmax(logits.float() / self.task.settings.temperature, -1)
         token = self.task.choose(logp, slice(None), ids.shape[1] - self.prompt)
         return torch.full_like(logits, -torch.inf).scatter(-1, token[:, None], 0.0)
 
 
-def generated(
-    explainer: Explainer, prompts: list[list[int]], max_new_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Greedy responses by transformers' ``generate``, through whatever adapts the model's layers.
-
-    Returns the response (B, R) and the mask of its tokens up to and with the first EOS.
-    """
-    return _by_generate(_Task(explainer, prompts, 1, max_new_tokens, 1.0, None))[2:]
-
-
-@torch.no_grad()
-def _by_generate(task: _Task) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prompt ids and mask (B, P), response ids and mask (B, R), by transformers' ``generate``."""
-    explainer = task.explainer
-    repeated = [p for p in task.prompts for _ in range(task.samples)]
+def _generate(task: _Task) -> Rollout:
+    """By transformers' ``generate``, for any architecture."""
+    explainer, settings = task.explainer, task.settings
+    repeated = [p for p in task.prompts for _ in range(settings.samples)]
     ids, prompt_mask = left_pad(repeated, explainer.pad_id, explainer.device)
     width = ids.shape[1]
     with quiet():
         out = explainer.lm.generate(
             input_ids=ids,
             attention_mask=prompt_mask.long(),
-            max_new_tokens=task.max_new_tokens,
+            max_new_tokens=settings.max_new_tokens,
             do_sample=False,
             eos_token_id=explainer.eos_id,
             pad_token_id=explainer.pad_id,
             logits_processor=LogitsProcessorList([_Chosen(task, width)]),
         )
-    response = out[:, width:]
-    ends = response == explainer.eos_id
+    ends = out[:, width:] == explainer.eos_id
     mask = ends.cumsum(-1) - ends.long() == 0
-    return ids, prompt_mask, response.masked_fill(~mask, explainer.pad_id), mask
-
-
-def _generate(task: _Task) -> Rollout:
-    explainer = task.explainer
-    ids, prompt_mask, response, mask = _by_generate(task)
+    response = out[:, width:].masked_fill(~mask, explainer.pad_id)
     full_mask = torch.cat([prompt_mask, mask[:, :-1]], 1)
     states = explainer.trunk(torch.cat([ids, response[:, :-1]], 1), full_mask)
-    hidden = explainer.top(states, full_mask)[:, ids.shape[1] - 1 :]
+    hidden = explainer.top(states, full_mask)[:, width - 1 :]
     logprobs = torch.zeros(response.shape, device=ids.device)
     for row in range(len(ids)):  # a row at a time: the logits of a whole batch may not fit
-        logp = explainer.log_softmax(hidden[row], task.temperature)
-        logprobs[row] = logp.gather(-1, response[row, :, None])[:, 0]
-    values = task.value(hidden).masked_fill(~mask, 0.0)
-    logprobs = logprobs.masked_fill(~mask, 0.0)
+        logprobs[row] = _of(response[row], explainer.log_softmax(hidden[row], settings.temperature))
+    values, logprobs = (x.masked_fill(~mask, 0.0) for x in (task.value(hidden), logprobs))
     return Rollout(prompt_mask, response, mask, logprobs, values, states, mask[:, 0], [])

@@ -86,8 +86,8 @@ class Bench:
 
     def sample(self, tokens: int = TOKENS) -> sampling.Rollout:
         generator = torch.Generator().manual_seed(0)
-        temperature = self.params.temperature
-        return sampling.sample(self.reader, self.prompts, SAMPLES, tokens, temperature, generator)
+        settings = sampling.Settings(tokens, self.params.temperature, SAMPLES)
+        return sampling.sample(self.reader, self.prompts, settings, generator)
 
     def repeated(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, mask) of every row's own prompt."""

@@ -38,8 +38,7 @@ def reference_line(record: Record) -> str:
     *most, last = [g.lower().replace("film-noir", "film noir") for g in genres] or [""]
     kind = " and ".join(filter(None, [", ".join(most), last]))
     what = f"{kind} {noun}" if kind else f"{noun} in the same vein"
-    vowels = "aeiou" if kind else "i"
-    what = f"{'an' if what[0] in vowels else 'a'} {what}"
+    what = f"{'an' if what[0] in ('aeiou' if kind else 'i') else 'a'} {what}"
     if not history:
         return f"I recommend {film}, {what}."
     opening = _OPENINGS[(record["user"] + record["item"]) % len(_OPENINGS)]
@@ -47,18 +46,8 @@ def reference_line(record: Record) -> str:
 
 
 def control_texts(records: Sequence[Record], prompts: Sequence[str]) -> dict[str, list[str]]:
-    """The controls, one text a record each.
-
-    Args:
-        records: two or more, else ``ValueError``.
-        prompts: the users' questions as the model meets them, one a record.
-    """
+    """The controls, one text a record (of two or more); ``prompts`` are the users' questions."""
     n = len(records)
-    if n < 2 or n != len(prompts):
-        raise ValueError(
-            f"controls: {n} records and {len(prompts)} prompts; "
-            "give two records or more, each with its prompt"
-        )
     said = [[r["title"], *dict.fromkeys(r["history_titles"]), *real_genres(r)] for r in records]
     return {
         "empty": [""] * n,

@@ -14,15 +14,14 @@ The judge never enters here, and this module never imports it.
 
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
 
 from recrl_lib.explainer.prompts import Record, check_records, real_genres
-from recrl_lib.params import Params, choices
-from recrl_lib.scoring.claims import SMALL, Catalogue, distinct_share, words
+from recrl_lib.params import Params
+from recrl_lib.scoring.claims import SMALL, Catalogue, Verdict, distinct_share, words
 
-Part = Callable[[Record, str, Catalogue], float]
+Parts = tuple[float, float, float]  # of one text, in the order of PARTS
 PARTS = ("length", "relevance", "coherence")
 WEIGHTS = (0.5, 0.3, 0.2)
 PAPER_WORDS, PAPER_HITS, PAPER_SENTENCES = 40, 3, 2
@@ -39,30 +38,19 @@ _LABELS = (
     "|movies?|watched|recommended|recommendations?|explanation|output|input"
 )
 # A prompt's text, not an explanation's: chat-template tokens, role and field labels, orders.
-# Searched in lower case, each with what any match contains: looking for that first is many times
-# as fast, and so is a pattern that opens with plain letters (hence the word boundary behind "you").
-_RESIDUES = tuple(
-    (needle, re.compile(pattern))
-    for needle, pattern in (
-        ("<", r"<\|?\w+\|?>"),
-        ("inst]", r"\[/?inst\]"),
-        (":", rf"\b(?:{_LABELS})\s*:"),
-        ("explain", r"\bexplain\s+(?:each|why|the|this|your)\b"),
-        ("sentence", r"\bin\s+one\s+(?:or\s+two\s+)?(?:short\s+)?sentences?\b"),
-        (
-            "you",
-            r"you(?<=\byou)\s+(?:recommend|are\s+an?\s+(?:\w+\s+)?(?:assistant|recommender))\b",
-        ),
-    )
-)
+# Each pattern stands beside what any match contains: looking for that first is many times as fast,
+# and so is a pattern that opens with plain letters (hence "you(?<=\byou)").
+_RESIDUES = {
+    "<": re.compile(r"<\|?\w+\|?>"),
+    "inst]": re.compile(r"\[/?inst\]"),
+    ":": re.compile(rf"\b(?:{_LABELS})\s*:"),
+    "explain": re.compile(r"\bexplain\s+(?:each|why|the|this|your)\b"),
+    "sentence": re.compile(r"\bin\s+one\s+(?:or\s+two\s+)?(?:short\s+)?sentences?\b"),
+    "you": re.compile(
+        r"you(?<=\byou)\s+(?:recommend|are\s+an?\s+(?:\w+\s+)?(?:assistant|recommender))\b"
+    ),
+}
 _LIST_MARKER = re.compile(r"\s*(?:#|[-*]\s|\d+[.)]\s)")
-
-
-def score(
-    record: Record, text: str, catalogue: Catalogue, variant: str = "grounded"
-) -> dict[str, float]:
-    """The three parts of one explanation's reward, each in [0, 1]."""
-    return {part: f(record, text, catalogue) for part, f in zip(PARTS, _parts(variant))}
 
 
 class Reward:
@@ -71,22 +59,12 @@ class Reward:
     Args:
         variant: ``grounded`` or ``paper``.
         catalogue: titles and genres of the item table.
-        weights: of length, relevance and coherence. 0 removes a part; the weights are rescaled to
-            sum to 1, so that a reward without one part has the same range.
-
-    Raises:
-        ValueError: unknown variant, or weights that are not three numbers >= 0, one above 0.
+        weights: of length, relevance and coherence, not all 0. 0 removes a part; the weights are
+            rescaled to sum to 1, so that a reward without one part has the same range.
     """
 
     def __init__(self, variant: str, catalogue: Catalogue, weights: Sequence[float] = WEIGHTS):
-        self.parts = _parts(variant)
-        self.variant, self.catalogue = variant, catalogue
-        valid = len(weights) == len(PARTS) and all(0 <= w < np.inf for w in weights)
-        if not valid or not sum(weights):
-            raise ValueError(
-                f"reward weights {weights!r}: give three non-negative numbers, "
-                f"for {', '.join(PARTS)}, not all 0"
-            )
+        self.variant, self.catalogue, self.parts = variant, catalogue, VARIANTS[variant]
         self.weights = tuple(w / sum(weights) for w in weights)
 
     @classmethod
@@ -100,7 +78,7 @@ class Reward:
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Total reward, float32 (n,), and each unweighted part, float32 (n,)."""
         check_records(records, texts)
-        rows = [[f(r, text, self.catalogue) for f in self.parts] for r, text in zip(records, texts)]
+        rows = [self.parts(r, text, self.catalogue) for r, text in zip(records, texts)]
         columns = np.array(rows, np.float32).reshape(-1, len(PARTS)).T
         total = sum(w * column for w, column in zip(self.weights, columns))
         return np.asarray(total, np.float32), dict(zip(PARTS, columns))
@@ -110,116 +88,80 @@ class Reward:
 
         The data set's columns must be the record's fields. Completions may be strings or chats.
         """
-        return [self._trl_function(name, f) for name, f in zip(PARTS, self.parts)]
 
-    def _trl_function(self, name: str, part: Part) -> Callable[..., list[float]]:
-        def function(prompts, completions, completion_ids=None, **columns) -> list[float]:
-            n = len(completions)
-            # TRL adds entries of its own that are no columns
-            usable = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == n}
-            records = [{k: v[i] for k, v in usable.items()} for i in range(n)]
-            texts = [
-                c if isinstance(c, str) else "".join(m["content"] for m in c) for c in completions
-            ]
-            check_records(records, texts)
-            return [part(r, text, self.catalogue) for r, text in zip(records, texts)]
+        def as_function(name: str) -> Callable[..., list[float]]:
+            def function(prompts, completions, completion_ids=None, **columns) -> list[float]:
+                n = len(completions)
+                # TRL adds entries of its own that are no columns
+                usable = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == n}
+                records = [{k: v[i] for k, v in usable.items()} for i in range(n)]
+                texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+                return self(records, texts)[1][name].tolist()
 
-        function.__name__ = f"reward_{name}"  # TRL logs it under this name
-        return function
+            function.__name__ = f"reward_{name}"  # TRL logs it under this name
+            return function
+
+        return [as_function(name) for name in PARTS]
 
 
-# --- paper ----------------------------------------------------------------------------------------
-
-
-def _paper_length(record: Record, text: str, catalogue: Catalogue) -> float:
-    return min(len(text.split()) / PAPER_WORDS, 1.0)
-
-
-def _paper_relevance(record: Record, text: str, catalogue: Catalogue) -> float:
-    """Distinct keywords hit, of the title's words (not function words) and genres, over three."""
-    title = {w for w in map(str.lower, words(record["title"])) if w not in SMALL}
-    keywords = title | {g.lower() for g in real_genres(record)}
-    said = set(map(str.lower, words(text)))
-    return min(len(keywords & said) / min(PAPER_HITS, max(len(keywords), 1)), 1.0)
-
-
-def _paper_coherence(record: Record, text: str, catalogue: Catalogue) -> float:
+def _paper(record: Record, text: str, catalogue: Catalogue) -> Parts:
+    """Relevance: distinct keywords hit, of the title's words (not function words) and genres."""
+    keywords = set(map(str.lower, words(record["title"]))) - SMALL
+    keywords |= {g.lower() for g in real_genres(record)}
+    hits = len(keywords.intersection(map(str.lower, words(text))))
     sentences = sum(len(s.split()) >= 3 for s in _SENTENCE.findall(text))
-    return min(sentences / PAPER_SENTENCES, 1.0)
+    return (
+        min(len(text.split()) / PAPER_WORDS, 1.0),
+        min(hits / min(PAPER_HITS, max(len(keywords), 1)), 1.0),
+        min(sentences / PAPER_SENTENCES, 1.0),
+    )
 
 
-# --- grounded -------------------------------------------------------------------------------------
+def _grounded(record: Record, text: str, catalogue: Catalogue) -> Parts:
+    """Length: a trapezoid in words. Relevance: true mentions, in running English, less false ones.
+
+    Coherence: opens like a sentence, ends like one (not cut off) and is made of words, a third
+    each, times how far the text is prose, and the share of distinct trigrams.
+    """
+    said = words(text.lower())
+    n, prose = len(said), 0.0 if _is_residue(text) else catalogue.claims(text).prose
+    length = max(min(n / FULL_FROM, (TOO_LONG - n) / (TOO_LONG - FULL_TO), 1.0), 0.0)
+    earned, charged = _mentions(catalogue.verdict(record, text))
+    relevance = max(earned * prose - charged, 0.0)
+    if not prose:
+        return length, relevance, 0.0
+    opens = bool(_OPENING.match(text.lstrip()))
+    ends = text.rstrip().rstrip("\"”')").endswith((".", "!", "?"))
+    form = (opens + ends + _is_latin(text, said)) / 3
+    return length, relevance, form * prose * distinct_share(said, 3)
 
 
-def _band_length(record: Record, text: str, catalogue: Catalogue) -> float:
-    """Trapezoid in words: 0 at 0, full from 14 to 45, 0 again from 90."""
-    n = len(_said(text))
-    return max(min(n / FULL_FROM, (TOO_LONG - n) / (TOO_LONG - FULL_TO), 1.0), 0.0)
-
-
-def _grounded_relevance(record: Record, text: str, catalogue: Catalogue) -> float:
-    """True mentions (title, up to two history titles, up to two genres), less false ones.
+def _mentions(said: Verdict) -> tuple[float, float]:
+    """What the title, up to two history titles and up to two genres earn; what false ones cost.
 
     What the record cannot offer (no history, no genres) leaves the scale, so that 1 can be reached.
-    Mentions count only in running English, not in a keyword list or a copied prompt.
     """
-    verdict = catalogue.verdict(record, text)
-    earned = scale = 0.0
-    for weight, named, most in (
-        (TITLE, verdict.title, 1),
-        (HISTORY, verdict.history, min(2, verdict.all_history)),
-        (GENRES, verdict.genres, min(2, verdict.all_genres)),
-    ):
-        if most:
-            earned += weight * min(named / most, 1)
-            scale += weight
-    charged = (
-        FOREIGN_TITLE * verdict.foreign_titles
-        + NAME * verdict.people
-        + WRONG_GENRE * verdict.wrong_genres
-        + WRONG_YEAR * verdict.wrong_years
+    offered = (
+        (TITLE, said.title, 1),
+        (HISTORY, said.history, min(2, said.all_history)),
+        (GENRES, said.genres, min(2, said.all_genres)),
     )
-    return max(earned / scale * _prose(text, catalogue) - charged, 0.0)
+    earned = sum(weight * min(named / most, 1) for weight, named, most in offered if most)
+    charged = FOREIGN_TITLE * said.foreign_titles + NAME * said.people
+    charged = charged + WRONG_GENRE * said.wrong_genres + WRONG_YEAR * said.wrong_years
+    return earned / sum(weight for weight, _, most in offered if most), charged
 
 
-def _form(record: Record, text: str, catalogue: Catalogue) -> float:
-    """Opens like a sentence, ends like one (not cut off) and is made of words, a third each.
-
-    Times how far the text is prose, and the share of distinct trigrams.
-    """
-    if not (share := _prose(text, catalogue)):
-        return 0.0
-    checks = (
-        bool(_OPENING.match(text.lstrip())),
-        text.rstrip().rstrip("\"”')").endswith((".", "!", "?")),
-        _sane(text),
-    )
-    return sum(checks) / len(checks) * share * distinct_share(_said(text), 3)
-
-
-@lru_cache(maxsize=1)  # the parts ask in turn about the same text
-def _said(text: str) -> list[str]:
-    return words(text.lower())
-
-
-def _prose(text: str, catalogue: Catalogue) -> float:
-    """How far the text is running English (see ``Claims``); 0 for a prompt's text."""
-    return 0.0 if _residue(text) else catalogue.claims(text).prose
-
-
-@lru_cache(maxsize=1)
-def _residue(text: str) -> bool:
+def _is_residue(text: str) -> bool:
     """Whether the text has marks of a prompt, a chat template or a list."""
     lower = text.lower()
-    if any(needle in lower and pattern.search(lower) for needle, pattern in _RESIDUES):
-        return True
-    return any(map(_LIST_MARKER.match, text.split("\n")))
+    residue = any(needle in lower and found.search(lower) for needle, found in _RESIDUES.items())
+    return residue or any(map(_LIST_MARKER.match, text.split("\n")))
 
 
-def _sane(text: str) -> bool:
+def _is_latin(text: str, said: list[str]) -> bool:
     """Mostly Latin letters, in words of ordinary length."""
-    lengths = list(map(len, _said(text)))
-    shown = "".join(text.split())
+    lengths, shown = list(map(len, said)), "".join(text.split())
     return (
         sum(map(str.isalpha, shown)) >= 0.8 * len(shown)
         and len(shown.encode("ascii", "ignore")) / len(shown) >= 0.9
@@ -228,15 +170,4 @@ def _sane(text: str) -> bool:
     )
 
 
-_VARIANTS: dict[str, tuple[Part, ...]] = {
-    "grounded": (_band_length, _grounded_relevance, _form),
-    "paper": (_paper_length, _paper_relevance, _paper_coherence),
-}
-VARIANTS = choices("reward")
-
-
-def _parts(variant: str) -> tuple[Part, ...]:
-    """The functions of a variant, in the order of ``PARTS``."""
-    if variant not in VARIANTS:
-        raise ValueError(f"reward={variant!r}: choose one of {', '.join(VARIANTS)}")
-    return _VARIANTS[variant]
+VARIANTS = {"grounded": _grounded, "paper": _paper}

@@ -36,7 +36,7 @@ from torch.optim import AdamW, Optimizer
 
 from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import messages, prompt_ids
-from recrl_lib.explainer.sampling import Rollout, response_hidden, sample, token_logprobs
+from recrl_lib.explainer.sampling import Rollout, Settings, response_hidden, sample, token_logprobs
 from recrl_lib.params import Params
 from recrl_lib.progress import track
 from recrl_lib.shield.projection import Shield
@@ -68,10 +68,10 @@ def roll_out(
 ) -> Rollout:
     """``samples_per_prompt`` texts a record, adjacent, with log-probabilities and values."""
     prompts = [prompt_ids(explainer, messages(record)) for record in records]
-    settings = params.samples_per_prompt, params.max_new_tokens, params.temperature
+    settings = Settings(params.max_new_tokens, params.temperature, params.samples_per_prompt)
     gpu = explainer.device.type == "cuda"  # on a CPU the sampler packs float32 weights
     with precision(params, explainer.device) if gpu else nullcontext():
-        rollout = sample(explainer, prompts, *settings, generator, head)
+        rollout = sample(explainer, prompts, settings, generator, head)
     if autocasts(params, explainer.device):
         rollout.logprobs = logprobs(explainer, rollout, params)
     return rollout

@@ -122,7 +122,7 @@ def merge(explainer: Explainer, fresh: dict[str, Tensor]) -> None:
     """Add the adapters' update to the frozen weights and reset the adapters to ``fresh``."""
     for _, _, module in explainer.adapted_modules():
         module.base_layer.weight += module.get_delta_weight("default")
-    explainer.forget_hash()
+    explainer.weights_hash = ""
     explainer.load_adapter(fresh)
 
 

@@ -109,8 +109,8 @@ def test_other_architectures_learn_by_ppo_and_merge(kind):
     row = ppo.PPO(whole, constant, [RECORD] * 3, settings, 0).step()
     assert row["ratio_first_minibatch_max_dev"] < 1e-4 and row["gradient_norm"] > 0
     assert item_texts.weights_sha256(whole) == frozen
-    before = sampling.sample(whole, PROMPTS[:1], 1, 6, 0.7, None).logprobs
+    before = sampling.sample(whole, PROMPTS[:1], sampling.Settings(6, 0.7), None).logprobs
     warm_start.merge(whole, untuned(kind).adapter_state())
     with whole.reference():
-        merged = sampling.sample(whole, PROMPTS[:1], 1, 6, 0.7, None).logprobs
+        merged = sampling.sample(whole, PROMPTS[:1], sampling.Settings(6, 0.7), None).logprobs
     torch.testing.assert_close(merged, before, atol=1e-5, rtol=0)

@@ -15,7 +15,9 @@ close = dict(atol=1e-5, rtol=0)
 def sample(explainer, prompts=CHATS, samples=2, length=10, seed=0, temperature=0.7):
     """By the random numbers of ``seed``; greedy if None."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return sampling.sample(explainer, prompts, samples, length, temperature, generator)
+    return sampling.sample(
+        explainer, prompts, sampling.Settings(length, temperature, samples), generator
+    )
 
 
 def assert_trained_alike(explainer, rollout, temperature=0.7):
@@ -113,7 +115,7 @@ def test_decoding_follows_the_adapters_as_they_are_and_the_weights_after_a_merge
     with torch.no_grad():
         for p in explainer.lm.model.layers[0].parameters():
             p.mul_(1.1)
-    explainer.forget_hash()
+    explainer.weights_hash = ""
     assert_trained_alike(explainer, sample(explainer))
 
 

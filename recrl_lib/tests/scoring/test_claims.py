@@ -2,7 +2,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from recrl_lib.scoring.claims import Catalogue, distinct_share
+from recrl_lib.scoring.claims import Catalogue
 
 TITLES = """The Rock|Heat|Con Air|The Usual Suspects|The Game|Fear|Fargo|Michael|M*A*S*H|In & Out
 Face/Off|Seven (Se7en)|Star Trek: First Contact|Star Trek: The Motion Picture|Schindler's List
@@ -50,21 +50,16 @@ def test_titles(text, found):
     assert titles(text) == found
 
 
-def test_genres_in_their_forms_and_not_inside_titles():
+def test_genres_in_their_forms_and_not_inside_titles_and_years_outside_titles():
     said = CATALOGUE.claims(
         "Comedies, thrillers, science fiction, films noir, an animated romantic story "
         "for children. Drama, War."
     )
     named = "Comedy Thriller Sci-Fi Film-Noir Animation Romance Children's War"
     assert said.genres == tuple(named.split())
-    assert CATALOGUE.claims("You saw True Romance.").genres == ()
-    assert CATALOGUE.claims("a thrilling story of unknown origin").genres == ()
-
-
-def test_years_outside_titles():
-    assert CATALOGUE.claims(
-        "From 1994, not the 1990s, 12345 or 2001: A Space Odyssey; 1994 again."
-    ).years == (1994,)
+    assert CATALOGUE.claims("You saw True Romance, of unknown origin, a thrill").genres == ()
+    dated = "From 1994, not the 1990s, 12345 or 2001: A Space Odyssey; 1994 again."
+    assert CATALOGUE.claims(dated).years == (1994,)
 
 
 NAMED = "directed by Michael Bay, starring DiCaprio, with Tom Hanks"
@@ -110,7 +105,7 @@ def test_verdict_by_hand():
     text = "Like the comedy Fargo, Con Air (1996) is an action romance by John Woo, "
     text += "not The Rock or Fear."
     v = CATALOGUE.verdict(RECORD, text)
-    assert (v.title, v.history, v.genres, v.history_genres, v.years) == (True, 1, 1, 1, 0)
+    assert (v.title, v.history, v.genres) == (True, 1, 1)
     assert (v.foreign_titles, v.wrong_genres, v.wrong_years, v.people) == (2, 1, 1, 1)
     assert (v.supported, v.unsupported) == (4, 5)
 
@@ -139,12 +134,9 @@ def test_marks_are_the_claims_that_the_verdict_counts(tokens):
     assert all(a < b <= c for (a, b, _), (c, _, _) in zip(marked, [*marked[1:], (len(text), 0, 0)]))
 
 
-def test_a_history_genre_needs_its_film():
+def test_a_history_genre_needs_its_film_and_an_ambiguous_mention_is_read_kindly():
     assert CATALOGUE.verdict(RECORD, "Con Air is a comedy like Heat.").wrong_genres == 1
     assert CATALOGUE.verdict(RECORD, "Con Air is a comedy like Fargo.").wrong_genres == 0
-
-
-def test_an_ambiguous_mention_is_read_kindly():
     record = RECORD | dict(title="Star Trek: First Contact", genres=["Sci-Fi"])
     assert CATALOGUE.verdict(record, "You will enjoy Star Trek.").title
 
@@ -161,9 +153,3 @@ def test_any_text_is_read(text):
     said = CATALOGUE.claims(text)
     assert 0 <= said.prose <= 1
     assert CATALOGUE.verdict(RECORD, text).unsupported >= 0
-
-
-@given(st.lists(st.sampled_from("abc"), max_size=12), st.integers(1, 3))
-def test_distinct_share_against_its_naive_twin(tokens, n):
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    assert distinct_share(tokens, n) == (len(set(grams)) / len(grams) if grams else 1)

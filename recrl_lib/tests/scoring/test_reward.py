@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from recrl_lib import params
 from recrl_lib.scoring.claims import Catalogue
-from recrl_lib.scoring.reward import PARTS, VARIANTS, WEIGHTS, Reward, score
+from recrl_lib.scoring.reward import PARTS, VARIANTS, WEIGHTS, Reward
 
 RECORD = dict(user=7, item=3, position=2, title="Con Air", year=1997, genres=["Action", "Thriller"])
 RECORD |= dict(
@@ -51,12 +51,18 @@ DEGENERATE = {
 }
 
 
-def total(text, variant="grounded", record=RECORD):
-    return float(Reward(variant, CATALOGUE)([record], [text])[0][0])
+def score(text, variant="grounded", record=RECORD):
+    """The parts of one text's reward."""
+    _, parts = Reward(variant, CATALOGUE)([record], [text])
+    return {part: float(values[0]) for part, values in parts.items()}
+
+
+def total(text):
+    return float(Reward("grounded", CATALOGUE)([RECORD], [text])[0][0])
 
 
 def test_an_honest_explanation_gets_full_marks():
-    assert score(RECORD, HONEST, CATALOGUE) == dict(length=1, relevance=1, coherence=1)
+    assert score(HONEST) == dict(length=1, relevance=1, coherence=1)
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
@@ -65,55 +71,38 @@ def test_degenerate_texts_lose_by_a_margin(name):
 
 
 @pytest.mark.parametrize(
-    "words, value", [(0, 0), (7, 0.5), (14, 1), (45, 1), (60, 2 / 3), (90, 0), (200, 0)]
-)
-def test_length_band(words, value):
-    assert score(RECORD, "so " * words, CATALOGUE)["length"] == pytest.approx(value)
-
-
-@pytest.mark.parametrize(
-    "text, value",
+    "part, text, value",
     [
-        ("Con Air to you because it is so good.", 0.4),  # the title alone
-        ("Con Air to you because you liked Heat.", 0.55),  # and one of two history titles
-        ("it to you because it is an action film.", 0.15),  # one of two genres
-        ("Con Air to you because of Nicolas Cage in it.", 0.4 - 0.2),  # a name
-        ("Con Air to you as it is like Annie Hall.", 0.4 - 0.25),  # a foreign title
-        ("Con Air to you as it is a comedy of 1995.", 0.4 - 0.15 - 0.15),  # a wrong genre and year
-        ("Con Air to you as it is a comedy by Nicolas Cage and John Woo.", 0),  # never below 0
+        *(
+            ("length", "so " * n, v)
+            for n, v in [(0, 0), (7, 0.5), (14, 1), (45, 1), (60, 2 / 3), (90, 0), (200, 0)]
+        ),
+        ("relevance", "I recommend Con Air to you because it is so good.", 0.4),  # the title alone
+        ("relevance", "I recommend Con Air to you because you liked Heat.", 0.55),  # one of two
+        ("relevance", "I recommend it to you because it is an action film.", 0.15),  # one of two
+        ("relevance", "I recommend Con Air to you because of Nicolas Cage in it.", 0.4 - 0.2),
+        ("relevance", "I recommend Con Air to you as it is like Annie Hall.", 0.4 - 0.25),
+        ("relevance", "I recommend Con Air to you as it is a comedy of 1995.", 0.4 - 0.15 - 0.15),
+        ("relevance", "Con Air is a comedy by Nicolas Cage and John Woo.", 0),  # never below 0
+        ("coherence", "It is the film that you will like.", 1),
+        ("coherence", "it is the film that you will like.", 2 / 3),  # opens small
+        ("coherence", "It is the film that you will", 2 / 3),  # cut off
+        ("coherence", "It is the film that you will like. <|im_end|>", 0),
+        ("coherence", "You recommend films. Explain why the film is so good.", 0),
+        ("coherence", "It is the Zzxqwrtpsdfghjklmnbvcxzqw of the film.", 2 / 3),  # no word
+        ("coherence", "It is 这部 电影 很好 电影的 so it is one that you like.", 2 / 3),
+        # 9 words, 7 trigrams, 3 of them distinct
+        ("coherence", "With them they with them they with them they.", 3 / 7),
     ],
 )
-def test_relevance_by_hand(text, value):
-    said = f"I recommend {text}"
-    assert score(RECORD, said, CATALOGUE)["relevance"] == pytest.approx(value)
+def test_parts_by_hand(part, text, value):
+    assert score(text)[part] == pytest.approx(value)
 
 
 def test_relevance_stays_reachable_without_history_and_genres():
     bare = RECORD | dict(history_titles=[], history_genres=[], genres=["unknown"])
     text = "I recommend Con Air to you because it is so good."
-    assert score(bare, text, CATALOGUE)["relevance"] == 1
-
-
-@pytest.mark.parametrize(
-    "text, value",
-    [
-        ("It is the film that you will like.", 1),
-        ("it is the film that you will like.", 2 / 3),  # opens small
-        ("It is the film that you will", 2 / 3),  # cut off
-        ("It is the film that you will like. <|im_end|>", 0),
-        ("You recommend films. Explain why the film is so good.", 0),
-        ("It is the Zzxqwrtpsdfghjklmnbvcxzqw of the film.", 2 / 3),  # no word
-        ("It is 这部 电影 很好 电影的 so it is one that you like.", 2 / 3),  # not Latin
-    ],
-)
-def test_coherence_by_hand(text, value):
-    assert score(RECORD, text, CATALOGUE)["coherence"] == pytest.approx(value)
-
-
-def test_repeated_trigrams_cost_their_share():
-    # 9 words, 7 trigrams, 3 of them distinct: "with them they", "them they with", "they with them"
-    text = "With them they with them they with them they."
-    assert score(RECORD, text, CATALOGUE)["coherence"] == pytest.approx(3 / 7)
+    assert score(text, record=bare)["relevance"] == 1
 
 
 @pytest.mark.parametrize(
@@ -125,22 +114,7 @@ def test_repeated_trigrams_cost_their_share():
     ],
 )
 def test_paper_variant_by_hand(text, parts):
-    assert score(RECORD, text, CATALOGUE, "paper") == dict(zip(PARTS, parts))
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_batch_is_the_weighted_sum_of_single_scores(variant):
-    texts = [HONEST, *DEGENERATE.values()]
-    values, parts = Reward(variant, CATALOGUE)([RECORD] * len(texts), texts)
-    assert (
-        values.dtype == np.float32 and values.shape == (len(texts),) and list(parts) == list(PARTS)
-    )
-    for i, text in enumerate(texts):
-        single = score(RECORD, text, CATALOGUE, variant)
-        assert {p: parts[p][i] for p in PARTS} == pytest.approx(single)
-        assert values[i] == pytest.approx(
-            0.5 * single["length"] + 0.3 * single["relevance"] + 0.2 * single["coherence"]
-        )
+    assert score(text, "paper") == pytest.approx(dict(zip(PARTS, parts)))
 
 
 def test_500_real_texts_keep_their_values():
@@ -160,12 +134,10 @@ def test_500_real_texts_keep_their_values():
 def test_a_false_mention_costs_more_than_a_true_one_earns(false):
     """An invented film, a person, a film not watched: a guess pays only if it is mostly right."""
     true = "I recommend Con Air to you because you liked Heat, and it is good."
-    relevance = lambda text: score(RECORD, text, CATALOGUE)["relevance"]  # noqa: E731
-    earned = relevance(true) - relevance(true.replace("Heat", "it"))
-    cost = relevance(true) - relevance(true.replace("Heat", f"Heat and {false}"))
+    relevance = score(true)["relevance"]
+    earned = relevance - score(true.replace("Heat", "it"))["relevance"]
+    cost = relevance - score(true.replace("Heat", f"Heat and {false}"))["relevance"]
     assert cost > earned == pytest.approx(0.15)
-    wrong_year = true.replace("Con Air", "Con Air (1995)")
-    assert relevance(true) - relevance(wrong_year) == pytest.approx(0.15)
 
 
 def test_empty_batch():
@@ -173,9 +145,9 @@ def test_empty_batch():
     assert values.shape == (0,) and all(p.shape == (0,) for p in parts.values())
 
 
-@given(st.text(max_size=120), st.sampled_from(VARIANTS))
+@given(st.text(max_size=120), st.sampled_from(sorted(VARIANTS)))
 def test_parts_stay_in_the_unit_interval(text, variant):
-    assert all(0 <= v <= 1 for v in score(RECORD, text, CATALOGUE, variant).values())
+    assert all(0 <= v <= 1 for v in score(text, variant).values())
 
 
 def test_trl_functions_agree_with_the_batch():
@@ -198,30 +170,13 @@ def test_trl_without_the_record_columns_says_which():
         Reward("grounded", CATALOGUE).as_trl()[0](["p"], ["x"], user=[1])
 
 
-def test_a_removed_part_leaves_a_reward_of_the_same_range():
+def test_weights_are_rescaled_to_sum_to_one():
     texts = [HONEST, *DEGENERATE.values()]
     without = Reward("grounded", CATALOGUE, (0.5, 0.0, 0.2))
     values, parts = without([RECORD] * len(texts), texts)
     assert without.weights == pytest.approx((5 / 7, 0, 2 / 7)) and values[0] == pytest.approx(1)
-    np.testing.assert_allclose(
-        values, 5 / 7 * parts["length"] + 2 / 7 * parts["coherence"], rtol=1e-6
-    )
-    assert Reward("grounded", CATALOGUE, (1, 0.6, 0.4)).weights == pytest.approx(WEIGHTS)
-    assert (
-        Reward("grounded", CATALOGUE).weights == WEIGHTS
-    )  # already sum to 1: left as they are, to the bit
+    expected = 5 / 7 * parts["length"] + 2 / 7 * parts["coherence"]
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+    assert Reward("grounded", CATALOGUE).weights == WEIGHTS  # sum to 1 already: equal to the bit
     of = Reward.of(params.Params(reward="paper", weight_length=0.0), CATALOGUE)
     assert of.variant == "paper" and of.weights == pytest.approx((0, 0.6, 0.4))
-
-
-@pytest.mark.parametrize(
-    "variant, weights, message",
-    [
-        ("paper", (0, 0, 0), "not all 0"),
-        ("best", WEIGHTS, "choose one of grounded, paper"),
-        ("paper", (1.0, -1.0, 0.5), "three non-negative"),
-    ],
-)
-def test_errors(variant, weights, message):
-    with pytest.raises(ValueError, match=message):
-        Reward(variant, CATALOGUE, weights)

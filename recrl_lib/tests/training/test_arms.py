@@ -14,7 +14,7 @@ from recrl_lib.data import splits
 from recrl_lib.explainer.item_texts import ItemTexts
 from recrl_lib.explainer.model import load_for
 from recrl_lib.explainer.prompts import messages, prompt_ids
-from recrl_lib.explainer.sampling import sample
+from recrl_lib.explainer.sampling import Settings, sample
 from recrl_lib.params import resolve, stage_named
 from recrl_lib.ranker import ranking, sasrec
 from recrl_lib.scoring.claims import Catalogue
@@ -90,7 +90,9 @@ def test_stored_adapters_are_the_policies_that_were_trained(stage):
 
     def says(explainer):
         prompts = [prompt_ids(explainer, messages(r)) for r in RECORDS]
-        return sample(explainer, prompts, 2, 8, 1.0, torch.Generator().manual_seed(5)).texts
+        return sample(
+            explainer, prompts, Settings(8, samples=2), torch.Generator().manual_seed(5)
+        ).texts
 
     protected = protect(load_for(stage.params, 0))
     training = arms.Training("unshielded", stage, STUDY, protected, red)

@@ -4,7 +4,7 @@ import torch
 
 from recrl_lib.explainer.item_texts import ItemTexts, weights_sha256
 from recrl_lib.explainer.prompts import messages, prompt_ids
-from recrl_lib.explainer.sampling import response_hidden, sample, token_logprobs
+from recrl_lib.explainer.sampling import Settings, response_hidden, sample, token_logprobs
 from recrl_lib.shield import projection
 from recrl_lib.shield.replay import Replay
 from recrl_lib.tests.tiny import tiny_explainer, tune_randomly
@@ -110,7 +110,7 @@ def test_trimmed_rows_are_scored_as_in_the_whole_rollout():
     tune_randomly(explainer)
     prompts = [prompt_ids(explainer, messages(r)) for r in RECORDS[:3]]
     prompts.append(prompts[0][-5:])
-    rollout = sample(explainer, prompts, 2, 8, 1.0, generator())
+    rollout = sample(explainer, prompts, Settings(8, samples=2), generator())
     whole = token_logprobs(explainer, rollout, 1.0)
     for rows in torch.arange(8).split(2):
         part = ppo.part_of(rollout, rows)
