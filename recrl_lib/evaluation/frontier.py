@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import sqrt
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,12 +62,11 @@ class Point:
     @property
     def curve(self) -> str:
         """The line of the figure this point lies on: its strength varies along it."""
-        after = ", replay steps after" if self.replay_steps else ""
-        if self.mode in ("none", "penalty", "align", "alora"):
-            names = {"none": "no shield, stopped early", "penalty": "replay penalty"}
-            return names.get(self.mode, self.mode) + after
+        names = {"none": "no shield, stopped early", "penalty": "replay penalty"}
+        names |= {"align": "align", "alora": "alora"}
         replay = f" {self.energy:g}, with replay" if self.penalty else ""
-        return f"{self.mode}, {self.basis}{replay}{after}"
+        name = names.get(self.mode, f"{self.mode}, {self.basis}{replay}")
+        return name + (", replay steps after" if self.replay_steps else "")
 
 
 SETTING = [f.name for f in fields(Point)]
@@ -100,19 +99,12 @@ class Comparison:
     taught: Demonstrations  # of PPO users
     asked: Demonstrations  # of validation users: what a point learned decides settings
     n_boot: int = 10_000
-    untuned: dict[str, float] = field(init=False)
 
     def __post_init__(self):
         self.seen = set(range(1, self.items.n_items + 1)) - self.held
         self.ranking, _ = ranking_change.ranking_table(self.study, self.study.text)
         with self.explainer.reference():
             self.untuned = {"loss_base": self.asked.mean_loss(), "reward_base": self.reward()[0]}
-
-    def replay(self, point: Point) -> Replay | None:
-        if not point.penalty:
-            return None
-        given = (self.explainer, self.items, self.study.text, readout_of(self.study.ranker))
-        return Replay(*given, point.penalty, point.seed, self.seen)
 
     def reward(self) -> tuple[float, float]:
         """(mean reward of greedy texts for the users asked, its standard error over users)."""
@@ -128,7 +120,10 @@ def run_point(shared: Comparison, point: Point) -> dict:
     with activated_lora(explainer) if point.mode == "alora" else nullcontext():
         shield = None
         if point.mode in projection.MODES:
-            shield = Shield(explainer, protected, point.mode, shared.replay(point))
+            reader = explainer, shared.items, shared.study.text, readout_of(shared.study.ranker)
+            weight, seed, seen = point.penalty, point.seed, shared.seen
+            replay = Replay(*reader, weight, seed, seen) if weight else None
+            shield = Shield(explainer, protected, point.mode, replay)
         seconds = tune(shared, point, shield)
         measured = {"leak": leak(explainer, protected), **measure(shared, point)}
     # A mode that projects nothing shows its leak against the subspaces it was not held to.
@@ -198,9 +193,9 @@ def measure(shared: Comparison, point: Point) -> dict:
 def run_points(shared: Comparison, points: list[Point]) -> Iterator[dict]:
     """The rows of ``points``, in their order; a process each on cores that are idle.
 
-    Products this small share badly: two processes finish more points than two threads. Every row
-    but its CPU seconds is what ``run_point`` gives here, bit for bit. The processes are forked, for
-    ``shared`` is too large to send; joblib cannot hand back rows of forked ones as they end.
+    Two processes finish more points than two threads, for the products are small. All but the CPU
+    seconds is what ``run_point`` gives here, bit for bit. The processes are forked, for ``shared``
+    is too large to send; joblib cannot hand back the rows of forked ones one by one.
     """
     global _shared
     workers = min(len(points), idle_cores())

@@ -90,8 +90,8 @@ class Demonstrations:
         ids, mask = left_pad(self.prompts, explainer.pad_id, explainer.device)
         given = {"input_ids": ids, "attention_mask": mask.long(), "pad_token_id": explainer.pad_id}
         out = self.peft.generate(**given, max_new_tokens=TEXT_TOKENS, do_sample=False)
-        said = [row[row != explainer.pad_id] for row in out[:, ids.shape[1] :]]
-        return [sampling.decode(explainer, row) for row in said]
+        said = out[:, ids.shape[1] :]
+        return [sampling.decode(explainer, row[row != explainer.pad_id]) for row in said]
 
 
 @contextmanager
@@ -102,10 +102,9 @@ def activated_lora(explainer: Explainer) -> Iterator[None]:
     """
     peft: Any = explainer.peft
     turn, template = [{"role": "user", "content": "x"}], explainer.tokenizer.apply_chat_template
-    without = template(turn, return_dict=False)
-    header = template(turn, return_dict=False, add_generation_prompt=True)
+    with_header = template(turn, return_dict=False, add_generation_prompt=True)
     config = copy.deepcopy(peft.peft_config["default"])
-    config.alora_invocation_tokens = header[len(without) :]
+    config.alora_invocation_tokens = with_header[len(template(turn, return_dict=False)) :]
     with torch.random.fork_rng(devices=[]):
         peft.add_adapter("alora", config)
     peft.set_adapter("alora")

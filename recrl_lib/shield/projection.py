@@ -6,18 +6,14 @@ An adapted linear layer computes ``y = W x + s B A x`` with A (r, d) and B (d_ou
     Q = the top k eigenvectors of G, (d, k), with Q^T Q = I.
 
 *Theorem.* If A Q = 0 in every adapted layer and every input x of every adapted layer lies in
-span(Q) for some text, then tuning does not change what the model computes for that text.
-*Proof.* The first adapted layer sees the base model's x; x = Q c, so B A x = B (A Q) c = 0 and its
-output is the base model's. Layers without an adapter are fixed functions, so the next adapted layer
-sees the base model's x too; induction over the layers.
-*Where it ends.* With k < d a share 1 - energy of the input energy lies outside span(Q): that part
-does reach the adapters, and what it does is measured, not assumed away.
+span(Q) for some text, then tuning does not change what the model computes for that text. Notebook
+04 has the proof. With k < d a share 1 - energy of the input energy lies outside span(Q) and does
+reach the adapters; what it does is measured, not assumed away.
 
 A starts at a random value that already overlaps Q: it is projected when the shield attaches. Adam
-rescales element by element, so a projected *gradient* still gives a leaking *step*. Mode ``update``
-projects the gradient, lets the optimizer step, then projects the parameter: ``A <- A - (A Q) Q^T``.
-Whatever the optimizer did (momentum, decay, stale state), A Q is 0 again. The second projection is
-that of Adam-NSCL (Wang et al. 2021, CVPR) and NSPO (arXiv 2512.11391).
+rescales element by element, so a projected *gradient* still gives a leaking *step*: mode ``update``
+projects the gradient, lets the optimizer step, then projects the parameter, as Adam-NSCL (Wang et
+al. 2021, CVPR) and NSPO (arXiv 2512.11391) do. Whatever the optimizer did, A Q is 0 again.
 
 ======== ===========================================================================================
 mode     what it does
@@ -85,10 +81,6 @@ class Shield:
         self.seconds = 0.0  # spent in hooks so far
         self._layers, self._handles = _layers(model, protected), []
 
-    @property
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for x in self._layers for p in (x.a, x.b) if p.requires_grad]
-
     def attach(self, optimizer: Any) -> "Shield":
         """Project A now and hook ``optimizer``, or the one that it wraps (accelerate, TRL).
 
@@ -98,10 +90,8 @@ class Shield:
             raise RuntimeError("this shield is attached already; detach() it first")
         optimizer = getattr(optimizer, "optimizer", optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        needed = {
-            x.name: {id(x.b)} if self.mode == "frozen_a" else {id(x.a), id(x.b)}
-            for x in self._layers
-        }
+        frozen = self.mode == "frozen_a"
+        needed = {x.name: {id(x.b)} if frozen else {id(x.a), id(x.b)} for x in self._layers}
         if missing := sorted(name for name, adapters in needed.items() if adapters - held):
             raise ValueError(
                 f"the optimizer does not hold {len(missing)} shielded adapters, "
@@ -109,7 +99,7 @@ class Shield:
             )
         if self.mode in PROJECTING:
             self.project_parameters()
-        self._train_a(self.mode != "frozen_a")
+        self._train_a(not frozen)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -173,9 +163,11 @@ class Shield:
     def _before(self, *_) -> None:
         start = perf_counter()
         if self.replay:
-            self.replay.add_to(self._trained)
+            self.replay.add_to([p for x in self._layers for p in (x.a, x.b) if p.requires_grad])
         for layer in self._layers:
-            if self.mode in PROJECTING and layer.a.grad is not None:
+            if self.mode == "frozen_a":
+                layer.a.grad = None
+            elif self.mode in PROJECTING and layer.a.grad is not None:
                 layer.a.grad.copy_(layer.off(layer.a.grad))
         self.seconds += perf_counter() - start
 

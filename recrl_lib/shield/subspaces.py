@@ -4,20 +4,11 @@
 lists (name, key, module), where layers that read the same input share a key (this project's
 ``Explainer``: ``"<layer>.attention"`` for query, key and value, ``"<layer>.output"``). Gram
 matrices and subspaces are mappings by that key; d is the width of the input.
-
-Bases, the directions that ``protect`` can take first:
-
-* ``activation``: the top eigenvectors of the protected texts' Gram matrix.
-* ``contrastive``: what stays free is where explanations have energy and item texts have little.
-* ``sensitivity``: ``activation`` with tokens weighted by how strongly the ranking's scores react to
-  the layer's output there; every layer may do equal damage by this measure.
-* ``readout``: the ranker's own basis carried to the layer inputs.
-* ``random``: a control.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -29,9 +20,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:  # not imported at run time: the shield can be used without the explainer
     from recrl_lib.explainer.item_texts import ItemTexts
     from recrl_lib.explainer.model import Explainer
-
-
-# --- Gram matrices --------------------------------------------------------------------------------
 
 
 def adapted_layers(model: Any) -> list[tuple[str, str, nn.Module]]:
@@ -64,16 +52,11 @@ def _sum_inputs(
 
 def collect_grams(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Gram matrices of a PEFT model's layer inputs over ``model(**batch)``, adapters off."""
-
-    def passes() -> Iterator[tuple[Tensor, Callable]]:
-        for batch in batches:
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-            yield mask.bool(), partial(model, **batch)
-
+    masks = ((b.get("attention_mask", torch.ones_like(b["input_ids"])), b) for b in batches)
     training = model.training
     model.eval()  # no dropout
     with model.disable_adapter():
-        grams, _ = _sum_inputs(model, passes())
+        grams, _ = _sum_inputs(model, ((m.bool(), partial(model, **b)) for m, b in masks))
     model.train(training)
     return grams
 
@@ -97,14 +80,13 @@ def item_grams(
 
 
 def items_of(
-    items: ItemTexts, only: Iterable[int] | None = None, desc: str = "item texts"
+    items: ItemTexts, only: Container[int] | None = None, desc: str = "item texts"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(item numbers (b,), trunk states (b, T, d)) of every batch of texts of one length."""
     from recrl_lib.progress import track
 
-    wanted = None if only is None else torch.tensor(list(only))
     for (numbers, _), states in zip(track(items.batches, desc), items.states()):
-        keep = torch.ones(len(numbers)).bool() if wanted is None else torch.isin(numbers, wanted)
+        keep = torch.tensor([only is None or n in only for n in numbers.tolist()])
         if keep.any():
             yield numbers[keep], states[keep]
 
@@ -116,13 +98,11 @@ def sensitivity_grams(
 
     y are the outputs of the layers that read the input. The score is ``u . R t`` with R =
     ``readout`` (d_rank, d) and u = ``probes[item number]`` (d_rank,), the state of one user. The
-    trace outside a subspace is then, up to a factor common to all layers, the squared score change
-    that an isotropic update of the free directions would cause if what the tokens contribute did
-    not interfere (products of two tokens are left out): a measure that compares layers.
+    trace outside a subspace compares layers: it is proportional to the squared score change that an
+    isotropic update of the free directions would cause without products of two tokens.
     """
     grams: dict[str, Tensor] = {}
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[tuple[str, str], Tensor] = {}
+    inputs, outputs = {}, {}  # by key, by (key, name)
 
     def keep(key: str, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         inputs[key], outputs[key, name] = args[0], output
@@ -136,16 +116,13 @@ def sensitivity_grams(
             users = torch.stack([probes[n] for n in numbers.tolist()]).to(vectors)
             scores = users * (vectors @ readout.to(vectors).T)
             slopes = torch.autograd.grad(scores.sum(), list(outputs.values()))
-            weights: dict[str, Tensor] = {}
+            weights = dict.fromkeys(inputs, 0.0)
             for (key, _), slope in zip(outputs, slopes):
-                weights[key] = weights.get(key, 0.0) + slope.square().sum(-1)
+                weights[key] = weights[key] + slope.square().sum(-1)
             for key, weight in weights.items():
                 x, w = inputs[key].detach().flatten(0, 1).double(), weight.flatten().double()
                 grams[key] = grams.get(key, 0.0) + (x * w[:, None]).T @ x
     return grams
-
-
-# --- protected subspaces --------------------------------------------------------------------------
 
 
 @dataclass
@@ -273,10 +250,12 @@ def random_frame(_, gram: Tensor, seed: int) -> Tensor:
 # name -> (field of ``GramMatrices`` it is made of, frame of (that, items' Gram matrix, seed))
 BASES: dict[str, tuple[str, Callable[[Tensor, Tensor, int], Tensor]]] = {
     "activation": ("items", eigenvectors),
+    # tokens weighted by how strongly the ranking's scores react to the layer's output there
     "sensitivity": ("sensitivity", eigenvectors),
+    # what stays free is where explanations have energy and item texts have little
     "contrastive": ("prompts", contrastive_frame),
-    "readout": ("readout", readout_frame),
-    "random": ("items", random_frame),
+    "readout": ("readout", readout_frame),  # the ranker's own basis carried to the layer inputs
+    "random": ("items", random_frame),  # a control
 }
 WEIGHTED = ("sensitivity",)  # k from equal damage in every layer input, not from its energy
 
@@ -290,14 +269,9 @@ def readout_rows(explainer: Explainer, readout: Tensor) -> dict[str, Tensor]:
     """``readout`` carried to every layer input; through the output projection if it reads that."""
     rows = {}
     for _, key, module in explainer.adapted_modules():
-        rows[key] = readout.double()
-        if key.endswith(".output"):
-            weight = module.base_layer.weight.detach().double()
-            rows[key] = readout.to(weight) @ weight
+        weight = module.base_layer.weight.detach().double()
+        rows[key] = readout.to(weight) @ weight if key.endswith(".output") else readout.double()
     return rows
-
-
-# --- storage --------------------------------------------------------------------------------------
 
 
 def to_tensors(protected: Mapping[str, Subspace]) -> dict[str, Tensor]:

@@ -16,34 +16,17 @@ from recrl_lib.tests.tiny import tiny_explainer
 SEALED = 1e-6  # rounding of float32 adapters
 
 
-class Lion(torch.optim.Optimizer):
-    """Sign of a momentum with decay (Chen et al. 2023): step sizes that ignore the gradient's."""
-
-    def __init__(self, params, lr: float, decay: float = 0.1):
-        super().__init__(params, {"lr": lr, "decay": decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                p.mul_(1 - group["lr"] * group["decay"])
-                p.sub_(group["lr"] * (0.9 * momentum + 0.1 * p.grad).sign())
-                momentum.mul_(0.99).add_(p.grad, alpha=0.01)
-
-
 OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
-    "adamw, decay": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
-    "lion": lambda p: Lion(p, lr=0.003),
+    "momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "adam": (torch.optim.Adam, {"lr": 0.01}),
+    "adamw, decay": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    "sign of the gradient": (torch.optim.Rprop, {"lr": 0.003}),
 }
 
 
-def adam(explainer) -> torch.optim.Optimizer:
-    return OPTIMIZERS["adam"](explainer.adapter_parameters())
+def optimizer_of(explainer, name: str = "adam") -> torch.optim.Optimizer:
+    kind, settings = OPTIMIZERS[name]
+    return kind(explainer.adapter_parameters(), **settings)
 
 
 def parameters(explainer, part: str) -> list[torch.Tensor]:
@@ -56,7 +39,7 @@ def parameters(explainer, part: str) -> list[torch.Tensor]:
 def test_mode_update_seals_the_subspace_under_any_optimizer(name, seed, layers, energy):
     explainer, _, grams = make(layers, seed)
     protected = protect(grams, energy=energy)
-    optimizer = OPTIMIZERS[name](explainer.adapter_parameters())
+    optimizer = optimizer_of(explainer, name)
     Shield(explainer, protected).attach(optimizer)
     for step in range(3):
         train(explainer, optimizer, 1, seed + step)
@@ -65,16 +48,16 @@ def test_mode_update_seals_the_subspace_under_any_optimizer(name, seed, layers, 
 
 
 @settings(max_examples=5, deadline=None)
-@given(seed=st.integers(0, 99), name=st.sampled_from(["momentum", "adam", "adamw, decay", "lion"]))
+@given(seed=st.integers(0, 99), name=st.sampled_from(["momentum", "adam", "adamw, decay"]))
 def test_state_of_an_unshielded_optimizer_does_not_leak(seed, name):
     explainer, _, grams = make(2, seed)
     protected = protect(grams, energy=0.9)
-    optimizer = OPTIMIZERS[name](explainer.adapter_parameters())
+    optimizer = optimizer_of(explainer, name)
     train(explainer, optimizer, 3, seed)  # its momentum points anywhere
     assert leak(explainer, protected) > 0.05
     again, _, _ = make(2, seed)
     again.load_adapter(explainer.adapter_state())
-    resumed = OPTIMIZERS[name](again.adapter_parameters())
+    resumed = optimizer_of(again, name)
     shield = Shield(again, protected).attach(resumed)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(again, resumed, 2, seed + 1)
@@ -93,7 +76,7 @@ def test_bf16_adapters_leak_no_more_than_their_rounding(seed, energy):
     protected = protect(item_grams(explainer, items)[0], energy=energy)
     for parameter in explainer.adapter_parameters():  # PEFT keeps them in float32
         parameter.data = parameter.data.bfloat16()
-    optimizer = adam(explainer)
+    optimizer = optimizer_of(explainer)
     Shield(explainer, protected).attach(optimizer)
     train(explainer, optimizer, 3, seed)
     assert 0 < leak(explainer, protected) < 8e-3
@@ -104,10 +87,10 @@ def test_bf16_adapters_leak_no_more_than_their_rounding(seed, energy):
 )
 def test_modes_leak_as_they_say_while_attached(mode, sealed):
     plain, _, grams = make()
-    train(plain, adam(plain), 5)
+    train(plain, optimizer_of(plain), 5)
     explainer, _, _ = make()
     protected = protect(grams, energy=0.9)
-    optimizer = adam(explainer)
+    optimizer = optimizer_of(explainer)
     shield = Shield(explainer, protected, mode).attach(optimizer)
     start = [a.clone() for a in parameters(explainer, "lora_A")]
     train(explainer, optimizer, 5)
@@ -128,11 +111,8 @@ def test_modes_leak_as_they_say_while_attached(mode, sealed):
 def test_a_wrong_basis_does_not_protect():
     explainer, _, grams = make()
     protected = protect(grams, energy=0.9)
-    wrong = {
-        name: protect(GramMatrices({name: grams[name]}, seed=7), "random", rank=s.rank)[name]
-        for name, s in protected.items()
-    }
-    optimizer = adam(explainer)
+    wrong = protect(GramMatrices(grams, seed=7), "random", rank=protected["2.output"].rank)
+    optimizer = optimizer_of(explainer)
     Shield(explainer, wrong).attach(optimizer)
     train(explainer, optimizer, 5)
     assert leak(explainer, wrong) <= SEALED < 0.1 < leak(explainer, protected)
@@ -142,7 +122,7 @@ def test_with_the_whole_span_protected_items_do_not_move_and_other_texts_do():
     explainer = tiny_explainer(lora_layers=2)
     items = ItemTexts(explainer, ["good film", "bad"])  # three tokens span 3 of 32 directions
     protected = protect(item_grams(explainer, items)[0], rank=3)
-    base, optimizer = items.base_vectors(), adam(explainer)
+    base, optimizer = items.base_vectors(), optimizer_of(explainer)
     Shield(explainer, protected).attach(optimizer)
     train(explainer, optimizer, 10)
     ids = torch.tensor([[4, 5, 6, 9]])
@@ -153,47 +133,24 @@ def test_with_the_whole_span_protected_items_do_not_move_and_other_texts_do():
     assert (tuned - untuned).abs().max() > 1e-3 and moved(items, base) < 1e-5
 
 
-def without(protected: dict, name: str) -> dict:
-    return {n: s for n, s in protected.items() if n != name}
+NARROW = Subspace(torch.eye(5, 2, dtype=torch.float64), torch.ones(5))
+STRANGE = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
 
 
 @pytest.mark.parametrize(
     "message, wrong",
     [
         ("input of width 32, basis of width 5", lambda e, p: Shield(e, dict.fromkeys(p, NARROW))),
-        (
-            "'0.attention' matches no adapter",
-            lambda e, p: Shield(e, p | {"0.attention": p["1.output"]}),
-        ),
-        (
-            "no protected subspace for layer 2 o_proj",
-            lambda e, p: Shield(e, without(p, "2.output")),
-        ),
+        ("'0.attention' matches no adapter", lambda e, p: Shield(e, p | {"0.attention": NARROW})),
+        ("no protected subspace for layer 1 q_proj", lambda e, p: Shield(e, {})),
         ("shield_penalty above 0", lambda e, p: Shield(e, p, "penalty")),
         ("shield_penalty above 0", lambda e, p: Shield(e, p).run_replay(1)),
         ("no LoRA layers", lambda e, p: Shield(tiny_explainer(), p)),
         ("choose one of gradient, update", lambda e, p: Shield(e, p, "magic")),
-        (
-            "does not hold 8 shielded adapters, the first is layer 1 k_proj",
-            lambda e, p: OTHER(e, p),
-        ),
+        ("not hold 8 .* first is layer 1 k_proj", lambda e, p: Shield(e, p).attach(STRANGE)),
     ],
 )
 def test_bad_input_is_named(message, wrong):
     explainer, _, grams = make()
     with pytest.raises(ValueError, match=message):
         wrong(explainer, protect(grams, energy=0.9))
-
-
-NARROW = Subspace(torch.eye(5, 2, dtype=torch.float64), torch.ones(5))
-
-
-def OTHER(explainer, protected):
-    Shield(explainer, protected).attach(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1))
-
-
-def test_a_shield_attaches_once():
-    explainer, _, grams = make()
-    shield = Shield(explainer, protect(grams, energy=0.9)).attach(adam(explainer))
-    with pytest.raises(RuntimeError, match="attached already"):
-        shield.attach(adam(explainer))
