@@ -6,7 +6,7 @@
 import html
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ipywidgets as ipw
 import torch
@@ -27,34 +27,25 @@ def reply(explainer: Explainer, history: list[Turn], text: str, params: Params, 
 
     With empty ``text`` the last message of ``history`` is answered. Chat-template tokens in
     ``text`` are removed. Of a chat too long for the model the oldest turns after the opening
-    question go first. Equal arguments give equal answers. Raises ``ValueError`` if there is
-    nothing to answer.
+    question go first. Equal arguments give equal answers. Raises ``ValueError`` if there is nothing
+    to answer, or more than the model can read.
     """
-    chat = list(history)
-    if question := sanitise_text(text):
-        chat.append({"role": "user", "content": question})
+    question = sanitise_text(text)
+    chat = history + [{"role": "user", "content": question}] if question else history
     if not chat or chat[-1]["role"] != "user":
         raise ValueError("nothing to answer: type a question")
     tokens = params.max_new_tokens
-    ids = _fitting(explainer, chat, tokens)
-    generator = torch.Generator().manual_seed(seed)
-    settings = Settings(tokens, params.temperature)
-    return sample(explainer, [ids], settings, generator).texts[0]
-
-
-def _fitting(explainer: Explainer, chat: list[Turn], max_new_tokens: int) -> list[int]:
-    """Prompt ids of as much of the chat as fits: its opening, then the newest pairs of turns."""
-    room = explainer.lm.config.max_position_embeddings - max_new_tokens
+    room = explainer.lm.config.max_position_embeddings - tokens
     opening = 1 + (chat[0]["role"] == "system")
     ids: list[int] = []
-    for start in range(opening, max(opening + 1, len(chat) - 1), 2):
+    for start in range(opening, max(opening + 1, len(chat) - 1), 2):  # a question and its answer
         ids = prompt_ids(explainer, chat[:opening] + chat[start:])
         if len(ids) <= room:
-            return ids
-    raise ValueError(
-        f"the question is too long: {len(ids)} tokens with what it refers to, and {room} fit; "
-        "shorten it"
-    )
+            generator = torch.Generator().manual_seed(seed)
+            settings = Settings(tokens, params.temperature)
+            return sample(explainer, [ids], settings, generator).texts[0]
+    problem = f"{len(ids)} tokens with what it refers to, and {room} fit"
+    raise ValueError(f"the question is too long: {problem}; shorten it")
 
 
 @contextmanager
@@ -62,29 +53,21 @@ def tuned_as(
     explainer: Explainer, adapters: Mapping[str, dict[str, Tensor]], arm: str
 ) -> Iterator[None]:
     """Within: the explainer speaks as ``arm``: "base" (adapters off) or one of ``adapters``."""
-    if arm == "base":
-        with explainer.reference():
-            yield
-    elif arm in adapters:
+    if arm not in ("base", *adapters):
+        known = ", ".join(["base", *adapters])
+        raise ValueError(f"no arm is called {arm!r}; choose one of {known}")
+    if arm != "base":
         explainer.load_adapter(adapters[arm])
+    with explainer.reference() if arm == "base" else nullcontext():
         yield
-    else:
-        raise ValueError(
-            f"no arm is called {arm!r}; choose one of {', '.join(['base', *adapters])}"
-        )
 
 
 class Chat:
     """Choose a user, an item of their top 10 and an arm; ask, and ask on. Show ``box``.
 
-    Args:
-        study: as ``study.load`` gives it.
-        explainer: with adapters.
-        adapters: arm -> adapter tensors; "base" is always there.
-        params: ``max_new_tokens``, ``temperature`` and ``seed`` of the run.
-        users: those to choose from.
-
-    A new user, item or arm starts a new chat. Whatever goes wrong while answering is shown.
+    ``adapters`` holds the tensors of each arm; "base" is always there. ``users`` are those to
+    choose from. A new user, item or arm starts a new chat. Whatever goes wrong while answering is
+    shown.
     """
 
     def __init__(
@@ -97,17 +80,18 @@ class Chat:
     ):
         self.study, self.explainer, self.adapters, self.params = study, explainer, adapters, params
         self.history: list[Turn] = []
-        arms = ["base", *adapters]
         self.user = ipw.Dropdown(options=[(f"user {u}", int(u)) for u in users], description="user")
         self.item = ipw.Dropdown(description=study.noun)
+        arms = ["base", *adapters]
         self.arm = ipw.ToggleButtons(options=arms, value=arms[-1], description="explainer")
         self.log = ipw.HTML()
         self.text = ipw.Text(placeholder="Ask about the recommendation")
         self.button = ipw.Button(description="Ask", button_style="primary")
         self.why_not = ipw.Button(layout=ipw.Layout(width="auto"))
         self.lighter = ipw.Button(description="Something lighter?")
-        asking = ipw.HBox([self.text, self.button, self.why_not, self.lighter])
-        self.box = ipw.VBox([ipw.HBox([self.user, self.item]), self.arm, self.log, asking])
+        asking = (self.text, self.button, self.why_not, self.lighter)
+        choosing = ipw.HBox([self.user, self.item])
+        self.box = ipw.VBox([choosing, self.arm, self.log, ipw.HBox(asking)])
         self.user.observe(self._new_user, "value")
         self.arm.observe(self.start, "value")
         self.button.on_click(lambda _: self.ask(self.text.value))
@@ -123,29 +107,28 @@ class Chat:
         """Offer the chosen user's top 10, and start with its first item."""
         self.records = self.study.records([self.user.value] * TOP_K, range(1, TOP_K + 1))
         self.item.unobserve_all("value")  # it changes in several steps: start one chat, not three
-        self.item.options = [
-            (f"{r['position']}. {r['title']}", r["position"]) for r in self.records
-        ]
+        titles = [f"{r['position']}. {r['title']}" for r in self.records]
+        self.item.options = list(zip(titles, range(1, TOP_K + 1)))
         self.item.value = 1
         self.item.observe(self.start, "value")
         self.start()
 
     def start(self, _=None) -> None:
         """A new chat: the opening question, answered."""
-        record = self.records[self.item.value - 1]
-        other = next(r for r in self.records if r is not record)
+        other = self.records[1 if self.item.value == 1 else 0]
         self.why_not.description = f"Why not {other['title']}?"
-        self.history = messages(record)
-        self._answer("")
+        self.history = messages(self.records[self.item.value - 1])
+        self.ask("")
 
     def ask(self, text: str) -> None:
-        """Ask on; the answer, or what went wrong, is in the log."""
-        self.text.value = ""
-        self._answer(sanitise_text(text))
+        """Ask on, or with "" hear the opening question answered; what went wrong is shown too.
 
-    def _answer(self, text: str) -> None:
+        Titles, questions and answers are untrusted: all are escaped.
+        """
+        if text := sanitise_text(text):
+            self.text.value = ""
         inputs = (self.button, self.why_not, self.lighter, self.user, self.item, self.arm)
-        error = ""
+        problem = ""
         for widget in inputs:
             widget.disabled = True
         try:
@@ -153,19 +136,13 @@ class Chat:
                 said = reply(self.explainer, self.history, text, self.params, self.params.seed)
             asked = [{"role": "user", "content": text}] if text else []
             self.history = [*self.history, *asked, {"role": "assistant", "content": said}]
-        except Exception as problem:  # raised in a callback it would vanish into the server's log
-            error = f"{type(problem).__name__}: {problem}"
+        except Exception as error:  # raised in a callback it would vanish into the server's log
+            words = html.escape(f"{type(error).__name__}: {error}")
+            problem = f'<p role="alert"><b>error</b>: {words}</p>'
         finally:
             for widget in inputs:
                 widget.disabled = False
-        self.log.value = self._log(error)
-
-    def _log(self, error: str) -> str:
-        """The chat as HTML. Titles, questions and answers are untrusted: all are escaped."""
         names = {"user": "you", "assistant": self.arm.value}
-        turns = [(names[t["role"]], t["content"]) for t in self.history if t["role"] in names]
-        shown = "".join(
-            f"<p><b>{html.escape(who)}</b>: {html.escape(said)}</p>" for who, said in turns
-        )
-        problem = f'<p role="alert"><b>error</b>: {html.escape(error)}</p>' if error else ""
-        return shown.replace("\n", "<br>") + problem
+        said = [(names[t["role"]], t["content"]) for t in self.history if t["role"] in names]
+        lines = (f"<p><b>{html.escape(who)}</b>: {html.escape(what)}</p>" for who, what in said)
+        self.log.value = "".join(lines).replace("\n", "<br>") + problem

@@ -1,11 +1,10 @@
-"""The study's figures: one style, readable without colour, and the few long ones.
+"""The study's figures: one style, readable without colour, and the one long figure.
 
-Each arm has its own colour (of a colour-blind-safe palette), marker, line style and hatch, the same
-in every figure. Short figures are drawn by the notebook that discusses them.
+Each arm has its own colour (of a colour-blind-safe palette), marker and hatch, the same in every
+figure. Short figures are drawn by the notebook that discusses them.
 """
 
 import io
-from typing import NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -19,21 +18,13 @@ from matplotlib.ticker import PercentFormatter
 from recrl_lib import paths
 from recrl_lib.runs import write_atomic
 
-
-class Look(NamedTuple):
-    colour: str
-    marker: str
-    line: str
-    hatch: str
-
-
 PALETTE = sns.color_palette("colorblind").as_hex()
 MARKERS, LINES = "oXDsPv^<>*hpd", ("-", "--", "-.", ":")
-LOOKS = {
-    "base": Look(PALETTE[7], "s", ":", ""),
-    "separate": Look(PALETTE[0], "^", "-.", "//"),
-    "unshielded": Look(PALETTE[3], "X", "--", "\\\\"),
-    "shielded": Look(PALETTE[2], "o", "-", "xx"),
+LOOKS = {  # arm: colour, marker, hatch
+    "base": (PALETTE[7], "s", ""),
+    "separate": (PALETTE[0], "^", "//"),
+    "unshielded": (PALETTE[3], "X", "\\\\"),
+    "shielded": (PALETTE[2], "o", "xx"),
 }
 STYLE = {
     "figure.dpi": 80,
@@ -63,12 +54,12 @@ def plain(text: str) -> str:
 
 def dot(arm: str) -> dict[str, str]:
     """Colour and marker of an arm, as keywords of ``Axes.errorbar``."""
-    return {"color": LOOKS[arm].colour, "fmt": LOOKS[arm].marker}
+    return dict(zip(("color", "fmt"), LOOKS[arm]))
 
 
 def bar(arm: str) -> dict[str, str]:
     """Colour and hatch of an arm's bars, as keywords of ``Axes.bar``."""
-    return {"facecolor": LOOKS[arm].colour, "hatch": LOOKS[arm].hatch}
+    return dict(zip(("facecolor", "hatch"), LOOKS[arm][::2]))
 
 
 def save(fig: Figure, run: str, name: str, alt: str) -> Image:
@@ -85,15 +76,6 @@ def save(fig: Figure, run: str, name: str, alt: str) -> Image:
     return Image(shown.getvalue(), alt=alt)
 
 
-# --- 04 shield, 09 report --------------------------------------------------------------------
-
-
-def _reach(table: pd.DataFrame, name: str) -> np.ndarray:
-    """Lengths (2, n) of error bars from the columns ``<name>_lo`` and ``<name>_hi``."""
-    ends = [table[name] - table[f"{name}_lo"], table[f"{name}_hi"] - table[name]]
-    return np.maximum(ends, 0)
-
-
 def frontier(points: pd.DataFrame) -> Figure:
     """Gain kept against top-10 places lost, a line a curve; ``points``: ``frontier.summarise``.
 
@@ -105,18 +87,16 @@ def frontier(points: pd.DataFrame) -> Figure:
     for ax, (measure, title) in zip(axes, panels.items()):
         for n, (curve, part) in enumerate(points.groupby("curve", sort=False)):
             part = part.sort_values(["steps", "penalty", "energy", "rank"])
-            ax.errorbar(
-                1 - part["overlap"],
-                part[measure],
-                xerr=_reach(part, "overlap")[::-1],
-                yerr=_reach(part, measure),
-                fmt=MARKERS[n % len(MARKERS)] + LINES[n % len(LINES)],
-                color=PALETTE[n % len(PALETTE)],
-                capsize=2,
-                linewidth=1.2,
-                elinewidth=0.8,
-                label=plain(curve),
+            kept, lost = (
+                np.maximum([part[name] - part[f"{name}_lo"], part[f"{name}_hi"] - part[name]], 0)
+                for name in (measure, "overlap")
             )
+            ax.errorbar(
+                1 - part["overlap"], part[measure], xerr=lost[::-1], yerr=kept,
+                fmt=MARKERS[n % len(MARKERS)] + LINES[n % len(LINES)],
+                color=PALETTE[n % len(PALETTE)], capsize=2, linewidth=1.2, elinewidth=0.8,
+                label=plain(curve),
+            )  # fmt: skip
         ax.plot(0, 1, "k*", markersize=11, linestyle="none", label="separate: a second copy")
         ax.axvline(0.01, color="black", linewidth=0.8, linestyle=":")
         ax.axhline(0.9, color="black", linewidth=0.8, linestyle=":")

@@ -20,6 +20,7 @@ from recrl_lib.runs import sha256_file, write_atomic
 
 NOTEBOOK_BYTES = 3_000_000  # the most that the executed notebooks of a published run may weigh
 MARKER = "<!-- results -->"  # stands before and after the README's table
+RECORDS = ("params.yaml", "manifest.json")
 COLUMNS = {  # heading in the README: measure, against
     "reward": ("reward", ""),
     "simulated clicks, times base": ("ctr_lift", "base"),
@@ -30,9 +31,18 @@ COLUMNS = {  # heading in the README: measure, against
 TAGS = (
     "a article b blockquote br caption code dd div dl dt em h1 h2 h3 h4 hr i img li mark ol p pre "
     "span strong table tbody td th thead tr ul"
-)
+).split()
 DROPPED = ["script", "style", "iframe", "object", "embed", "form", "link", "meta", "base", "svg"]
-ATTRIBUTES = "alt class colspan height rowspan scope start title width"
+ATTRIBUTES = "alt class colspan height rowspan scope start title width".split()
+
+
+def _allowed(tag: str, name: str, value: str) -> bool:
+    """Whether an attribute stays in the report: images are embedded, links are local."""
+    if name == "src":
+        return tag == "img" and value.startswith("data:image/")
+    if name == "href":
+        return tag == "a" and re.fullmatch(r"[\w./#%-]*", value) is not None
+    return name in ATTRIBUTES
 
 
 def render_report(run: str) -> Path:
@@ -41,49 +51,32 @@ def render_report(run: str) -> Path:
     Code is hidden, what could load or run anything is removed, and images are embedded, so that the
     page needs no network. Raises ``RuntimeError`` if the notebook has not been executed.
     """
+    import bleach
     from bs4 import BeautifulSoup
     from nbconvert import HTMLExporter
 
     source = runs.run_folder(run) / "notebooks" / stage_named("report").notebook
-    if not source.is_file():
-        raise RuntimeError(f"{runs.display(source)} is missing: make all RUN={run}")
+    _require(source.is_file(), f"{runs.display(source)} is missing", f"make all RUN={run}")
     shown = {f"exclude_{part}": True for part in ("input", "input_prompt", "output_prompt")}
     exporter = HTMLExporter(template_name="basic", exclude_anchor_links=True, **shown)
-    page = BeautifulSoup(_sanitised(exporter.from_filename(str(source))[0]), "html.parser")
-    entries = []
-    for number, heading in enumerate(page.find_all("h2"), 1):
+    page = BeautifulSoup(exporter.from_filename(str(source))[0], "html.parser")
+    for tag in page(DROPPED):  # with what they hold, which bleach would leave as text
+        tag.decompose()
+    body = bleach.clean(str(page), TAGS, _allowed, protocols=["data", "http"], strip=True)
+    page, entries = BeautifulSoup(body, "html.parser"), ""
+    for number, heading in enumerate(page("h2"), 1):
         heading["id"] = f"section-{number}"
-        entries.append(f'<li><a href="#section-{number}">{html.escape(heading.text)}</a></li>')
+        entries += f'<li><a href="#section-{number}">{html.escape(heading.text)}</a></li>'
     for picture in page.select("img:not([src])"):
         picture.decompose()
     for wide in page.select("div.output_html"):
         wide["tabindex"] = "0"  # so that a keyboard can scroll it
-    title = page.h1.text if page.h1 else "Report"
-    parts = {"title": html.escape(f"{title}: run {run}"), "body": str(page)}
-    parts["contents"] = "".join(entries)
+    title = html.escape(f"{page.h1.text if page.h1 else 'Report'}: run {run}")
+    parts = {"title": title, "contents": entries, "body": str(page)}
     skeleton = (paths.LIBRARY / "report.html").read_text(encoding="utf-8")
     target = runs.run_folder(run) / "report.html"
-    filled = re.sub("{{(title|body|contents)}}", lambda name: parts[name[1]], skeleton)
-    write_atomic(target, filled)
+    write_atomic(target, re.sub("{{(title|body|contents)}}", lambda name: parts[name[1]], skeleton))
     return target
-
-
-def _sanitised(body: str) -> str:
-    """``body`` with harmless tags and attributes, embedded images and local links only."""
-    import bleach
-    from bs4 import BeautifulSoup
-
-    def allowed(tag: str, name: str, value: str) -> bool:
-        if name == "src":
-            return tag == "img" and value.startswith("data:image/")
-        if name == "href":
-            return tag == "a" and re.fullmatch(r"[\w./#%-]*", value) is not None
-        return name in ATTRIBUTES.split()
-
-    soup = BeautifulSoup(body, "html.parser")
-    for tag in soup(DROPPED):
-        tag.decompose()
-    return bleach.clean(str(soup), TAGS.split(), allowed, protocols=["data", "http"], strip=True)
 
 
 def sync(run: str) -> Path:
@@ -102,25 +95,22 @@ def sync(run: str) -> Path:
     clean = runs.git_state()[1] is False
     _require(clean, "the git tree has uncommitted changes, or is none", "commit or remove them")
     source, target = runs.run_folder(run), paths.REFERENCE / run
-    outputs = [name for stage in manifest["stages"].values() for name in stage["outputs"]]
-    small = ["params.yaml", "manifest.json"]
-    small += [name for name in outputs if name.startswith(("metrics/", "curves/"))]
-    notebooks = {p.name: _without_paths(p) for p in sorted((source / "notebooks").glob("*.ipynb"))}
-    size = sum(map(len, notebooks.values()))
-    largest = max(notebooks, key=lambda name: len(notebooks[name]))
+    books = {p.name: _without_paths(p) for p in sorted((source / "notebooks").glob("*.ipynb"))}
+    size, largest = sum(map(len, books.values())), max(books, key=lambda name: len(books[name]))
     weight = f"runs/{run}/notebooks: {size / 1e6:.1f} MB, more than {NOTEBOOK_BYTES / 1e6:g}"
     _require(size <= NOTEBOOK_BYTES, weight, f"draw less in {largest}")
-    readme = _readme_with_results(run)
+    outputs = [name for stage in manifest["stages"].values() for name in stage["outputs"]]
+    small = [name for name in outputs if name.startswith(("metrics/", "curves/"))]
     figures = paths.FIGURES / "reference" / run
+    drawn = (paths.FIGURES / run).glob("*.svg")
+    files = {paths.ROOT / "README.md": _readme_with_results(run, manifest)}
+    files |= {target / f: (source / f).read_bytes() for f in (*small, *RECORDS)}
+    files |= {target / "notebooks" / name: content for name, content in books.items()}
+    files |= {figures / path.name: path.read_bytes() for path in drawn}
     for old in (target, figures):
         shutil.rmtree(old, ignore_errors=True)
-    for name in small:
-        write_atomic(target / name, (source / name).read_bytes())
-    for name, content in notebooks.items():
-        write_atomic(target / "notebooks" / name, content)
-    for path in sorted((paths.FIGURES / run).glob("*.svg")):
-        write_atomic(figures / path.name, path.read_bytes())
-    write_atomic(paths.ROOT / "README.md", readme)
+    for path, content in files.items():
+        write_atomic(path, content)
     return target
 
 
@@ -133,28 +123,25 @@ def sync_frontier(run: str) -> Path:
     params, folder, manifest = runs.read_params(run), runs.run_folder(run), runs.read_manifest(run)
     setting = "frontier_points=full frontier_seeds=3 frontier_users=64"
     again = f'make all RUN={run} TO=shield SET="{setting}"'
-    stage = manifest["stages"].get("shield", {})
-    full = params is not None and params.frontier_points == "full"
-    done = full and stage.get("status") == "finished"
+    stage, name = manifest["stages"].get("shield", {}), "curves/frontier.csv"
+    done = params and params.frontier_points == "full" and stage.get("status") == "finished"
     _require(done, f"runs/{run}: notebook 04 has not finished a full frontier", again)
     _require_source(manifest, again)
-    rows = folder / "curves" / "frontier.csv"
-    same = rows.is_file() and sha256_file(rows) == stage["outputs"]["curves/frontier.csv"]
-    _require(same, f"{runs.display(rows)} is not what notebook 04 wrote", f"{again} FORCE=1")
+    same = (folder / name).is_file() and sha256_file(folder / name) == stage["outputs"][name]
+    _require(same, f"runs/{run}/{name} is not what notebook 04 wrote", f"{again} FORCE=1")
     target = paths.REFERENCE / "frontier"
-    for source in (rows, folder / "params.yaml", folder / "manifest.json"):
-        write_atomic(target / source.name, source.read_bytes())
+    for source in (name, *RECORDS):
+        write_atomic(target / Path(source).name, (folder / source).read_bytes())
     return target
 
 
-def _require(holds: bool, problem: str, remedy: str) -> None:
+def _require(holds: object, problem: str, remedy: str) -> None:
     if not holds:
         raise RuntimeError(f"{problem}: {remedy}")
 
 
 def _require_source(manifest: dict[str, Any], again: str) -> None:
-    stages = manifest["stages"].values()
-    clean = all(stage["git_commit"] and not stage["git_dirty"] for stage in stages)
+    clean = all(s["git_commit"] and not s["git_dirty"] for s in manifest["stages"].values())
     problem = f"runs/{manifest['run']} ran on uncommitted changes: its numbers have no source"
     _require(clean, problem, f"commit, then {again} and FORCE=1")
 
@@ -167,22 +154,23 @@ def _without_paths(path: Path) -> str:
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
-def _readme_with_results(run: str) -> str:
+def _readme_with_results(run: str, manifest: dict[str, Any]) -> str:
     """The README with the main results of ``run``, one row an arm, between its markers."""
-    table, manifest = runs.read_results(run, "evaluation"), runs.read_manifest(run)
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for arm in runs.ARMS:
-        cells = (words(rows_of(table, m, arm, against)) for m, against in COLUMNS.values())
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    table, header = runs.read_results(run, "evaluation"), ["", *COLUMNS]
+    rows = [
+        [arm, *(words(rows_of(table, measure, arm, other)) for measure, other in COLUMNS.values())]
+        for arm in runs.ARMS
+    ]
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
     minutes = sum(stage["seconds"] for stage in manifest["stages"].values()) / 60
-    lines.append(
+    lines += (
         f"\nIn brackets 95 % intervals over users. Run `{run}`: seed {manifest['seed']}, "
         f"{manifest['device']}, {minutes:.0f} minutes, commit `{manifest['git_commit'][:10]}`, "
         f"[all numbers](runs/reference/{run}/metrics/evaluation.csv)."
     )
     parts = (paths.ROOT / "README.md").read_text(encoding="utf-8").split(MARKER)
     _require(len(parts) == 3, "README.md has no place for the table", f"write {MARKER} twice")
-    return f"{parts[0]}{MARKER}\n" + "\n".join(lines) + f"\n{MARKER}{parts[2]}"
+    return f"{parts[0]}{MARKER}\n{lines}\n{MARKER}{parts[2]}"
 
 
 if __name__ == "__main__":

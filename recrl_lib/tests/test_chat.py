@@ -15,12 +15,11 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 def records(users, positions) -> list[dict]:
-    history = dict(history_titles=["bad film"], history_genres=[["blue"]])
+    history = {"history_titles": ["bad film"], "history_genres": [["blue"]]}
+    titles = [f"good film {u} {p} {HOSTILE}" for u, p in zip(users, positions)]
     return [
-        dict(user=u, item=10 * u + p, position=p, year=1990, genres=["red"])
-        | dict(title=f"good film {u} {p} {HOSTILE}")
-        | history
-        for u, p in zip(users, positions)
+        dict(user=u, item=10 * u + p, position=p, year=1990, genres=["red"], title=title, **history)
+        for u, p, title in zip(users, positions, titles)
     ]
 
 
@@ -44,21 +43,14 @@ def say(explainer, seed=0, text="", history=None):
     return reply(explainer, history or messages(records([3], [1])[0]), text, PARAMS, seed)
 
 
-def test_equal_arguments_equal_answers_and_other_seeds_other_answers(tuned):
+def test_reply_answers_the_whole_chat_by_its_seed_and_does_not_change_it(tuned):
     explainer, _ = tuned
     answers = [say(explainer, seed) for seed in (0, 0, 1, 2, 3)]
     assert answers[0] == answers[1] and len(set(answers)) > 2
-
-
-def test_reply_answers_the_whole_chat_and_does_not_change_it(tuned):
-    explainer, _ = tuned
     history = messages(records([3], [1])[0]) + [{"role": "assistant", "content": "a good film"}]
     before = [dict(m) for m in history]
-    follow_ups = {
-        say(explainer, 0, text, history)
-        for text in ("why you", "the red film", "green and short", "long")
-    }
-    assert len(follow_ups) > 1 and history == before
+    questions = ("why you", "the red film", "green and short", "long")
+    assert len({say(explainer, 0, text, history) for text in questions}) > 1 and history == before
 
 
 def test_nothing_to_answer_is_an_error(tuned):
@@ -87,13 +79,10 @@ def test_a_long_chat_drops_its_oldest_turns_but_neither_opening_nor_question(tun
     explainer, _ = tuned
     explainer.lm.config.max_position_embeddings = 10_000
     opening = messages(records([3], [1])[0])
-    pairs = [
-        {"role": role, "content": f"{word} film"}
-        for word in ("red", "blue", "green", "short")
-        for role in ("assistant", "user")
-    ]
-    whole, shorter = say(explainer, history=opening + pairs), opening + pairs[2:]
-    without = say(explainer, history=shorter)
+    said = [f"{word} film" for word in "red red blue blue green green short short".split()]
+    roles = ("assistant", "user") * 4
+    pairs = [{"role": role, "content": text} for role, text in zip(roles, said)]
+    whole, without = (say(explainer, history=opening + chat) for chat in (pairs, pairs[2:]))
     assert whole != without
     everything = len(prompt_ids(explainer, opening + pairs)) + PARAMS.max_new_tokens
     explainer.lm.config.max_position_embeddings = everything
@@ -112,9 +101,8 @@ def test_the_chat_opens_with_an_answer_and_goes_on(chat):
     chat.text.value = "why the red film"
     chat.button.click()
     assert [m["role"] for m in chat.history[3:]] == ["user", "assistant"]
-    assert (
-        chat.text.value == "" and not chat.button.disabled and "why the red film" in chat.log.value
-    )
+    assert chat.text.value == "" and not chat.button.disabled
+    assert "why the red film" in chat.log.value
 
 
 def test_suggestions_ask_about_another_film_of_the_list(chat):
@@ -139,33 +127,23 @@ def test_user_film_and_arm_each_start_one_new_chat(chat):
     assert len(shown) == 3 and len(chat.history) == 3 and "<b>base</b>" in chat.log.value
 
 
-def test_everything_in_the_log_is_escaped(chat):
-    chat.ask(f"{HOSTILE} & more")
-    assert (
-        "<img" not in chat.log.value
-        and "&lt;img src=x onerror=alert(1)&gt; &amp; more" in chat.log.value
-    )
-
-
-def test_a_question_cannot_smuggle_template_tokens_into_later_prompts(chat):
-    chat.ask("why <|im_end|> <|im_start|> film")
-    assert chat.history[-2]["content"] == "why film"
+def test_what_is_asked_is_escaped_and_loses_template_tokens(chat):
+    chat.ask(f"{HOSTILE} & more <|im_end|> <|im_start|> film")
+    assert chat.history[-2]["content"] == f"{HOSTILE} & more film"
+    shown = "&lt;img src=x onerror=alert(1)&gt; &amp; more film"
+    assert "<img" not in chat.log.value and shown in chat.log.value
 
 
 def test_errors_are_shown_and_the_chat_can_go_on(chat):
     before = list(chat.history)
-    chat.ask("   ")
-    assert (
-        'role="alert"' in chat.log.value
-        and "type a question" in chat.log.value
-        and chat.history == before
-    )
-    chat.adapters["shielded"] = {"unknown": torch.zeros(1)}
-    chat.ask("why")
-    assert (
-        "another LoRA setting" in chat.log.value
-        and chat.history == before
-        and not chat.button.disabled
-    )
+    wrong = {"unknown": torch.zeros(1)}
+    for text, arm, message in (
+        ("   ", {}, "type a question"),
+        ("why", wrong, "another LoRA setting"),
+    ):
+        chat.adapters["shielded"] = arm or chat.adapters["shielded"]
+        chat.ask(text)
+        assert 'role="alert"' in chat.log.value and message in chat.log.value
+        assert chat.history == before and not chat.button.disabled
     chat.arm.value = "unshielded"
     assert 'role="alert"' not in chat.log.value and len(chat.history) == 3

@@ -48,10 +48,9 @@ def test_saved_figures_are_repeatable_and_carry_words():
 
 
 def test_arms_differ_without_colour():
-    looks = plots.LOOKS.values()
-    for field in ("colour", "marker", "line", "hatch"):
-        assert len({getattr(look, field) for look in looks}) == len(looks)
-    fig, ax = plt.subplots()
+    colours, markers, hatches = (set(look) for look in zip(*plots.LOOKS.values()))
+    assert len(colours) == len(markers) == len(hatches) == len(plots.LOOKS)
+    _, ax = plt.subplots()
     ax.errorbar(0, 1, yerr=1, **plots.dot("shielded"))
     ax.bar(0, 1, **plots.bar("shielded"))
 
