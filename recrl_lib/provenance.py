@@ -28,6 +28,7 @@ _VERSIONED = (
 )  # fmt: skip
 # Files of the library, other than code, that decide what a stage writes.
 LIBRARY_FILES = {
+    "data": ("assets.yaml",),
     "shield": ("grids.yaml",),
     "evaluation": ("profiles.yaml",),
     "audit": ("policy.yaml",),

@@ -1,6 +1,5 @@
 """Own tables: the forms that people bring, good and dirty."""
 
-import gzip
 import re
 
 import numpy as np
@@ -9,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recrl_lib.tests.data.loading import load
+from recrl_lib.tests.data.loading import load, write
 
 LOG = """when,who,what
 2024-03-01T10:00:00Z,anna,tea-02
@@ -25,18 +24,22 @@ tea-02,"Sencha
 ""first"" flush",Tea;Green,
 mug,Blue mug,,1999
 """
-NAMES = {"user": "who", "item": "what", "time": "when", "rating": ""}
-NAMES |= {"title": "name", "genres": "kind", "year": "since"}
+NAMES = {"user_column": "who", "item_column": "what", "time_column": "when", "rating_column": ""}
+NAMES |= {"title_column": "name", "genres_column": "kind", "year_column": "since"}
 
 
-def write(folder, log=LOG, shop=SHOP):
-    (folder / "interactions.csv").write_text(log)
-    (folder / "items.csv").write_text(shop)
-    return folder
+def tables(folder, log=LOG, shop=SHOP, encoding="utf-8"):
+    return write(folder, {"interactions.csv": log, "items.csv": shop}, encoding)
+
+
+def assert_same(data, expected):
+    pd.testing.assert_frame_equal(data.interactions, expected.interactions)
+    pd.testing.assert_frame_equal(data.items, expected.items)
+    assert data.info["skipped"] == {}
 
 
 def test_own_tables(tmp_path):
-    data = load("csv", write(tmp_path), NAMES, min_core=1)
+    data = load("csv", tables(tmp_path), **NAMES)
     assert data.items.to_dict("list") == {
         "item": [1, 2, 3],
         "title": ["Blue mug", "Earl Grey", 'Sencha "first" flush'],
@@ -58,23 +61,23 @@ def test_own_tables(tmp_path):
 
 
 def test_parquet_and_gzip_are_the_same(tmp_path):
-    expected = load("csv", write(tmp_path), NAMES, min_core=1)
-    for name in ("interactions", "items"):
-        path = tmp_path / f"{name}.csv"
-        (tmp_path / f"{name}.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
-        path.unlink()
-    packed = load("csv", tmp_path, NAMES, min_core=1)
-    log = pd.read_csv(tmp_path / "interactions.csv.gz")
+    folders = [tmp_path / name for name in ("csv", "gz", "parquet")]
+    for folder in folders:
+        folder.mkdir()
+    expected = load("csv", tables(folders[0]), **NAMES)
+    write(folders[1], {"interactions.csv.gz": LOG, "items.csv.gz": SHOP})
+    log, shop = (pd.read_csv(folders[0] / name) for name in ("interactions.csv", "items.csv"))
     seconds = [1709287200, 1709287200, 1709251200, 1709294400, 1709294500, 1709294600]
     log["when"] = pd.to_datetime(seconds, unit="s")
-    shop = pd.read_csv(tmp_path / "items.csv.gz")
     shop["kind"] = [["Tea", "Black"], ["Tea", "Green"], None]
-    for name, table in (("interactions", log), ("items", shop)):
-        table.to_parquet(tmp_path / f"{name}.parquet")
-        (tmp_path / f"{name}.csv.gz").unlink()
-    for data in (packed, load("csv", tmp_path, NAMES, min_core=1)):
-        pd.testing.assert_frame_equal(data.interactions, expected.interactions)
-        pd.testing.assert_frame_equal(data.items, expected.items)
+    log.to_parquet(folders[2] / "interactions.parquet")
+    (folders[2] / "items.parquet").mkdir()  # a folder of part files is one table
+    for n, part in enumerate((shop[:2], shop[2:])):
+        part.to_parquet(folders[2] / "items.parquet" / f"part-0000{n}.parquet")
+    (folders[2] / "items.parquet" / "_SUCCESS").touch()
+    for folder in folders[1:]:
+        assert_same(data := load("csv", folder, **NAMES), expected)
+        assert len(data.info["sha256"]) == 64
 
 
 # Two users with three items; what a case changes about it must change nothing in the outcome.
@@ -101,27 +104,10 @@ NAMED = "[{'id': 1, 'name': 'A'}, {'id': 2, 'name': 'B'}]"
     ids=["semicolons", "tabs", "utf-16", "bom", "dicts", "commas", "float ids", "empty lines"]
 )  # fmt: skip
 def test_forms_of_csv_that_are_read_alike(tmp_path, log, shop, encoding):
-    expected = load("csv", write(tmp_path, *PLAIN), min_core=1)
-    (tmp_path / "interactions.csv").write_bytes(log.encode(encoding))
-    (tmp_path / "items.csv").write_bytes(shop.encode(encoding))
-    data = load("csv", tmp_path, min_core=1)
-    pd.testing.assert_frame_equal(data.interactions, expected.interactions)
-    pd.testing.assert_frame_equal(data.items, expected.items)
-    assert data.info["skipped"] == {} and data.items["genres"].tolist() == ["A|B", "", "A"]
-
-
-def test_a_folder_of_part_files_is_one_table(tmp_path):
-    expected = load("csv", write(tmp_path, *PLAIN), min_core=1)
-    for name in ("interactions", "items"):
-        table = pd.read_csv(tmp_path / f"{name}.csv")
-        (tmp_path / f"{name}.csv").unlink()
-        (tmp_path / f"{name}.parquet").mkdir()
-        for n, part in enumerate((table[:2], table[2:])):
-            part.to_parquet(tmp_path / f"{name}.parquet" / f"part-0000{n}.parquet")
-    (tmp_path / "interactions.parquet" / "_SUCCESS").touch()
-    data = load("csv", tmp_path, min_core=1)
-    pd.testing.assert_frame_equal(data.interactions, expected.interactions)
-    assert data.items.equals(expected.items) and len(data.info["sha256"]) == 64
+    expected = load("csv", tables(tmp_path, *PLAIN))
+    data = load("csv", tables(tmp_path, log, shop, encoding))
+    assert_same(data, expected)
+    assert data.items["genres"].tolist() == ["A|B", "", "A"]
 
 
 @pytest.mark.parametrize("dictionary", [False, True])
@@ -132,73 +118,63 @@ def test_64_bit_ids_are_exact_with_and_without_nulls(tmp_path, dictionary):
     pq.write_table(pa.table(table), tmp_path / "interactions.parquet")
     shop = pa.table({"item": list("abc"), "title": list("ABC")})
     pq.write_table(shop, tmp_path / "items.parquet")
-    info = load("csv", tmp_path, min_core=1).info
+    info = load("csv", tmp_path).info
     assert (info["n_users"], info["skipped"]) == (100, {"missing field": 1})
     assert info["skipped_first"] == {"missing field": "interactions.parquet line 301"}
 
 
-@pytest.mark.parametrize(
-    "title",
-    [
-        "می\u200cخواستم",
-        "Family 👨\u200d👩\u200d👧",
-        "ന\u0d4d\u200d",
-        "NA",
-        "nan",
-        "None",
-        "Ca$$ {1}",
-    ],
-)
-def test_titles_and_ids_are_what_they_say(tmp_path, title):
-    ids = ("007", title, "7")
+TITLES = [
+    "می\u200cخواستم",
+    "Family 👨\u200d👩\u200d👧",
+    "ന\u0d4d\u200d",
+    "NA",
+    "nan",
+    "None",
+    "Ca$$ {1}",
+]
+
+
+def test_titles_and_ids_are_what_they_say_without_control_characters(tmp_path):
+    ids = ("007", "7", *TITLES)
     log = "user,item\n" + "".join(f"{user},{item}\n" for user in ("NA", "nan") for item in ids)
-    shop = "item,title\n" + "".join(f"{item},{item}\n" for item in dict.fromkeys(ids))
-    data = load(
-        "csv", write(tmp_path, log, shop), min_core=1, columns={"time": ""}, bad_row_limit=1.0
-    )
-    assert data.items["title"].tolist() == sorted(set(ids))
-
-
-def test_text_that_overrides_the_direction_of_writing_is_stripped(tmp_path):
-    shop = PLAIN[1].replace("Seven", "\u202eabc\u202c \x07def")
-    assert load("csv", write(tmp_path, PLAIN[0], shop)
-                , min_core=1).items["title"].tolist()[0] == "abc def"  # fmt: skip
+    shop = "item,title\n" + "".join(f"{item},\u202e{item}\u202c\x07\n" for item in ids)
+    data = load("csv", tables(tmp_path, log, shop), time_column="")
+    assert data.items["title"].tolist() == sorted(ids) and data.info["skipped"] == {}
 
 
 def test_ids_that_are_numbers_are_ordered_as_numbers(tmp_path):
     pairs = [(u, i) for u in (2, 10) for i in (9, 10, 100)]
     log = "user,item,time,rating\n" + "".join(f"{u},{i},{u + i},{i % 5}\n" for u, i in pairs)
     shop = "item,title\n" + "".join(f"{i},Title {i}\n" for i in (100, 9, 10))
-    data = load("csv", write(tmp_path, log, shop), min_core=1)
+    data = load("csv", tables(tmp_path, log, shop))
     assert data.items["title"].tolist() == ["Title 9", "Title 10", "Title 100"]
     assert data.interactions["user"].tolist() == [0, 0, 1, 1, 0, 1]
     log = log.replace("2,9,", "x,9,").replace("2,1", "x,1")
-    data = load("csv", write(tmp_path, log, shop), min_core=1)
+    data = load("csv", tables(tmp_path, log, shop))
     assert data.interactions["user"].tolist() == [1, 1, 0, 0, 1, 0]  # as texts: "10" before "x"
 
 
 def test_without_times_file_order_counts(tmp_path):
     log = "user,item\n" + "".join(f"{u},{i}\n" for i in (3, 1, 2) for u in (1, 2))
-    folder = write(tmp_path, log, "item,title\n1,A\n2,B\n3,C\n")
-    data = load("csv", folder, {"time": ""}, min_core=1)
+    data = load("csv", tables(tmp_path, log, "item,title\n1,A\n2,B\n3,C\n"), time_column="")
     assert data.interactions["item"].tolist() == [3, 3, 1, 1, 2, 2]
     assert data.info["order"] == "file order: no time column was named"
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    "need, name, message",
     [
-        ({"user": "whoo"}, r"interactions.csv: no column 'whoo' for user_column; the columns are "
+        ("user", "whoo", r"interactions.csv: no column 'whoo' for user_column; the columns are "
          r"'when', 'who', 'what'; did you mean 'who'\? Set user_column=who"),
-        ({"time": "timestamp"}, "'when', 'who', 'what'; set time_column to one of these"),
-        ({"title": "Name"}, r"items.csv: no column 'Name' .*; did you mean 'name'\?"),
-        ({"genres": "kinds"}, "Set genres_column=kind, or leave genres_column empty to do without")
+        ("time", "timestamp", "'when', 'who', 'what'; set time_column to one of these"),
+        ("title", "Name", r"items.csv: no column 'Name' .*; did you mean 'name'\?"),
+        ("genres", "kinds", "Set genres_column=kind, or leave genres_column empty to do without")
     ]
 )  # fmt: skip
-def test_a_wrong_column_is_named(tmp_path, changed, message):
+def test_a_wrong_column_is_named(tmp_path, need, name, message):
     with pytest.raises(ValueError, match=message):
-        load("csv", write(tmp_path), NAMES | changed, min_core=1)
-    data = load("csv", tmp_path, NAMES | {"genres": "genre", "year": ""}, min_core=1)
+        load("csv", tables(tmp_path), **NAMES | {f"{need}_column": name})
+    data = load("csv", tmp_path, **NAMES | {"genres_column": "genre", "year_column": ""})
     assert (data.items["genres"] == "").all()
 
 
@@ -206,7 +182,7 @@ def test_bad_rows_are_counted(tmp_path):
     log = LOG + ",bob,tea-01\n1709294700,bob,tea-09\n1709294800,bob,mug\n1709294900,,mug\n"
     log += "1709295000,carl,mug\nnoon,bob,mug\n1709,b"
     shop = SHOP + "mug,Other mug,,\n,Nothing,,\ncup,Cup,\"[{'id': 1}]\",\n"
-    data = load("csv", write(tmp_path, log, shop), NAMES, min_core=1, bad_row_limit=0.5)
+    data = load("csv", tables(tmp_path, log, shop), **NAMES, bad_row_limit=0.5)
     assert data.info["skipped"] == {
         "unparsable field": 3, "missing field": 2, "cut last line": 1, "duplicate": 2,
         "item without metadata": 1, "user with fewer than 3 events": 1
@@ -215,20 +191,18 @@ def test_bad_rows_are_counted(tmp_path):
     bad = {"unparsable field", "missing field", "cut last line", "item without metadata"}
     assert set(data.info["skipped_bad"]) == bad
     with pytest.raises(ValueError, match="interactions.csv: 4 of 13 rows are unusable"):
-        load("csv", tmp_path, NAMES, min_core=1)
+        load("csv", tmp_path, **NAMES)
 
 
 def test_missing_or_ambiguous_tables_are_named(tmp_path):
     message = "one of interactions.csv, interactions.csv.gz, interactions.parquet: none is there"
     with pytest.raises(FileNotFoundError, match=message):
         load("csv", tmp_path)
-    (write(tmp_path) / "items.parquet").touch()
-    with pytest.raises(FileNotFoundError, match="one of items.csv.*several are there"):
-        load("csv", tmp_path, NAMES)
-    (tmp_path / "items.parquet").unlink()
-    (tmp_path / "interactions.csv").write_text("")
     with pytest.raises(ValueError, match="interactions.csv: no rows; the file is empty"):
-        load("csv", tmp_path, NAMES)
+        load("csv", tables(tmp_path, ""), **NAMES)
+    (tables(tmp_path) / "items.parquet").touch()
+    with pytest.raises(FileNotFoundError, match="one of items.csv.*several are there"):
+        load("csv", tmp_path, **NAMES)
 
 
 @pytest.mark.parametrize("name", ["interactions", "items"])
@@ -245,18 +219,18 @@ def test_a_damaged_parquet_is_named(tmp_path, name):
         path.write_bytes(content)
         message = rf"{name}.parquet: no parquet file, or a damaged one \(.*\); write or fetch"
         with pytest.raises(ValueError, match=message):
-            load("csv", tmp_path, min_core=1)
+            load("csv", tmp_path)
 
 
 def test_a_rating_may_be_blank_but_not_a_word(tmp_path):
     log = "user,item,time,rating\n1,a,1,4.5\n1,b,2,\n1,c,3,  \n1,d,4,good\n1,e,5,nan\n"
     shop = "item,title\n" + "".join(f"{i},{i.upper()}\n" for i in "abcde")
-    data = load("csv", write(tmp_path, log, shop), min_core=1, bad_row_limit=0.5)
+    data = load("csv", tables(tmp_path, log, shop), bad_row_limit=0.5)
     assert data.info["skipped_first"] == {"unparsable field": "interactions.csv line 5"}
     np.testing.assert_array_equal(data.interactions["rating"], [4.5, np.nan, np.nan])
     (tmp_path / "interactions.csv").unlink()
     log = {"user": [1.0] * 3, "item": list("abc"), "time": range(3), "rating": [4.5, None, 2.0]}
     pd.DataFrame(log).to_parquet(tmp_path / "interactions.parquet")
-    data = load("csv", tmp_path, min_core=1)
+    data = load("csv", tmp_path)
     np.testing.assert_array_equal(data.interactions["rating"], [4.5, np.nan, 2.0])
     assert data.info["skipped"] == {}

@@ -11,7 +11,7 @@ from recrl_lib.explainer import prompts
 from recrl_lib.params import Dataset
 from recrl_lib.runs import sha256_file
 from recrl_lib.scoring.composed import reference_line
-from recrl_lib.tests.data.loading import load
+from recrl_lib.tests.data.loading import load, write
 
 INTS = {"user": "int64", "item": "int64", "time": "int64"}
 
@@ -19,8 +19,6 @@ INTS = {"user": "int64", "item": "int64", "time": "int64"}
 def test_every_data_set_that_may_be_chosen_has_a_reader():
     assert set(FORMATS) == set(get_args(Dataset)) and set(assets.ORIGINS) < set(FORMATS)
 
-
-# --- MovieLens 100K, in both forms -------------------------------------------------------------
 
 ITEMS = [
     "10\tUsual Suspects, The\t1995\tCrime Thriller",
@@ -35,11 +33,11 @@ RATINGS = [
 ]
 
 
-def write(folder, ratings=RATINGS, items=ITEMS, users=USERS, end="\n"):
-    for name, rows in zip(movielens.HEADERS, (ratings, items, users)):
-        lines = [movielens.HEADERS[name].replace(" ", "\t"), *rows]
-        (folder / name).write_bytes(("".join(line + end for line in lines)).encode())
-    return folder
+def atomic(folder, ratings=RATINGS, users=USERS, end="\n"):
+    """MovieLens 100K as RecBole writes it."""
+    tables = zip(movielens.HEADERS.items(), (ratings, ITEMS, users))
+    files = {name: [header.replace(" ", "\t"), *rows] for (name, header), rows in tables}
+    return write(folder, {n: "".join(line + end for line in rows) for n, rows in files.items()})
 
 
 def many(n):
@@ -50,7 +48,7 @@ def many(n):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_ml_100k_by_hand(tmp_path, end):
-    data = load("ml-100k", write(tmp_path, end=end))
+    data = load("ml-100k", atomic(tmp_path, end=end), min_core=0)
     assert data.items.to_dict("list") == {
         "item": [1, 2, 3, 4],
         "title": ["Unknown", 'Say "Hi"', "Land Before Time III", "The Usual Suspects"],
@@ -75,25 +73,20 @@ def test_ml_100k_by_hand(tmp_path, end):
     assert data.info["skipped"] == {} and data.info["skipped_first"] == {}
     assert (data.info["n_users"], data.info["n_items"], data.info["n_interactions"]) == (2, 4, 6)
     assert data.info["sha256"] == sha256_file(tmp_path / "ml-100k.inter")
-
-
-def test_item_texts_in_capitals_and_nothing_else(tmp_path):
-    cases = ("plain", "upper")
-    plain, upper = (load("ml-100k", write(tmp_path), item_case=case).items for case in cases)
-    assert upper["text"].tolist()[3] == "THE USUAL SUSPECTS (1995). GENRES: CRIME, THRILLER."
-    assert upper["text"].tolist() == [text.upper() for text in plain["text"]]
-    assert upper.drop(columns="text").equals(plain.drop(columns="text"))
+    upper = load("ml-100k", tmp_path, item_case="upper").items
+    assert upper["text"].tolist() == [text.upper() for text in data.items["text"]]
+    assert upper.drop(columns="text").equals(data.items.drop(columns="text"))
 
 
 def test_times_do_not_pass_through_float32_and_ties_keep_the_order_of_the_file(tmp_path):
     times = {10: 881250950, 2: 881250949, 7: 881250900}  # the first two equal as float32
     ratings = [f"30\t{item}\t3\t{time}" for item, time in times.items()]
-    data = load("ml-100k", write(tmp_path, ratings))
+    data = load("ml-100k", atomic(tmp_path, ratings))
     assert data.interactions["time"].tolist() == sorted(times.values())
     order = np.random.default_rng(0).permutation(500)
     ratings = [f"{u}\t{item}\t4\t{7 - u % 2}" for item in (10, 2, 7) for u in order]
     users = [f"{u}\t1\tF\t\t" for u in range(500)]
-    data = load("ml-100k", write(tmp_path, ratings, users=users))
+    data = load("ml-100k", atomic(tmp_path, ratings, users))
     odd, even = order[order % 2 == 1], order[order % 2 == 0]
     assert data.interactions["user"].tolist() == [*odd] * 3 + [*even] * 3
 
@@ -112,18 +105,16 @@ def test_times_do_not_pass_through_float32_and_ties_keep_the_order_of_the_file(t
 def test_bad_rows_are_counted_and_skipped(tmp_path, row, kind):
     ratings, users = many(120)
     ratings.insert(50, row)
-    data = load("ml-100k", write(tmp_path, ratings, users=users))
+    data = load("ml-100k", atomic(tmp_path, ratings, users))
     assert data.info["skipped"] == {kind: 1} and data.info["skipped_bad"] == [kind]
     assert data.info["skipped_first"] == {kind: "ml-100k.inter line 52"}
     assert data.info["n_interactions"] == 120
-    if kind == "duplicate":  # the first is kept
-        first = data.interactions.query("user == 4 and item == 4")  # raw item 10 is the fourth
-        assert first[["time", "rating"]].to_numpy().tolist() == [[1012, 4]]
+    first = data.interactions.query("user == 4 and item == 4")  # raw item 10 is the fourth
+    assert first[["time", "rating"]].to_numpy().tolist() == [[1012, 4]]  # not the duplicate
 
 
 def test_a_last_line_without_newline_is_not_trusted(tmp_path):
-    ratings, users = many(120)
-    path = write(tmp_path, ratings, users=users) / "ml-100k.inter"
+    path = atomic(tmp_path, *many(120)) / "ml-100k.inter"
     path.write_bytes(path.read_bytes()[:-3])  # the time lost two digits, and would still parse
     data = load("ml-100k", tmp_path)
     assert data.info["skipped"] == {"cut last line": 1, "user with fewer than 3 events": 1}
@@ -131,26 +122,20 @@ def test_a_last_line_without_newline_is_not_trusted(tmp_path):
 
 
 # The same films, people and ratings as their origin writes them.
-FLAGS = "0|1|0|0|1|0|0|0|0|0|1|0|0|0|0|0|0|0|0"
 ORIGIN = {
     "u.data": "30\t10\t3\t881250949\n4\t2\t5\t881250948\n30\t2\t1\t881250949\n"
     "4\t10\t4\t5\n30\t7\t2\t881250948\n4\t7\t1\t881250947\n",
     "u.item": "2|unknown||||1|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0\n"
-    f"7|L\u00e9on: Der Profi (V)|01-Jan-1995||http://x/M?%20(1995)|{FLAGS}\n"
+    "7|L\u00e9on: Der Profi (V)|01-Jan-1995||http://x/M?%20(1995)"
+    "|0|1|0|0|1|0|0|0|0|0|1|0|0|0|0|0|0|0|0\n"
     "10|Usual Suspects, The (1995)|14-Aug-1995||http://x/M?The%20(1995)"
     "|0|0|0|0|0|0|1|0|0|0|0|0|0|0|0|0|1|0|0\n",
     "u.user": "30|24|M|technician|85711\n4|53|F|other|94043\n",
 }
 
 
-def write_origin(folder, **changed):
-    for name, text in (ORIGIN | changed).items():
-        (folder / name).write_bytes(text.encode("latin-1"))
-    return folder
-
-
 def test_ml_100k_of_its_origin(tmp_path):
-    data = load("ml-100k", write_origin(tmp_path))
+    data = load("ml-100k", write(tmp_path, ORIGIN, "latin-1"))
     titles = ["Unknown", "L\u00e9on: Der Profi (V)", "The Usual Suspects"]
     assert data.items["title"].tolist() == titles and data.items["year"].tolist() == [0, 0, 1995]
     assert data.items["genres"].tolist() == ["", "Action|Children's|Film-Noir", "Crime|Thriller"]
@@ -164,16 +149,12 @@ def test_ml_100k_of_its_origin(tmp_path):
     "name, change, message",
     [
         ("user", (b"4\t\t\t\t\n", b""), "line 3: user_id 4 has no row in ml-100k.user"),
-        (
-            "item",
-            (b"release_year:token", b"year:token"),
-            "item line 1: the columns must be item_id",
-        ),
+        ("item", (b"release_year:", b"y:"), "item line 1: the columns must be item_id"),
         ("item", (b"Usual", b"Us\xffal"), r"1 x not UTF-8 \(first: ml-100k.item line 2\)"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, change, message):
-    path = write(tmp_path) / f"ml-100k.{name}"
+    path = atomic(tmp_path) / f"ml-100k.{name}"
     path.write_bytes(path.read_bytes().replace(*change))
     with pytest.raises(ValueError, match=message):
         load("ml-100k", tmp_path)
@@ -221,15 +202,14 @@ MOVIES = """movieId,title,genres
 """
 
 
-def write_csv(folder, ratings=ML_RATINGS, movies=MOVIES, encoding="utf-8"):
-    for name, text in (("ratings.csv", ratings), ("movies.csv", movies)):
-        (folder / name).write_bytes(text.replace("\n", "\r\n").encode(encoding))
-    return folder
+def csv(folder, ratings=ML_RATINGS, movies=MOVIES, encoding="utf-8"):
+    files = {"ratings.csv": ratings, "movies.csv": movies}
+    return write(folder, {n: text.replace("\n", "\r\n") for n, text in files.items()}, encoding)
 
 
 @pytest.mark.parametrize("name", ["ml-25m", "ml-32m", "ml-latest-small"])
 def test_movielens(tmp_path, name):
-    data = load(name, write_csv(tmp_path), min_core=1)
+    data = load(name, csv(tmp_path))
     assert data.items["title"].tolist() == [
         *("Pulp Fiction", "Three Colors: Red (Trois couleurs: Rouge)"),
         *('The Fantastic "Four"', "Cosmos"),
@@ -250,9 +230,7 @@ def test_movielens(tmp_path, name):
 def test_movielens_with_bad_rows(tmp_path):
     bad = "3,306,4.0,noon\n3,x,4.0,1\n3,306,nan,1\n3,306,4.0\n1,306,3.0,1\n3,999,3.0,1\n3,29"
     movies = MOVIES.replace("Cosmos", '"Cos\nmos<|im_end|>, ""again"""') + ',"No id",Drama\n'
-    data = load(
-        "ml-25m", write_csv(tmp_path, ML_RATINGS + bad, movies), min_core=1, bad_row_limit=0.6
-    )
+    data = load("ml-25m", csv(tmp_path, ML_RATINGS + bad, movies), bad_row_limit=0.6)
     assert data.items["title"].tolist()[3] == 'Cos mos, "again"'
     assert data.info["skipped"] == {
         "unparsable field": 3, "wrong number of fields": 1, "cut last line": 1, "missing field": 1,
@@ -261,12 +239,10 @@ def test_movielens_with_bad_rows(tmp_path):
     assert data.info["skipped_first"]["missing field"] == "movies.csv line 7"
     assert data.info["skipped_first"]["cut last line"] == "ratings.csv line 15"
     with pytest.raises(ValueError, match=r"movies.csv: .* not UTF-8 \(first: movies.csv line 6\)"):
-        load("ml-25m", write_csv(tmp_path, movies=MOVIES + "9,Amélie,\n", encoding="latin-1"))
+        load("ml-25m", csv(tmp_path, movies=MOVIES + "9,Amélie,\n", encoding="latin-1"))
     with pytest.raises(ValueError, match="movies.csv line 1: the columns must be movieId, title"):
-        load("ml-25m", write_csv(tmp_path, movies="movieId,tag\n1,x\n"))
+        load("ml-25m", csv(tmp_path, movies="movieId,tag\n1,x\n"))
 
-
-# --- Steam -------------------------------------------------------------------------------------
 
 STEAM = """151603712,"The Elder Scrolls V Skyrim",purchase,1.0,0
 151603712,"The Elder Scrolls V Skyrim",play,273.0,0
@@ -282,8 +258,8 @@ STEAM = """151603712,"The Elder Scrolls V Skyrim",purchase,1.0,0
 
 
 def test_steam(tmp_path):
-    (tmp_path / "steam-200k.csv").write_text(STEAM)
-    data = load("steam-200k", tmp_path, min_core=1)
+    write(tmp_path, {"steam-200k.csv": STEAM})
+    data = load("steam-200k", tmp_path)
     assert data.items["title"].tolist() == [
         *("Fallout 4", "Spore", "The Elder Scrolls V Skyrim", "Warhammer 40,000 Dawn of War II")
     ]
@@ -299,17 +275,14 @@ def test_steam(tmp_path):
 
 def test_steam_with_bad_rows(tmp_path):
     bad = '9,"Spore",rent,1.0,0\n9,"Spore",purchase\n9,,purchase,1.0,0\nx,"Spore",play,1.0,0\n'
-    (tmp_path / "steam-200k.csv").write_text(STEAM + bad)
+    write(tmp_path, {"steam-200k.csv": STEAM + bad})
     message = r"steam-200k.csv: 4 of 14 rows .* 2 x unparsable field \(first: .* line 11\)"
     with pytest.raises(ValueError, match=message):
-        load("steam-200k", tmp_path, min_core=1)
-    data = load("steam-200k", tmp_path, min_core=1, bad_row_limit=0.3)
+        load("steam-200k", tmp_path)
+    data = load("steam-200k", tmp_path, bad_row_limit=0.3)
     assert data.info["skipped"] == {
         "wrong number of fields": 1, "unparsable field": 2, "missing field": 1, "duplicate": 1
     }  # fmt: skip
-
-
-# --- where the files are -----------------------------------------------------------------------
 
 
 def test_where_the_files_are_looked_for(tmp_path):
@@ -319,9 +292,6 @@ def test_where_the_files_are_looked_for(tmp_path):
     message = "steam-200k.csv, for example make all DATASET=steam-200k DATA_DIR=path"
     with pytest.raises(ValueError, match=message):
         folder_of("steam-200k")
-
-
-# --- what the prompt calls an item -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -67,17 +67,16 @@ def test_of_a_broken_gzip_the_lines_before_the_break_count(tmp_path, small, cut)
 
 
 def read_all(path, skipped, **options):
-    rows = Rows(path, skipped, **options)
-    return list(rows.records()), rows.names
+    return list(Rows(path, skipped, **options).records())
 
 
 def test_rows_know_their_lines(tmp_path):
     path, skipped = tmp_path / "a.csv", Skipped()
     text = '\ufeffid,title\r\n1,"Say ""Hi"", he said"\r\n2,"two\nlines"\r\n\r\n3,plain\r\n'
     path.write_bytes(text.encode())
-    found, names = read_all(path, skipped)
+    found = read_all(path, skipped)
     assert found == [(2, "1", 'Say "Hi", he said'), (3, "2", "two\nlines"), (6, "3", "plain")]
-    assert names == ["id", "title"] and skipped.rows[path] == 3 and not skipped.counts
+    assert skipped.rows[path] == 3 and not skipped.counts
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_rows_know_their_lines(tmp_path):
 def test_bad_rows_are_counted(tmp_path, bad, kind, n):
     path, skipped = tmp_path / "a.csv", Skipped(1.0)
     path.write_bytes(b"id,title\n1,a\n" + bad + b"2,b\n")
-    found, _ = read_all(path, skipped)
+    found = read_all(path, skipped)
     assert found == [(2, "1", "a"), (3 + n, "2", "b")]
     assert skipped.counts == {kind: n} and skipped.first == {kind: "a.csv line 3"}
     assert skipped.rows[path] == 2 + n
@@ -117,7 +116,7 @@ def test_a_quote_never_closed_counts_all_that_it_swallows(tmp_path):
 def test_the_last_line(tmp_path, end, terminated, found, counts):
     path, skipped = tmp_path / "a.csv", Skipped(1.0)
     path.write_bytes(b"id,title\n1,a\n" + end)
-    assert len(read_all(path, skipped, terminated=terminated)[0]) == found
+    assert len(read_all(path, skipped, terminated=terminated)) == found
     assert skipped.counts == counts
 
 
@@ -126,11 +125,7 @@ def test_the_last_line(tmp_path, end, terminated, found, counts):
     [
         (None, FileNotFoundError, "a.csv is missing; put it there, or name another folder"),
         (b"", ValueError, "a.csv: no rows; the file is empty"),
-        (
-            b"id,name\n",
-            ValueError,
-            "a.csv line 1: the columns must be id, title; they are id, name",
-        ),
+        (b"id,name\n", ValueError, "line 1: the columns must be id, title; they are id, name"),
         (gzip.compress(b"id,title\n1,a\n")[:12], ValueError, "line 1: the gzip file breaks off"),
     ],
 )
@@ -156,7 +151,7 @@ def test_what_the_csv_module_writes_is_read_back(tmp_path_factory, rows, separat
         csv.writer(file, delimiter=separator).writerows([("x", "y"), *rows])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "BLOCK", block)
-        found, _ = read_all(path, Skipped(), separator="")
+        found = read_all(path, Skipped(), separator="")
     assert [tuple(fields) for _, *fields in found] == rows
     lines = [n for n, *_ in found]
     breaks = ["".join(row).count("\n") for row in rows]

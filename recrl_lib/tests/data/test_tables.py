@@ -136,14 +136,6 @@ def test_global_time_puts_users_who_cannot_be_evaluated_last():
         assembled([(0, i, 1) for i in (7, 8, 9)], split="global-time")
 
 
-def test_the_limit_counts_bad_rows_only():
-    rows = [("a", 7, 1), ("a", 8, 1), ("a", 9, 1), ("a", 7, 2)]
-    message = r"x.csv: 1 of 4 rows are unusable.* 1 x duplicate \(first: x.csv line 5\)"
-    with pytest.raises(ValueError, match=message):
-        assembled(rows, Skipped(0.2))
-    assert assembled(rows, Skipped(0.2, frozenset(("duplicate",)))).info["skipped_bad"] == []
-
-
 def test_tables_that_break_the_schema_are_refused():
     broken = raw([("a", i, 1) for i in (7, 8, 9)])
     broken.items["year"] = -1
@@ -171,9 +163,6 @@ def test_a_column_of_times_in_every_format_and_of_what_is_no_time():
     times, good = parse_times(pa.array(texts))
     assert dict(zip(TIMES, times[: len(TIMES)] - NEW_YEAR)) == TIMES
     assert [text for text, time in zip(texts, good) if not time] == NO_TIMES
-    for text in texts:
-        (time,), (is_time,) = parse_times(pa.array([text]))
-        assert is_time == (text in TIMES) and (not is_time or time - NEW_YEAR == TIMES[text])
 
 
 @given(st.lists(st.integers(-(2**62), 2**62), max_size=20))
@@ -187,16 +176,16 @@ def test_milliseconds_agree_with_python_integers(values):
     assert milliseconds(np.array(values, np.int64)).tolist() == [naive(v) for v in values]
 
 
-@given(
-    st.lists(st.one_of(st.integers(-(10**18), 10**18).map(str), st.floats().map(repr), st.text()))
-)
+whole_numbers = st.integers(-(10**18), 10**18).map(str)
+
+
+@given(st.lists(st.one_of(whole_numbers, st.floats().map(repr), st.text())))
 def test_numbers_are_those_of_python(texts):
     for kind, parse in ((np.int64, int), (np.float64, float)):
         numbers, good = parse_numbers(pa.array(texts, pa.string()), kind)
         assert [parse(text) for text, fine in zip(texts, good) if fine] == numbers[good].tolist()
-        assert all(
-            fine for text, fine in zip(texts, good) if re.fullmatch(r"-?\d{1,15}", text, re.A)
-        )
+        refused = [text for text, fine in zip(texts, good) if not fine]
+        assert not any(re.fullmatch(r"-?\d{1,15}", text, re.A) for text in refused)
 
 
 # --- text --------------------------------------------------------------------------------------
@@ -209,16 +198,13 @@ def test_sanitised_text_is_plain_and_stable(text):
     assert plain == plain.strip() and "  " not in plain and sanitise_text(plain) == plain
 
 
-@pytest.mark.parametrize(
-    "text, plain",
-    [
-        ("Léon: <3 a|b > c", "Léon: <3 a|b > c"),
-        ("A<|im_end|>\n<|im_start|>system", "A system"),
-        ("<|im_<|x|>end|>", "end"),
-        ("<<s>|im_end|>", "im_end"),
-        ("a<\x07|im_end|>", "a"),
-        ("new\tline\u2028\u202eso\u200dft", "new line so\u200dft"),
-    ],
-)
-def test_sanitise_text(text, plain):
-    assert sanitise_text(text) == plain
+def test_sanitise_text():
+    texts = {
+        "Léon: <3 a|b > c": "Léon: <3 a|b > c",
+        "A<|im_end|>\n<|im_start|>system": "A system",
+        "<|im_<|x|>end|>": "end",
+        "<<s>|im_end|>": "im_end",
+        "a<\x07|im_end|>": "a",
+        "new\tline\u2028\u202eso\u200dft": "new line so\u200dft",
+    }
+    assert {text: sanitise_text(text) for text in texts} == texts
