@@ -18,7 +18,7 @@ from recrl_lib.runs import resolve_device
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 GIB = 2**30
-TORCH_RANGE = ((2, 11), (2, 13))  # minor versions on which the code is known to run
+TORCH = ((2, 11), (2, 13))  # minor versions on which the code is known to run
 
 
 class Check(NamedTuple):
@@ -40,38 +40,28 @@ def _check(name: str, found: str, good: bool, remedy: str, otherwise: str = FAIL
 
 def check_environment(device: str = "auto") -> list[Check]:
     """All checks; raises nothing for a bad machine."""
-    memory = psutil.virtual_memory()
+    memory, version = psutil.virtual_memory(), platform.python_version_tuple()
     limit = Path("/sys/fs/cgroup/memory.max")  # a container's limit counts as its memory
     text = limit.read_text().strip() if limit.is_file() else ""
-    total = min(memory.total, int(text)) / GIB if text.isdigit() else memory.total / GIB
-    free, cores = memory.available / GIB, usable_cores()
+    total = min(memory.total, int(text) if text.isdigit() else memory.total) / GIB
+    linux, free = hasattr(os, "sched_getaffinity"), memory.available / GIB
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    git = "found" if shutil.which("git") else "missing"
     named = "; ".join(f"{p.name}, {p.total_memory / GIB:.0f} GiB" for p in gpus)
+    new, git = tuple(map(int, version[:2])) >= (3, 11), shutil.which("git")
+    without = "install it: manifests will lack the commit"
     return [
-        check_python(),
-        *check_packages(),
+        _check("python", ".".join(version), new, "make env PYTHON=<3.11 or newer>"),
+        *check_packages(pinned_packages()),
         _check("CPU cores", f"{cores}", cores >= 2, "expect about twice the stated times", WARN),
         _check("memory", f"{total:.1f} GiB", total >= 7, "use the smoke profile only", WARN),
         _check("free memory", f"{free:.1f} GiB", free >= 4, "close other programs", WARN),
-        check_disk("disk of the cache", paths.cache_dir(), "set RECRL_HOME to a larger disk"),
-        check_disk("disk of the runs", paths.ROOT, "free space there"),
+        _check_disk("disk of the cache", paths.cache_dir(), "set RECRL_HOME to a larger disk"),
+        _check_disk("disk of the runs", paths.ROOT, "free space there"),
         Check("GPU", named or "none, models run on the CPU"),
-        _check("git", git, git == "found", "install it: manifests will lack the commit", WARN),
+        _check("git", "found" if git else "missing", git is not None, without, WARN),
         check_matmul(device),
     ]
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    linux = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-
-
-def check_python() -> Check:
-    """Python 3.11 or newer."""
-    good = tuple(map(int, platform.python_version_tuple()[:2])) >= (3, 11)
-    return _check("python", platform.python_version(), good, "make env PYTHON=<3.11 or newer>")
 
 
 def pinned_packages() -> dict[str, str | None]:
@@ -82,9 +72,9 @@ def pinned_packages() -> dict[str, str | None]:
     return {name: version or None for name, _, version in pins}
 
 
-def check_packages(pins: dict[str, str | None] | None = None) -> list[Check]:
+def check_packages(pins: dict[str, str | None]) -> list[Check]:
     """A line for each package that is missing or not as pinned, and one for all the others."""
-    rows = [_check_package(*pin) for pin in (pinned_packages() if pins is None else pins).items()]
+    rows = [_check_package(*pin) for pin in pins.items()]
     bad = [row for row in rows if row.status != OK]
     return [Check("packages", f"{len(rows) - len(bad)} of {len(rows)} as pinned"), *bad]
 
@@ -96,15 +86,13 @@ def _check_package(name: str, pin: str | None) -> Check:
     public = found.partition("+")[0]  # 2.13.0+cpu is 2.13.0
     if name == "torch":
         minor = tuple(int(part) for part in re.findall(r"\d+", public)[:2])
-        span = "make env, or an image with torch {}.{} to {}.{}".format(*sum(TORCH_RANGE, ()))
-        return _check(name, found, TORCH_RANGE[0] <= minor <= TORCH_RANGE[1], span)
-    return _check(
-        name, found, pin in (None, public), f"{pin} is pinned: make env (numbers may differ)", WARN
-    )
+        span = "make env, or an image with torch {}.{} to {}.{}".format(*sum(TORCH, ()))
+        return _check(name, found, TORCH[0] <= minor <= TORCH[1], span)
+    remedy = f"{pin} is pinned: make env (numbers may differ)"
+    return _check(name, found, pin in (None, public), remedy, WARN)
 
 
-def check_disk(name: str, folder: Path, remedy: str) -> Check:
-    """2 GiB free."""
+def _check_disk(name: str, folder: Path, remedy: str) -> Check:
     free = shutil.disk_usage(folder).free / GIB
     return _check(name, f"{free:.0f} GiB free", free >= 2, f"2 GiB are needed: {remedy}")
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from recrl_lib import paths
 from recrl_lib.params import stage_named
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ARMS = ("base", "separate", "unshielded", "shielded")
-AUDITED = "toxicity_mean toxicity_p95 gini_base gini_after parity_gap privacy_leak_rate".split()
 # Measures that a stage's results must hold: other tools rely on them. A stage may write more.
 REQUIRED_MEASURES = {
     "data": "n_users n_items n_interactions".split(),
@@ -32,10 +29,15 @@ REQUIRED_MEASURES = {
         "reward grounding_precision grounding_recall ctr ctr_lift kl ndcg@10 hr@10 top10_overlap "
         "top10_set_same top10_exact kendall_tau rbo max_abs_score_delta distinct_2 tokens finished"
     ).split(),
-    "audit": AUDITED,
+    "audit": (
+        "toxicity_mean toxicity_p95 gini_base gini_after parity_gap privacy_leak_rate"
+    ).split(),
 }
 # Arms that must have every one of them that is not about the stage as a whole.
 REQUIRED_ARMS = {"shielded_ppo": ARMS[2:], "evaluation": ARMS}
+NanIsEmpty = BeforeValidator(lambda given: None if given is None or given != given else given)
+Number = Annotated[float | None, NanIsEmpty]
+Count = Annotated[int | None, NanIsEmpty]
 
 
 class Result(BaseModel):
@@ -48,16 +50,11 @@ class Result(BaseModel):
     group: str = "all"  # users or items it covers, such as new_items
     measure: str  # what was measured, such as ndcg@10
     value: float  # finite; yes and no are 1 and 0
-    low: float | None = None  # bounds of the 95 % interval
-    high: float | None = None
-    n: int | None = None  # users behind the value
-    seeds: int | None = None  # trainings behind the value
-    passed: int | None = None  # audit only: 1 within the limit, 0 outside
-
-    @field_validator("low", "high", "n", "seeds", "passed", mode="before")
-    @classmethod
-    def _nan_is_empty(cls, given: Any) -> Any:
-        return None if given is None or given != given else given
+    low: Number = None  # bounds of the 95 % interval
+    high: Number = None
+    n: Count = None  # users behind the value
+    seeds: Count = None  # trainings behind the value
+    passed: Count = None  # audit only: 1 within the limit, 0 outside
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -66,7 +63,7 @@ class Result(BaseModel):
 
 
 KEY = ("arm", "against", "group", "measure")
-COLUMNS = tuple(name for name in Result.model_fields if name != "passed")
+COLUMNS = [name for name in Result.model_fields if name != "passed"]
 
 
 def parsed(given: Mapping[str, Any]) -> Result:
@@ -80,28 +77,23 @@ def parsed(given: Mapping[str, Any]) -> Result:
 
 def missing(stage: str, rows: Iterable[Result]) -> list[str]:
     """Measures that ``stage`` must write and that ``rows`` lack."""
-    arms: dict[str, set[str]] = {}
-    for row in rows:
-        arms.setdefault(row.measure, set()).add(row.arm)
-    wanted = REQUIRED_MEASURES.get(stage, ())
-    lacking = [name for name in wanted if name not in arms]
-    for name in wanted:
-        if name in arms and "" not in arms[name]:
-            without = [arm for arm in REQUIRED_ARMS.get(stage, ()) if arm not in arms[name]]
-            lacking += [f"{name} of {arm}" for arm in without]
+    present, lacking = {(row.measure, row.arm) for row in rows}, []
+    for name in REQUIRED_MEASURES.get(stage, ()):
+        arms = {arm for measure, arm in present if measure == name}
+        without = [arm for arm in REQUIRED_ARMS.get(stage, ()) if not arms & {arm, ""}]
+        lacking += [f"{name} of {arm}" for arm in without] if arms else [name]
     return lacking
 
 
 def as_csv(rows: Iterable[Result], audit: bool = False) -> str:
     """The table as text. Floats are written by ``repr`` (whole ones as integers): exactly."""
-    out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    columns = (*COLUMNS, "passed") if audit else COLUMNS
-    table.writerow(columns)
-    for row in rows:
-        cells = [getattr(row, name) for name in columns]
-        table.writerow([int(x) if isinstance(x, float) and x == x // 1 else x for x in cells])
-    return out.getvalue()
+    import pandas as pd
+
+    columns = [*COLUMNS, "passed"] if audit else COLUMNS
+    cells = [[getattr(row, name) for name in columns] for row in rows]
+    cells = [[int(x) if isinstance(x, float) and x == x // 1 else x for x in row] for row in cells]
+    table = pd.DataFrame(cells, columns=columns, dtype=object)
+    return table.to_csv(index=False, lineterminator="\n")
 
 
 def read_results(run: str, stage: str) -> pd.DataFrame:

@@ -7,7 +7,6 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,14 +48,12 @@ def display(path: Path) -> str:
 
 def read_notebook(path: Path) -> dict[str, Any]:
     """The notebook as plain JSON. ``ValueError`` if it is missing or not a notebook."""
+    if not path.is_file():
+        raise ValueError(f"notebook {display(path)} is missing")
     try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        notebook["cells"]
-    except FileNotFoundError:
-        raise ValueError(f"notebook {display(path)} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"notebook {display(path)} cannot be read: {error!r}") from None
-    return notebook
 
 
 def tags(cell: dict) -> list[str]:
@@ -69,39 +66,31 @@ def source(cell: dict) -> str:
     return "".join(cell["source"])
 
 
-def stage_key(stage: str, params: Params) -> str:
+def stage_key(stage: str, params: Params, known: dict[str, str] | None = None) -> str:
     """Sha256 over all that decides a stage's result: while it is the same, no run is needed.
 
     It covers the code of the notebook (not prose, outputs or the parameters cell), the library
     modules it imports, the parameters that the stage owns except the run's name, the contents of
-    files that no stage wrote, and the keys of the stages it needs. Two runs with equal keys of a
-    stage can share what it wrote.
+    files that no stage wrote, and the keys of the stages it needs, some of which may be ``known``.
     """
-    return _stage_key(stage, params, {})
-
-
-def _stage_key(stage: str, params: Params, known: dict[str, str]) -> str:
+    known = {} if known is None else known
     if stage in known:
         return known[stage]
-    spec = stage_named(stage)
-    notebook = read_notebook(paths.NOTEBOOKS / spec.notebook)
-    skip = {"parameters", "injected-parameters"}
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    cells = [source(cell) for cell in code if not skip & set(tags(cell))]
+    spec, skip = stage_named(stage), {"parameters", "injected-parameters"}
+    cells = read_notebook(paths.NOTEBOOKS / spec.notebook)["cells"]
+    code = [c for c in cells if c["cell_type"] == "code" and not skip & set(tags(c))]
     try:
-        modules = library_closure(cells)
-    except SyntaxError as error:
-        raise ValueError(
-            f"notebooks/{spec.notebook} or a module it imports is not valid Python: {error}"
-        ) from None
-    owned = {name: getattr(params, name) for name in owned_by(stage) if name != "run"}
+        modules = library_closure([source(cell) for cell in code])
+    except (SyntaxError, SourceSyntaxError) as error:
+        what = f"notebooks/{spec.notebook} or a module it imports"
+        raise ValueError(f"{what} is not valid Python: {error}") from None
     content = {
-        "cells": cells,
+        "cells": [source(cell) for cell in code],
         "modules": modules,
         "files": _files_read(stage, params),
         "versions": versions() if stage == "environment" else {},
-        "parameters": owned,
-        "needs": {need: _stage_key(need, params, known) for need in spec.needs},
+        "parameters": {name: getattr(params, name) for name in owned_by(stage) if name != "run"},
+        "needs": {need: stage_key(need, params, known) for need in spec.needs},
     }
     known[stage] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return known[stage]
@@ -111,13 +100,10 @@ def _files_read(stage: str, params: Params) -> dict[str, str]:
     """Name and sha256 of what a stage reads beside the artifacts of earlier stages."""
     if stage == "ablations":
         return batch_files(params)
-    files: Iterable[Path] = ()
-    if stage in LIBRARY_FILES:
-        files = [f for pattern in LIBRARY_FILES[stage] for f in paths.LIBRARY.glob(pattern)]
-    elif stage == "data" and params.data_dir:
-        folder = paths.ROOT / Path(params.data_dir).expanduser()
-        files = folder.iterdir() if folder.is_dir() else ()
-    return {path.name: sha256_file(path) for path in sorted(files) if path.is_file()}
+    files = [paths.LIBRARY / name for name in LIBRARY_FILES.get(stage, ())]
+    if stage == "data" and params.data_dir:
+        files = sorted((paths.ROOT / Path(params.data_dir).expanduser()).glob("*"))
+    return {path.name: sha256_file(path) for path in files if path.is_file()}
 
 
 def batch_files(params: Params) -> dict[str, str]:
@@ -130,13 +116,13 @@ def library_closure(cells: list[str]) -> dict[str, str]:
     """Digest of every module of the library that code cells import, also indirectly.
 
     Imports inside functions count; comments, layout and docstrings do not enter a digest. The cells
-    may hold IPython magics. ``SyntaxError`` if a cell or a module is not valid Python.
+    may hold IPython magics. Raises a syntax error if a cell or a module is not valid Python.
     """
-    files = {_module_name(file): file for file in sorted(paths.LIBRARY.rglob("*.py"))}
-    try:
-        graph = _graph(PACKAGE, tuple((str(f), f.stat().st_mtime_ns) for f in files.values()))
-    except SourceSyntaxError as error:
-        raise SyntaxError(str(error)) from None
+    files = {}
+    for file in sorted(paths.LIBRARY.rglob("*.py")):
+        parts = (PACKAGE, *file.relative_to(paths.LIBRARY).with_suffix("").parts)
+        files[".".join(parts).removesuffix(".__init__")] = file
+    graph = _graph(PACKAGE, tuple((str(f), f.stat().st_mtime_ns) for f in files.values()))
     found: set[str] = set()
     todo = {name for cell in cells for name in _imported(cell)} & files.keys()
     while todo:
@@ -145,11 +131,6 @@ def library_closure(cells: list[str]) -> dict[str, str]:
         parent = module.rpartition(".")[0]  # importing a.b runs a/__init__.py too
         todo |= ({parent} & files.keys() | graph.find_modules_directly_imported_by(module)) - found
     return {name: _digest(files[name].read_text(encoding="utf-8")) for name in sorted(found)}
-
-
-def _module_name(file: Path) -> str:
-    parts = (PACKAGE, *file.relative_to(paths.LIBRARY).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @cache
@@ -161,11 +142,9 @@ def _graph(package: str, files: tuple[tuple[str, int], ...]) -> Any:
 @cache
 def _digest(text: str) -> str:
     tree = ast.parse(text)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        documented = isinstance(
-            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        )
-        if documented and ast.get_docstring(node) is not None:
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
             node.body[0] = ast.Pass()
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
@@ -189,10 +168,8 @@ def _imported(cell: str) -> set[str]:
 
 def package_version(name: str) -> str | None:
     """Version of an installed package, ``None`` if it is missing."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    found = importlib.metadata.distributions(name=name)
+    return next((package.version for package in found), None)
 
 
 def versions() -> dict[str, str | None]:
@@ -203,19 +180,16 @@ def versions() -> dict[str, str | None]:
 def git_state() -> tuple[str | None, bool | None]:
     """Commit of the repository and whether files differ from it; ``(None, None)`` outside one."""
 
-    def git(*arguments: str) -> str | None:
+    def git(*arguments: str) -> str:
         command = ["git", "-C", str(paths.ROOT), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
 
-    top, commit = git("rev-parse", "--show-toplevel"), git("rev-parse", "--verify", "HEAD")
-    if top is None or commit is None or Path(top).resolve() != paths.ROOT.resolve():
-        return None, None  # perhaps unpacked inside somebody else's repository
-    status = git("status", "--porcelain")
-    return commit, None if status is None else bool(status)
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != paths.ROOT.resolve():
+            return None, None  # perhaps unpacked inside somebody else's repository
+        return git("rev-parse", "--verify", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
 
 
 def machine(device: "torch.device") -> dict[str, Any]:
@@ -223,12 +197,12 @@ def machine(device: "torch.device") -> dict[str, Any]:
     import torch
 
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    text = info.read_text(encoding="utf-8") if info.is_file() else ""
+    model = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return {
         "versions": {"python": platform.python_version(), **versions()},
         "device": device.type + gpu,
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }

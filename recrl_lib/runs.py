@@ -6,7 +6,6 @@ A notebook calls ``stage = runs.start("ranker", globals())``, then ``stage.load_
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -22,7 +21,6 @@ import yaml
 
 from recrl_lib import measures, paths
 from recrl_lib.measures import ARMS as ARMS
-from recrl_lib.measures import AUDITED as AUDITED
 from recrl_lib.measures import read_results as read_results
 from recrl_lib.measures import value as value
 from recrl_lib.params import PIPELINE, STAGES, Params, Stage, owned_by, stage_named
@@ -39,7 +37,6 @@ if TYPE_CHECKING:  # imported where used: what can be skipped is decided without
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -50,15 +47,6 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself must survive a power cut
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # file systems that cannot sync a folder say so
-                raise
-        finally:
-            os.close(folder)
 
 
 def run_folder(run: str) -> Path:
@@ -66,22 +54,16 @@ def run_folder(run: str) -> Path:
     return paths.RUNS / run
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        content = error
-    if not isinstance(content, dict):
-        raise RuntimeError(
-            f"{display(path)}: not valid JSON ({content}); delete it and run its stage again"
-        )
-    return content
-
-
 def read_manifest(run: str) -> dict[str, Any]:
     """``runs/<run>/manifest.json``; one without stages where none has finished."""
     path = run_folder(run) / "manifest.json"
-    return _read_json(path) if path.is_file() else {"run": run, "stages": {}}
+    if not path.is_file():
+        return {"run": run, "stages": {}}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        remedy = "delete it and run the stages again"
+        raise RuntimeError(f"{display(path)}: not valid JSON ({error}); {remedy}") from None
 
 
 def read_params(run: str) -> Params | None:
@@ -107,17 +89,14 @@ def write_params(params: Params) -> None:
 
 def up_to_date(stage: str, params: Params) -> bool:
     """Whether a stage has finished with its present key and all its files are as recorded."""
-    folder = run_folder(params.run)
     entry = read_manifest(params.run)["stages"].get(stage)
     if entry is None or entry["status"] != "finished" or entry["key"] != stage_key(stage, params):
         return False
     if stage == "report" and not any((paths.FIGURES / params.run).glob("*.svg")):
         return False  # its figures lie outside the run folder
-    recorded = entry["inputs"] | entry["outputs"]
-    return all(
-        (folder / name).is_file() and sha256_file(folder / name) == sha
-        for name, sha in recorded.items()
-    )
+    recorded = (entry["inputs"] | entry["outputs"]).items()
+    files = {run_folder(params.run) / name: sha for name, sha in recorded}
+    return all(file.is_file() and sha256_file(file) == sha for file, sha in files.items())
 
 
 def start(stage: str, namespace: dict[str, Any]) -> StageRun:
@@ -130,12 +109,9 @@ def start(stage: str, namespace: dict[str, Any]) -> StageRun:
         ValueError: A parameter is missing or wrong.
         RuntimeError: An earlier stage has not finished, or the device is not there.
     """
-    spec = stage_named(stage)
-    owned = owned_by(stage)
-    if missing := [name for name in owned if name not in namespace]:
-        raise ValueError(
-            f"notebooks/{spec.notebook}: the parameters cell lacks {', '.join(missing)}"
-        )
+    spec, owned = stage_named(stage), owned_by(stage)
+    if missing := ", ".join(name for name in owned if name not in namespace):
+        raise ValueError(f"notebooks/{spec.notebook}: the parameters cell lacks {missing}")
     given = {name: namespace[name] for name in owned}
     run = Params(run=given["run"]).run  # validated before it becomes a path
     stored = read_params(run)
@@ -144,29 +120,17 @@ def start(stage: str, namespace: dict[str, Any]) -> StageRun:
         given["seed"] = stored.seed
     params = (stored or Params()).replace(**given)
     if stored and stored.seed != params.seed and read_manifest(run)["stages"]:
-        raise ValueError(
-            f"run {run!r} has seed {stored.seed}, not {params.seed}: give that seed its own run"
-        )
-    _check_needs(spec, params)
-    device = resolve_device(params.device)
-    key = stage_key(stage, params)
+        problem = f"run {run!r} has seed {stored.seed}, not {params.seed}"
+        raise ValueError(f"{problem}: give that seed its own run")
+    for need in spec.needs:
+        if read_manifest(run)["stages"].get(need, {}).get("status") != "finished":
+            first = f"run notebooks/{stage_named(need).notebook} with run={run!r} first"
+            raise RuntimeError(f"stage {stage!r} needs {need!r}, which has not finished: {first}")
+    device, key = resolve_device(params.device), stage_key(stage, params)
     if not reader:
         write_params(params)
     _seed_everything(params.seed, device)
     return StageRun(spec, params, device, key)
-
-
-def _check_needs(spec: Stage, params: Params) -> None:
-    folder, finished = run_folder(params.run), read_manifest(params.run)["stages"]
-    for need in spec.needs:
-        if finished.get(need, {}).get("status") != "finished":
-            problem = f"{need!r}, which run {params.run!r} has not finished"
-        elif lost := [p for p in finished[need]["outputs"] if not (folder / p).is_file()]:
-            problem = f"{display(folder / lost[0])}, which is missing"
-        else:
-            continue
-        first = f"run notebooks/{stage_named(need).notebook} with run={params.run!r} first"
-        raise RuntimeError(f"stage {spec.name!r} needs {problem}: {first}")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -177,13 +141,11 @@ def resolve_device(name: str) -> torch.device:
     """
     import torch
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            "parameter device='cuda': torch finds no CUDA device; use 'cpu', or check the driver"
-        )
-    return torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    )
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        remedy = "use 'cpu', or check the driver"
+        raise RuntimeError(f"parameter device='cuda': torch finds no CUDA device; {remedy}")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
 
 
 def _seed_everything(seed: int, device: torch.device) -> None:
@@ -198,22 +160,12 @@ def _seed_everything(seed: int, device: torch.device) -> None:
 
 
 class StageRun:
-    """A stage in progress.
-
-    Attributes:
-        name: The stage's name.
-        params: All parameters of the run.
-        device: Where models run.
-        folder: The run folder.
-    """
+    """A stage in progress: its name, the run's parameters and folder, where models run."""
 
     def __init__(self, spec: Stage, params: Params, device: torch.device, key: str):
-        self.name = spec.name
-        self.params = params
-        self.device = device
+        self.name, self.params, self.device = spec.name, params, device
         self.folder = run_folder(params.run)
-        self._key = key
-        self._started = time.monotonic()
+        self._key, self._started = key, time.monotonic()
         self._results: dict[tuple[str, ...], measures.Result] = {}
         self._inputs: dict[str, str] = {}
         self._outputs: set[str] = set()
@@ -233,7 +185,7 @@ class StageRun:
 
     def output(self, name: str, folder: str = "artifacts") -> Path:
         """Path of a file that this stage writes, below ``folder`` of the run."""
-        relative = _relative(name, folder)
+        relative = f"{folder}/{name}"
         owner = self._owner(relative)
         if owner not in (None, self.name):
             raise ValueError(f"stage {self.name!r} must not write {relative}: stage {owner!r} does")
@@ -248,75 +200,61 @@ class StageRun:
         Raises:
             RuntimeError: It is missing, or not what the stage that wrote it recorded.
         """
-        relative = _relative(name, folder)
+        relative = f"{folder}/{name}"
         path = self.folder / relative
         if relative in self._outputs:  # reading back what this stage has written itself
             return path
-        owner = self._owner(relative)
-        rerun = (
-            f"run notebooks/{stage_named(owner).notebook}"
-            if owner
-            else "no finished stage of this run wrote it"
-        )
+        owner, rerun = self._owner(relative), "no finished stage of this run wrote it"
+        if owner:
+            rerun = f"run notebooks/{stage_named(owner).notebook}"
         if not path.is_file():
             raise RuntimeError(f"{display(path)} is missing: {rerun}")
-        sha = sha256_file(path)
+        sha = self._inputs[relative] = sha256_file(path)
         if owner and sha != read_manifest(self.params.run)["stages"][owner]["outputs"][relative]:
-            raise RuntimeError(
-                f"{display(path)} has changed since stage {owner!r} finished: {rerun} again"
-            )
-        self._inputs[relative] = sha
+            problem = f"{display(path)} has changed since stage {owner!r} finished"
+            raise RuntimeError(f"{problem}: {rerun} again")
         return path
 
     def _owner(self, relative: str) -> str | None:
-        stages = read_manifest(self.params.run)["stages"]
-        return next(
-            (stage for stage, entry in stages.items() if relative in entry["outputs"]), None
-        )
+        stages = read_manifest(self.params.run)["stages"].items()
+        return next((stage for stage, entry in stages if relative in entry["outputs"]), None)
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
         """Write ``table`` to ``artifacts/<name>.parquet``."""
-        write_atomic(self.output(_with_suffix(name, ".parquet")), table.to_parquet())
+        write_atomic(self.output(f"{name}.parquet"), table.to_parquet())
 
     def load_table(self, name: str) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.read_parquet(self.input(_with_suffix(name, ".parquet")))
+        return pd.read_parquet(self.input(f"{name}.parquet"))
 
     def save_tensors(self, name: str, tensors: dict[str, Any]) -> None:
         """Write tensors or arrays to ``artifacts/<name>.safetensors``."""
         import torch
         from safetensors.torch import save
 
-        content = {
-            key: torch.as_tensor(value).detach().cpu().contiguous()
-            for key, value in tensors.items()
-        }
-        write_atomic(self.output(_with_suffix(name, ".safetensors")), save(content))
+        items = tensors.items()
+        content = {key: torch.as_tensor(x).detach().cpu().contiguous() for key, x in items}
+        write_atomic(self.output(f"{name}.safetensors"), save(content))
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Tensors of ``artifacts/<name>.safetensors``, on the CPU."""
         from safetensors.torch import load_file
 
-        return load_file(self.input(_with_suffix(name, ".safetensors")))
+        return load_file(self.input(f"{name}.safetensors"))
 
     def save_json(self, name: str, content: Any) -> None:
         """Write ``content`` to ``artifacts/<name>.json``; NaN and infinity are refused."""
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        write_atomic(self.output(_with_suffix(name, ".json")), text + "\n")
+        write_atomic(self.output(f"{name}.json"), text + "\n")
 
     def load_json(self, name: str) -> Any:
-        return json.loads(self.input(_with_suffix(name, ".json")).read_text(encoding="utf-8"))
+        return json.loads(self.input(f"{name}.json").read_text(encoding="utf-8"))
 
     # Results
 
     def result(self, measure: str, value: float, **columns: Any) -> None:
-        """Add one row to the stage's table of results.
-
-        Args:
-            measure: What was measured, such as ``"ndcg@10"``.
-            value: A finite number; yes and no are 1 and 0.
-            **columns: ``arm against group low high n seeds``, see ``Result``.
+        """Add one row to the stage's table of results; ``columns`` as in ``measures.Result``.
 
         Raises:
             ValueError: A number is not finite, or arm, against, group and measure are taken.
@@ -330,20 +268,16 @@ class StageRun:
         for given in rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows:
             row = measures.parsed(given)
             if row.key in self._results:
-                raise ValueError(
-                    f"result {given}: given twice; to change it, start the stage again"
-                )
+                problem = f"result {given}: given twice"
+                raise ValueError(f"{problem}; to change it, start the stage again")
             self._results[row.key] = row
 
     def curve(self, rows: list[dict[str, Any]], name: str | None = None) -> None:
         """Write ``rows``, one per step, to ``curves/<name>.csv`` (default: the stage's name)."""
         import pandas as pd
 
-        relative = f"curves/{name or self.name}.csv"
-        write_atomic(
-            self.folder / relative, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
-        )
-        self._outputs.add(relative)
+        text = pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+        write_atomic(self.output(f"{name or self.name}.csv", "curves"), text)
 
     def finish(self) -> None:
         """Write the results and the stage's entry in the manifest.
@@ -352,20 +286,18 @@ class StageRun:
             ValueError: Results that the stage must have, or files that it announced, are missing.
         """
         rows = self._results.values()
-        if missing := measures.missing(self.name, rows):
-            raise ValueError(f"stage {self.name!r} cannot finish: no result {', '.join(missing)}")
-        if missing := sorted(path for path in self._outputs if not (self.folder / path).is_file()):
-            raise ValueError(
-                f"stage {self.name!r} cannot finish: not written: {', '.join(missing)}"
-            )
-        table = f"metrics/{self.name}.csv"
-        write_atomic(self.folder / table, measures.as_csv(rows, audit=self.name == "audit"))
-        self._outputs.add(table)
+        lacking = [f"no result {name}" for name in measures.missing(self.name, rows)]
+        lacking += [f"not written: {p}" for p in self._outputs if not (self.folder / p).is_file()]
+        if lacking:
+            raise ValueError(f"stage {self.name!r} cannot finish: {', '.join(sorted(lacking))}")
+        text = measures.as_csv(rows, audit=self.name == "audit")
+        write_atomic(self.output(f"{self.name}.csv", "metrics"), text)
+        commit = dict(zip(("git_commit", "git_dirty"), git_state()))
         entry = {
             "key": self._key,
             "status": "finished",
             "seconds": round(time.monotonic() - self._started, 3),
-            **dict(zip(("git_commit", "git_dirty"), git_state())),
+            **commit,
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "inputs": dict(sorted(self._inputs.items())),
             "outputs": {name: sha256_file(self.folder / name) for name in sorted(self._outputs)},
@@ -375,22 +307,9 @@ class StageRun:
         manifest = {
             **{name: before[name] for name in before.keys() & {"derived_from"}},
             "run": self.params.run,
-            "git_commit": entry["git_commit"],
-            "git_dirty": entry["git_dirty"],
+            **commit,
             **machine(self.device),
             "seed": self.params.seed,
             "stages": {spec.name: stages[spec.name] for spec in STAGES if spec.name in stages},
         }
         write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-
-
-def _relative(name: str, folder: str) -> str:
-    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(
-            f"file name {name!r}: must be relative and stay inside {folder or 'the run'}/"
-        )
-    return (Path(folder) / name).as_posix()
-
-
-def _with_suffix(name: str, suffix: str) -> str:
-    return name if name.endswith(suffix) else name + suffix

@@ -1,19 +1,16 @@
 """Batches: many runs derived from one base run, on this machine or on a Ray cluster.
 
-::
+``python -m recrl_lib.pipeline.batch --grid ablations --base laptop --jobs 2``
 
-    python -m recrl_lib.pipeline.batch --grid ablations --base laptop --jobs 2
-    python -m recrl_lib.pipeline.batch --grid ablations --engine ray --address auto --gpus 0.5
-
-A grid is a YAML file, in ``recrl_lib/batches/`` or anywhere, with the fields of ``Grid``. It is
-checked whole before anything starts. A job is one run folder ``<base>-<grid>-<arm>-seed<n>`` and
-one process, which executes its notebooks. It shares with the base run every stage that has the same
-key in both (``runs.stage_key``: code, parameters, earlier stages) and executes the others. A job
-with another seed than the base run's shares with the run ``<base>-seed<n>``. A batch that was
-stopped goes on where it was; a job whose kernel or process died is tried once more.
+A grid is a YAML file, in ``recrl_lib/batches/`` or anywhere, with the fields of ``Grid``, checked
+whole before anything starts. A job is one run folder ``<base>-<grid>-<arm>-seed<n>`` and one
+process. It shares with the base run (``<base>-seed<n>`` for another seed) every stage that has the
+same key in both (``runs.stage_key``: code, parameters, earlier stages) and executes the others. A
+batch that was stopped goes on where it was; a job whose kernel or process died is tried once more.
 Exit codes: 0 all done, 1 some jobs failed (listed), 2 wrong grid or arguments, 130 interrupted.
 """
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -28,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -42,9 +39,6 @@ from recrl_lib.pipeline.tasks import MakeParser, run_command, with_needs
 GRIDS = paths.LIBRARY / "batches"
 TRIES = 2  # a job whose kernel or process died is started again, once
 GRACE = 15.0  # seconds that a job has to end its kernel before it is killed
-
-
-# ------------------------------------------------------------------------------------------- grids
 
 
 def _parameters(values: dict[str, Any]) -> dict[str, Any]:
@@ -90,11 +84,11 @@ def read_grid(path: Path) -> Grid:
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not valid YAML: {one_line(error)}") from None
     except ValidationError as error:
+        unknown = f"unknown field; fields: {', '.join(Grid.model_fields)}"
         problems = []
         for fault in error.errors():
-            text = str(fault.get("ctx", {}).get("error", fault["msg"]))
-            if fault["type"] == "extra_forbidden":
-                text = f"unknown field; fields: {', '.join(Grid.model_fields)}"
+            text = fault["msg"].removeprefix("Value error, ")
+            text = unknown if fault["type"] == "extra_forbidden" else text
             problems.append(f"{where}: {'.'.join(map(str, fault['loc']))}: {text}")
         raise ValueError("\n".join(problems)) from None
 
@@ -114,17 +108,20 @@ class Job:
     def log(self) -> Path:
         return runs.run_folder(self.run) / "logs" / "job.log"
 
+    @property
+    def stages(self) -> list[str]:
+        return [stage.name for stage in with_needs(*self.targets)]
+
     def left(self) -> list[str]:
         """The stages that are not up to date."""
-        stages = with_needs(*self.targets)
-        return [s.name for s in stages if not runs.up_to_date(s.name, self.params)]
+        return [stage for stage in self.stages if not runs.up_to_date(stage, self.params)]
 
     def shared(self) -> list[str]:
         """The stages that the base run has finished with the key that they have here."""
         if (base := runs.read_params(self.base)) is None:
             return []
-        names = [stage.name for stage in with_needs(*self.targets)]
-        equal = [s for s in names if runs.stage_key(s, self.params) == runs.stage_key(s, base)]
+        key = runs.stage_key
+        equal = [stage for stage in self.stages if key(stage, self.params) == key(stage, base)]
         return [stage for stage in equal if runs.up_to_date(stage, base)]
 
     def prepare(self) -> None:
@@ -151,13 +148,11 @@ def _link(source: Path, target: Path, sha: str) -> None:
     if target.is_file() and (target.samefile(source) or runs.sha256_file(target) == sha):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    target.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
+        os.link(source, target)
     except OSError:  # another file system
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+        shutil.copyfile(source, target)
 
 
 def load(name: str, base: str | None = None, seeds: list[int] | None = None) -> list[Job]:
@@ -214,16 +209,14 @@ def _unfinished(jobs: list[Job]) -> list[str]:
     """What base runs lack, since every job would execute it: a line for each of them."""
     problems = []
     for job in {job.base: job for job in jobs}.values():
-        base, needed = runs.read_params(job.base), with_needs(*job.targets)
-        lacking = [s.name for s in needed if not base or not runs.up_to_date(s.name, base)]
-        if lacking := [name for name in lacking if name not in job.targets]:
+        base, needed = runs.read_params(job.base), set(job.stages) - set(job.targets)
+        lacking = [s for s in job.stages if s in needed and not (base and runs.up_to_date(s, base))]
+        if lacking:
             remedy = f"make all RUN={job.base} SEED={job.params.seed} first, with its profile"
             what = f"stages {', '.join(lacking)} are missing or out of date"
             problems.append(f"base run {job.base!r}: {what}; {remedy}")
     return problems
 
-
-# ------------------------------------------------------------------------------------------ engines
 
 Submit = Callable[[list[str], Path, dict[str, str]], Future]
 
@@ -319,49 +312,30 @@ def command(job: Job) -> list[str]:
     return [*module, "job", "--attended", "--run", job.run, "--stages", *job.targets]
 
 
-def run_jobs(
-    name: str,
-    jobs: list[Job],
-    submit: Submit,
-    out: TextIO,
-    argv: Callable[[Job], list[str]] = command,
-) -> dict[str, str]:
+def run_jobs(name: str, jobs: list[Job], submit: Submit) -> dict[str, str]:
     """Run ``jobs`` and say how each ended. Returns why jobs failed, by run."""
     failed: dict[str, str] = {}
-    tracked = {job.run: {"RECRL_BATCH": name, "RECRL_ARM": job.arm} for job in jobs}
-    waiting = {submit(argv(job), job.log, tracked[job.run]): job for job in jobs}
-    with tqdm(total=len(jobs), desc=name, unit="job", file=out, disable=not out.isatty()) as bar:
+    waiting = {}
+    for job in jobs:
+        tracked = {"RECRL_BATCH": name, "RECRL_ARM": job.arm}
+        waiting[submit(command(job), job.log, tracked)] = job
+    out, hidden = sys.stdout, not sys.stdout.isatty()
+    with tqdm(total=len(jobs), desc=name, unit="job", file=out, disable=hidden) as bar:
         while waiting:
             for future in wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                job = waiting.pop(future)
+                job, state = waiting.pop(future), "done"
                 if future.exception() or future.result() or job.left():  # the manifest decides
                     reason = one_line(future.exception() or last_line(job.log))[:300]
                     failed[job.run] = f"{reason}; see {runs.display(job.log)}"
+                    state = f"FAILED ({failed[job.run]})"
                 bar.update()
-                state = f"FAILED ({failed[job.run]})" if job.run in failed else "done"
                 bar.write(f"{job.run}: {state}, {len(waiting)} of {len(jobs)} left", file=out)
-            lines = [
-                f"{job.arm}: {line}" for job in waiting.values() if (line := last_line(job.log))
-            ]
-            bar.set_postfix_str("; ".join(lines))
+            states = {job.arm: last_line(job.log) for job in waiting.values()}
+            bar.set_postfix_str("; ".join(f"{arm}: {line}" for arm, line in states.items() if line))
     return failed
 
 
-# ------------------------------------------------------------------------------------- command line
-
-
-def _batch(argv: list[str] | None) -> int:
-    parser = MakeParser(prog="python -m recrl_lib.pipeline.batch", description=Grid.__doc__)
-    parser.add_argument("--grid", required=True, help="name in recrl_lib/batches, or a .yaml file")
-    parser.add_argument("--base", help="another base run than the grid's")
-    parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the grid's")
-    parser.add_argument("--jobs", type=int, default=1, help="at a time, on this machine")
-    parser.add_argument("--engine", choices=("local", "ray"), default="local")
-    parser.add_argument("--address", help="of the Ray cluster: auto, or host:port; default: none")
-    parser.add_argument("--gpus", type=float, default=0.0, help="of a job on Ray; .5: two on one")
-    parser.add_argument("--cpus", type=float, default=1.0, help="of a job on Ray")
-    parser.add_argument("--list", action="store_true", help="say what would run, and stop")
-    given = parser.parse_args(argv)
+def _batch(given: argparse.Namespace) -> int:
     if given.jobs < 1:
         raise ValueError(f"JOBS={given.jobs}: must be at least 1")
     jobs, name = load(given.grid, given.base, given.seeds), Path(given.grid).stem
@@ -377,7 +351,7 @@ def _batch(argv: list[str] | None) -> int:
     print(f"batch {name}: {len(jobs)} jobs, {len(jobs) - len(left)} done before", flush=True)
     ray = given.engine == "ray"
     with on_ray(given.address, given.gpus, given.cpus) if ray else local(given.jobs) as submit:
-        failed = run_jobs(name, left, submit, sys.stdout)
+        failed = run_jobs(name, left, submit)
     print(f"batch {name}: {len(jobs) - len(failed)} of {len(jobs)} jobs done")
     for run, reason in failed.items():
         print(f"FAILED {run}: {reason}")
@@ -391,7 +365,18 @@ def _batch(argv: list[str] | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of ``make batch``; returns the exit code."""
-    return run_command(lambda: _batch(argv))
+    parser = MakeParser(prog="recrl_lib.pipeline.batch", description=Grid.__doc__)
+    parser.set_defaults(function=_batch)
+    parser.add_argument("--grid", required=True, help="name in recrl_lib/batches, or a .yaml file")
+    parser.add_argument("--base", help="another base run than the grid's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the grid's")
+    parser.add_argument("--jobs", type=int, default=1, help="at a time, on this machine")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    parser.add_argument("--address", help="of the Ray cluster: auto, or host:port; default: none")
+    parser.add_argument("--gpus", type=float, default=0.0, help="of a job on Ray; .5: two on one")
+    parser.add_argument("--cpus", type=float, default=1.0, help="of a job on Ray")
+    parser.add_argument("--list", action="store_true", help="say what would run, and stop")
+    return run_command(parser, argv)
 
 
 if __name__ == "__main__":

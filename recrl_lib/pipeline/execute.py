@@ -4,7 +4,6 @@ Which stage of a run is executed when is decided in ``recrl_lib.pipeline.tasks``
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -13,11 +12,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+import psutil
 from tqdm import tqdm
 
 from recrl_lib import paths, runs
@@ -53,18 +52,18 @@ def check_notebooks(stages: tuple[Stage, ...]) -> None:
         raise ValueError("\n".join(problems))
 
 
-# ---------------------------------------------------------------------------------- live progress
-
 clock = tqdm.format_interval  # 83 seconds -> "01:23"
 
 
 class ProgressLine:
     """One line of live progress: redrawn by tqdm on a terminal, else printed now and then."""
 
-    def __init__(self, label: str, out: TextIO, every: float = 20.0):
-        self.label, self.out, self.every = label, out, every
-        self.started, self.printed = time.monotonic(), -every
-        self.bar = tqdm(bar_format="{desc}", file=out, leave=False, disable=not out.isatty())
+    EVERY = 20.0  # seconds between two lines that are printed
+
+    def __init__(self, label: str):
+        self.label, self.started, self.printed = label, time.monotonic(), -self.EVERY
+        hidden = not sys.stdout.isatty()
+        self.bar = tqdm(bar_format="{desc}", file=sys.stdout, leave=False, disable=hidden)
 
     def update(self, note: str = "") -> None:
         """Show the time since the start and ``note``."""
@@ -72,53 +71,47 @@ class ProgressLine:
         line = f"{self.label} {clock(elapsed)}" + (f" | {note}" if note else "")
         if not self.bar.disable:
             self.bar.set_description_str(line[: shutil.get_terminal_size().columns - 1])
-        elif elapsed - self.printed >= self.every:
+        elif elapsed - self.printed >= self.EVERY:
             self.printed = elapsed
-            print(line, file=self.out, flush=True)
+            print(line, flush=True)
 
     def close(self, text: str) -> None:
         """Replace the live line by ``text``, where {time} is the time since the start."""
         self.bar.close()
-        text = text.replace("{time}", clock(time.monotonic() - self.started))
-        print(text, file=self.out, flush=True)
+        print(text.replace("{time}", clock(time.monotonic() - self.started)), flush=True)
 
 
 def last_line(path: Path) -> str:
-    """The last complete line of a file that another process writes; empty if there is none."""
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        lines = file.read().decode(errors="replace").split("\n")[:-1]
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    """The last line or progress text of a file that another process writes."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return text.replace("\r", "\n").strip().rpartition("\n")[2].strip()
 
 
-# ----------------------------------------------------------------------------------- one notebook
+def one_line(text: object) -> str:
+    """``text`` without line breaks and terminal colours."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text)).split())
 
 
 def execute(
-    stage: Stage, params: dict[str, Any], run: str, line: ProgressLine,
-    check: Callable[[dict], None] | None = None,
-) -> int:  # fmt: skip
+    stage: Stage, params: dict[str, Any], run: str, line: ProgressLine, to_store: bool = False
+) -> int:
     """Execute the notebook of ``stage``, say on ``line`` how it ended; return the exit code.
 
-    The executed notebook is kept in the run folder, also if a cell fails. With ``check``, which may
-    refuse it by a ``StageFailure``, it is to be stored: no progress is shown inside it.
+    The executed notebook is kept in the run folder, also if a cell fails. One that is ``to_store``
+    shows no progress inside and must not write to stderr, where warnings go.
     """
-    folder = runs.run_folder(run)
-    output = folder / "notebooks" / stage.notebook
-    log = folder / "logs" / f"{output.stem}.log"  # what the kernel process itself prints
+    output = runs.run_folder(run) / "notebooks" / stage.notebook
+    log = runs.run_folder(run) / "logs" / f"{output.stem}.log"  # what the kernel itself prints
     for path in (output, log):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
     try:
-        _watched(paths.NOTEBOOKS / stage.notebook, output, params, log, line, check is None)
-        if check:
-            check(runs.read_notebook(output))
+        _watched(output, params, log, line, progress=not to_store)
+        if to_store:
+            _refuse_stderr(output)
     except StageFailure as failure:
         see = f"; see {runs.display(log)}" if log.is_file() and "kernel" in str(failure) else ""
-        kept = f"(notebook kept at {runs.display(output)})"
-        line.close(f"FAILED {line.label}, {failure}{see} {kept}")
+        line.close(f"FAILED {line.label}, {failure}{see} (notebook kept at {runs.display(output)})")
         return failure.exit_code
     except KeyboardInterrupt:
         remedy = "finished stages are kept, the same command goes on from here"
@@ -128,29 +121,29 @@ def execute(
     return 0
 
 
-def _watched(
-    notebook: Path, output: Path, params: dict, log: Path, line: ProgressLine, progress: bool
-) -> None:
+def _watched(output: Path, params: dict, log: Path, line: ProgressLine, progress: bool) -> None:
     """Execute in a thread and show progress. An exception here ends the kernel first."""
     # A folder with a short name: the path of a Unix socket may have about 100 characters.
     with tempfile.TemporaryDirectory(prefix="recrl-") as folder, ThreadPoolExecutor(1) as pool:
         news = Path(folder) / "progress"
         manager = _logged_kernel_manager(log, str(news) if progress else "off")
-        job = pool.submit(_with_retry, notebook, output, params, Path(folder), manager)
+        job = pool.submit(_with_retry, output, params, Path(folder), manager)
         try:
             line.update()
             while not wait([job], timeout=0.5).done:
                 line.update(last_line(news))
         except BaseException:
             while not wait([job], timeout=0.2).done:
-                _end_kernel(folder)
+                for process in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
             raise
     if log.is_file() and not log.stat().st_size:
         log.unlink()
     job.result()
 
 
-def _with_retry(notebook: Path, output: Path, params: dict, scratch: Path, manager: type) -> None:
+def _with_retry(output: Path, params: dict, scratch: Path, manager: type) -> None:
     """Execute; once more if the kernel did not start, which is rare and mostly gone then."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -165,24 +158,22 @@ def _with_retry(notebook: Path, output: Path, params: dict, scratch: Path, manag
         options = {"transport": transport, "connection_file": str(scratch / f"{attempt}.json")}
         try:
             papermill.execute_notebook(
-                notebook, output, parameters=params, kernel_name="python3", progress_bar=False,
-                log_output=False, coalesce_streams=True, kernel_manager_class=manager,
-                config=Config({"KernelManager": options}),
+                paths.NOTEBOOKS / output.name, output, parameters=params, kernel_name="python3",
+                progress_bar=False, log_output=False, coalesce_streams=True,
+                kernel_manager_class=manager, config=Config({"KernelManager": options}),
             )  # fmt: skip
             return
         except PapermillExecutionError as error:
             reason = f"{error.ename}: {one_line(error.evalue)}"
             raise StageFailure(f"cell {error.exec_count}: {reason}") from None
         except Exception as error:
-            reason, cell = f"{type(error).__name__}: {one_line(error)}", _last_started_cell(output)
-            if reason.startswith("DeadKernelError") and cell:
-                why = "the kernel died, usually for want of memory"
-                remedy = "close other programs or choose a smaller profile"
-                raise StageFailure(f"cell {cell}: {why}: {remedy}", KERNEL_DIED) from None
-            if cell:
-                raise StageFailure(f"cell {cell}: {reason}") from error
-            if attempt == 2:
-                raise StageFailure(f"the kernel did not start: {reason}") from error
+            reason, cell, code = f"{type(error).__name__}: {one_line(error)}", _last_cell(output), 1
+            if cell and reason.startswith("DeadKernelError"):
+                reason, code = "the kernel died, usually for want of memory", KERNEL_DIED
+                reason += ": close other programs or choose a smaller profile"
+            if cell or attempt == 2:
+                where = f"cell {cell}" if cell else "the kernel did not start"
+                raise StageFailure(f"{where}: {reason}", code) from error
 
 
 def _logged_kernel_manager(log: Path, progress: str) -> type:
@@ -197,81 +188,42 @@ def _logged_kernel_manager(log: Path, progress: str) -> type:
     return LoggedKernelManager
 
 
-def _last_started_cell(output: Path) -> int:
+def _last_cell(output: Path) -> int:
     """Number of the last code cell that papermill began, as Jupyter counts; 0 if there is none."""
     cells = runs.read_notebook(output)["cells"] if output.is_file() else []
     notes = [c["metadata"].get("papermill", {}) for c in cells if c["cell_type"] == "code"]
     return sum(bool(note.get("start_time")) for note in notes)
 
 
-def _end_kernel(scratch: str) -> None:
-    """End the child process whose connection file lies in ``scratch``, and what it has started."""
-    import psutil
-
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if any(scratch in argument for argument in child.cmdline()):
-                for process in [*child.children(recursive=True), child]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
-
-
-def one_line(text: object) -> str:
-    """``text`` without line breaks and terminal colours."""
-    return " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text)).split())
-
-
-# --------------------------------------------------------------------------------- make notebooks
-
-
-def publish(
-    stages: tuple[Stage, ...] = STAGES, fresh: bool = True, out: TextIO | None = None
-) -> int:
-    """Execute notebooks with their own defaults and store them with outputs; return the exit code.
-
-    ``fresh`` starts from an empty default run, as ``make test`` does. A notebook that fails, or
-    that writes to stderr, is not stored.
-    """
-    run = Params().run
-    check_notebooks(stages)
-    if fresh:
-        shutil.rmtree(runs.run_folder(run), ignore_errors=True)
-    for number, stage in enumerate(stages, 1):
-        line = ProgressLine(f"publish {number}/{len(stages)} {stage.name}", out or sys.stdout)
-        if code := execute(stage, {}, run, line, refuse_stderr):
-            return code
-        notebook = runs.read_notebook(runs.run_folder(run) / "notebooks" / stage.notebook)
-        text = json.dumps(clean_notebook(notebook), indent=1, ensure_ascii=False, sort_keys=True)
-        runs.write_atomic(paths.NOTEBOOKS / stage.notebook, text + "\n")
-    return 0
-
-
-def refuse_stderr(notebook: dict) -> None:
-    """``StageFailure`` naming the first cell that wrote to stderr, where warnings go."""
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            if output.get("name") == "stderr":
-                first = one_line("".join(output["text"]))[:200]
+def _refuse_stderr(output: Path) -> None:
+    for cell in runs.read_notebook(output)["cells"]:
+        for part in cell.get("outputs", []):
+            if part.get("name") == "stderr":
+                first = one_line("".join(part["text"]))[:200]
                 raise StageFailure(f"cell {cell['execution_count']} wrote to stderr: {first}")
 
 
-def clean_notebook(notebook: dict) -> dict:
-    """``notebook`` without what changes at each execution: ids come from content, metadata go."""
-    cells, seen = [], set()
-    for cell in notebook["cells"]:
-        source, tags = runs.source(cell), runs.tags(cell)
-        identity = hashlib.sha256(f"{cell['cell_type']}\n{source}".encode()).hexdigest()[:8]
-        while identity in seen:  # a cell that repeats an earlier one
-            identity = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        seen.add(identity)
-        stable = {"id": identity, "metadata": {"tags": tags} if tags else {}}
-        cells.append({**cell, **stable, "source": source.splitlines(keepends=True)})
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+def publish(only: int | None = None) -> int:
+    """Execute notebooks with their own defaults and store them with outputs; return the exit code.
 
-
-if __name__ == "__main__":  # until all callers say recrl_lib.pipeline.tasks
-    from recrl_lib.pipeline.tasks import main
-
-    sys.exit(main())
+    All, from an empty default run, as ``make test`` does; or the one numbered ``only``, in the run
+    as it is. What changes at each execution, the metadata, is not stored.
+    """
+    run, stages = Params().run, tuple(s for s in STAGES if only in (None, s.number))
+    if not stages:
+        raise ValueError(f"ONLY={only}: no notebook has this number")
+    check_notebooks(stages)
+    if only is None:
+        shutil.rmtree(runs.run_folder(run), ignore_errors=True)
+    for number, stage in enumerate(stages, 1):
+        line = ProgressLine(f"publish {number}/{len(stages)} {stage.name}")
+        if code := execute(stage, {}, run, line, to_store=True):
+            return code
+        notebook = runs.read_notebook(runs.run_folder(run) / "notebooks" / stage.notebook)
+        for cell in notebook["cells"]:
+            cell["metadata"] = {"tags": runs.tags(cell)} if runs.tags(cell) else {}
+        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        notebook["metadata"] = {"kernelspec": kernel, "language_info": {"name": "python"}}
+        text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
+        runs.write_atomic(paths.NOTEBOOKS / stage.notebook, text + "\n")
+    return 0

@@ -1,111 +1,88 @@
 """The stages of a run as doit tasks, and the command lines of ``make all`` and ``make notebooks``.
 
-::
+``python -m recrl_lib.pipeline.tasks all --profile laptop --run mine --set shield_rank=128``
 
-    python -m recrl_lib.pipeline.tasks all --profile laptop --run mine --set shield_rank=128
-    python -m recrl_lib.pipeline.tasks all --run mine --list    # what is unchanged, what would run
-    python -m recrl_lib.pipeline.tasks publish --only 4         # make notebooks, for one notebook
-    python -m recrl_lib.pipeline.tasks job --run laptop-ablations-kl0-seed0 --stages evaluation
-
-doit orders the stages, skips those that are up to date and stops at the first that fails. The
-record of what is done is the run's manifest and not a database of doit's with ``config_changed``:
-a stage that was executed in JupyterLab, or taken over from the base run of a batch, is done too.
+doit orders the stages, skips those that are up to date and stops at the first that fails. The run's
+manifest is the record of what is done, not a database of doit's: a stage that was executed in
+JupyterLab, or taken over from the base run of a batch, is done too.
 Exit codes: 0 done, 1 a stage failed, 2 wrong arguments, 3 a kernel died, 130 interrupted.
 """
 
 import argparse
-import contextlib
 import os
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TextIO
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from doit import api
 from doit.cmd_base import ModuleTaskLoader
-from doit.doit_cmd import DoitMain
 from doit.exceptions import BaseFail, TaskFailed
 from doit.reporter import ZeroReporter
 from doit.task import Task
+from filelock import FileLock, Timeout
 
 from recrl_lib import paths, runs
-from recrl_lib.params import (
-    PIPELINE,
-    PROFILES,
-    STAGES,
-    Params,
-    Stage,
-    owned_by,
-    parse_value,
-    resolve,
-)
+from recrl_lib.params import PIPELINE, PROFILES, Params, Stage, owned_by, parse_value, resolve
 from recrl_lib.pipeline import execute, publish
+
+HEADLINE = "reward ctr_lift ndcg@10 top10_overlap top10_set_same max_abs_score_delta".split()
 
 
 class StageReporter(ZeroReporter):
     """Some stages of one run: their tasks, and what doit reports of them, as lines for a user."""
 
-    def __init__(self, params: Params, stages: tuple[Stage, ...], out: TextIO):
-        super().__init__(out, {})
-        self.params, self.stages, self.out = params, stages, out
+    def __init__(self, params: Params, stages: tuple[Stage, ...]):
+        super().__init__(sys.stdout, {})
+        self.params, self.stages = params, stages
         self.kept, self.exit_code = 0, 0
 
     def tasks(self) -> Iterator[dict[str, Any]]:
         """One doit task a stage, in the order of the pipeline."""
-        recorded = runs.read_manifest(self.params.run)["stages"]
         names = [stage.name for stage in self.stages]
         for number, stage in enumerate(self.stages, 1):
             label = f"stage {number}/{len(names)} {stage.name}"
-            files = recorded.get(stage.name, {}).get("outputs", [f"metrics/{stage.name}.csv"])
-            first_cell = runs.read_notebook(paths.NOTEBOOKS / stage.notebook)["cells"][0]
             yield {
                 "basename": stage.name,
-                "doc": runs.source(first_cell).lstrip("# ").partition("\n")[0],
                 "title": lambda task, label=label: label,
                 "actions": [(self.execute, [stage, label])],
                 "uptodate": [(runs.up_to_date, [stage.name, self.params])],
                 "task_dep": [need for need in stage.needs if need in names],
-                "targets": [str(runs.run_folder(self.params.run) / file) for file in files],
                 "io": {"capture": False},
             }
-
-    def settings(self, force: bool = False) -> dict[str, Any]:
-        """doit's settings; its database lives in memory only, see the module's docstring."""
-        memory = {"backend": "sqlite3", "dep_file": ":memory:"}
-        return {"GLOBAL": memory | {"reporter": self, "always": force}}
 
     def execute(self, stage: Stage, label: str) -> TaskFailed | None:
         """The action of a stage's task: its notebook, with the run's parameters."""
         values = {name: getattr(self.params, name) for name in owned_by(stage.name)}
-        line = execute.ProgressLine(label, self.out)
+        line = execute.ProgressLine(label)
         self.exit_code = execute.execute(stage, values, self.params.run, line)
         return TaskFailed(f"exit code {self.exit_code}") if self.exit_code else None
 
     def skip_uptodate(self, task: Task) -> None:
         self.kept += 1
-        print(f"{task.title()}: unchanged, kept", file=self.out, flush=True)
+        print(f"{task.title()}: unchanged, kept", flush=True)
 
     def add_failure(self, task: Task, fail: BaseFail) -> None:
         if not isinstance(fail, TaskFailed):  # no notebook's fault, which ``execute`` has reported
             self.exit_code = 2
-            print(f"FAILED {task.title()}: {fail.get_msg()}", file=self.out, flush=True)
+            print(f"FAILED {task.title()}: {fail.get_msg()}", flush=True)
 
 
-def run_all(
-    params: Params, stages: tuple[Stage, ...], force: bool = False, out: TextIO | None = None
-) -> int:
+def run_all(params: Params, stages: tuple[Stage, ...], force: bool = False) -> int:
     """Run those of ``stages`` that are not up to date, then show the results; return the exit code.
 
     Raises ``ValueError`` before anything is written if a notebook is not as it must be.
     """
     execute.check_notebooks(stages)
     runs.write_params(params)
-    begun, reporter = time.monotonic(), StageReporter(params, stages, out or sys.stdout)
+    begun, reporter = time.monotonic(), StageReporter(params, stages)
+    memory = {"backend": "sqlite3", "dep_file": ":memory:"}
+    settings = {"GLOBAL": memory | {"reporter": reporter, "always": force}}
     loader = ModuleTaskLoader({"task_stages": reporter.tasks})
-    api.run_tasks(loader, {stage.name: {} for stage in stages}, reporter.settings(force))
+    api.run_tasks(loader, {stage.name: {} for stage in stages}, settings)
     if reporter.exit_code:
         return reporter.exit_code
     summary = f"all {reporter.kept} stages unchanged, nothing to do"
@@ -113,7 +90,7 @@ def run_all(
         spent = execute.clock(time.monotonic() - begun)
         summary = f"{len(stages)} stages ({reporter.kept} kept) in {spent}"
     shown = results(params.run) if stages[-1] is PIPELINE[-1] else ""  # else they may be older
-    print(f"\nrun {params.run}: {summary}\n\n{shown}".rstrip(), file=reporter.out, flush=True)
+    print(f"\nrun {params.run}: {summary}\n\n{shown}".rstrip(), flush=True)
     return 0
 
 
@@ -125,21 +102,16 @@ def with_needs(*targets: str) -> tuple[Stage, ...]:
     return tuple(stage for stage in PIPELINE if stage.name in wanted)
 
 
-# ----------------------------------------------------------------------------------------- results
-
-HEADLINE = "reward ctr_lift ndcg@10 top10_overlap top10_set_same max_abs_score_delta".split()
-
-
 def results(run: str) -> str:
     """The headline table and the report's path; a report older than its notebook is rendered."""
-    folder = runs.run_folder(run)
-    page, executed = folder / "report.html", folder / "notebooks" / PIPELINE[-1].notebook
+    page, executed = (
+        runs.run_folder(run) / name
+        for name in ("report.html", f"notebooks/{PIPELINE[-1].notebook}")
+    )
     times = [path.stat().st_mtime if path.is_file() else 0.0 for path in (page, executed)]
     if times[0] < times[1]:
         publish.render_report(run)
-    parts = [headline(run)] if (folder / "metrics" / "evaluation.csv").is_file() else []
-    parts += [f"report: {runs.display(page)}"] if page.is_file() else []
-    return "\n\n".join(parts)
+    return headline(run) + (f"\n\nreport: {runs.display(page)}" if page.is_file() else "")
 
 
 def headline(run: str) -> str:
@@ -147,12 +119,9 @@ def headline(run: str) -> str:
     table = runs.read_results(run, "evaluation").query("group == 'all' and against == ''")
     by_arm = table.pivot(index="arm", columns="measure").loc[list(runs.ARMS)]
     shown = by_arm["value"][HEADLINE].map("{:.4g}".format)
-    ends = [by_arm[end]["ctr_lift"].map("{:.3f}".format) for end in ("low", "high")]
-    shown["ctr_lift"] += " [" + ends[0] + ", " + ends[1] + "]"
+    low, high = (by_arm[end]["ctr_lift"].map("{:.3f}".format) for end in ("low", "high"))
+    shown["ctr_lift"] += " [" + low + ", " + high + "]"
     return shown.rename_axis(columns="arm", index=None).to_string()
-
-
-# ------------------------------------------------------------------------------------ command line
 
 
 class MakeParser(argparse.ArgumentParser):
@@ -163,18 +132,16 @@ class MakeParser(argparse.ArgumentParser):
         raise ValueError(f"{named}; make help lists the options")
 
 
-def run_command(command: Callable[[], int]) -> int:
-    """Run a command; return its exit code, 2 for what a user can put right, 130 for a stop.
-
-    SIGTERM stops a command as Ctrl-C does, so that its kernels are ended.
-    """
+def run_command(parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+    """Run the function of the parsed command; return the exit code, 2 for what a user can mend."""
 
     def interrupt(signum, frame):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # as Ctrl-C does, so that kernels are ended
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        return command()
+        given = parser.parse_args(argv)
+        return given.function(given)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -183,17 +150,14 @@ def run_command(command: Callable[[], int]) -> int:
         return execute.INTERRUPTED
 
 
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """``["shield_rank=128"]`` as typed values. Raises ``ValueError``."""
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"SET {setting!r}: must have the form name=value")
-        if name in ("run", "seed"):
-            raise ValueError(f"SET {setting!r}: give {name.upper()}={text} beside it instead")
-        values[name] = parse_value(name, text)
-    return values
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """``"shield_rank=128"`` as a name and a typed value. Raises ``ValueError``."""
+    name, equals, text = setting.partition("=")
+    if not equals:
+        raise ValueError(f"SET {setting!r}: must have the form name=value")
+    if name in ("run", "seed"):
+        raise ValueError(f"SET {setting!r}: give {name.upper()}={text} beside it instead")
+    return name, parse_value(name, text)
 
 
 def default_profile(run: str | None = None) -> str:
@@ -209,21 +173,17 @@ def default_profile(run: str | None = None) -> str:
 def _all(given: argparse.Namespace) -> int:
     profile = given.profile or default_profile(given.run)
     run = given.run or (profile if given.seed == 0 else f"{profile}-seed{given.seed}")
-    if profile not in PROFILES:
-        raise ValueError(f"PROFILE={profile}: choose one of {', '.join(PROFILES)}")
-    names = [stage.name for stage in PIPELINE]
-    if given.to and given.to not in names:
-        raise ValueError(f"TO={given.to}: choose one of {', '.join(names)}")
-    stages = PIPELINE[: names.index(given.to) + 1] if given.to else PIPELINE
-    params = resolve(profile, run=run, seed=given.seed, **parse_settings(given.set))
+    stages = PIPELINE[: [stage.name for stage in PIPELINE].index(given.to) + 1]
+    params = resolve(profile, run=run, seed=given.seed, **dict(map(parse_setting, given.set)))
     print(f"profile {profile}, run {run}, seed {given.seed}", flush=True)
     if not given.list:
         return run_all(params, stages, given.force)
-    reporter = StageReporter(params, stages, sys.stdout)
-    print("U: unchanged, kept; R: would run", flush=True)
-    loader = ModuleTaskLoader({"task_stages": reporter.tasks})
-    options = ["list", "--status", "--sort", "definition"]
-    return DoitMain(loader, extra_config=reporter.settings()).run(options)
+    print("U: unchanged, kept; R: would run")
+    for stage in stages:
+        title = runs.source(runs.read_notebook(paths.NOTEBOOKS / stage.notebook)["cells"][0])
+        state = "U" if runs.up_to_date(stage.name, params) else "R"
+        print(f"{state} {stage.name:<14}" + title.lstrip("# ").partition("\n")[0])
+    return 0
 
 
 def _job(given: argparse.Namespace) -> int:
@@ -233,16 +193,13 @@ def _job(given: argparse.Namespace) -> int:
         raise ValueError(f"runs/{given.run} does not exist: jobs are prepared by make batch")
     if given.attended:
         threading.Thread(target=_exit_with_parent, daemon=True).start()
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError):  # no fcntl on Windows: nobody is kept out there
-            import fcntl
-
-            lock = stack.enter_context(open(runs.run_folder(given.run) / ".lock", "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"run {given.run}: another process executes it, waiting", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(runs.run_folder(given.run) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"run {given.run}: another process executes it, waiting", flush=True)
+        lock.acquire()
+    with lock:
         return run_all(params, with_needs(*given.stages))
 
 
@@ -253,44 +210,28 @@ def _exit_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _publish(given: argparse.Namespace) -> int:
-    stages = tuple(stage for stage in STAGES if given.only in (None, stage.number))
-    if not stages:
-        raise ValueError(f"--only {given.only}: no notebook has this number")
-    return execute.publish(stages, fresh=given.only is None)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = MakeParser(prog="python -m recrl_lib.pipeline.tasks")
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser, names = MakeParser(prog="recrl_lib.pipeline.tasks"), [s.name for s in PIPELINE]
     commands = parser.add_subparsers(required=True)
     every = commands.add_parser("all", help="run the pipeline")
     every.set_defaults(function=_all)
-    every.add_argument("--profile", help="default: that of the run's name, else the machine's")
+    every.add_argument("--profile", choices=PROFILES, help="default: the run's, or the machine's")
     every.add_argument("--run", help="name of the run folder; default: the profile, with the seed")
     every.add_argument("--seed", type=int, default=0)
     every.add_argument("--force", action="store_true", help="run stages that are unchanged, too")
     every.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-    every.add_argument("--to", metavar="STAGE", help="stop after this stage")
+    every.add_argument("--to", choices=names, default=names[-1], help="stop after this stage")
     every.add_argument("--list", action="store_true", help="say what would run, and stop")
     store = commands.add_parser("publish", help="execute the notebooks as they are, store them")
-    store.set_defaults(function=_publish)
+    store.set_defaults(function=lambda given: execute.publish(given.only))
     store.add_argument("--only", type=int, metavar="NN", help="one, on the present default run")
     job = commands.add_parser("job", help="one run of a batch")
     job.set_defaults(function=_job)
     job.add_argument("--run", required=True)
-    job.add_argument("--stages", nargs="+", required=True, choices=[s.name for s in PIPELINE])
+    job.add_argument("--stages", nargs="+", required=True, choices=names)
     job.add_argument("--attended", action="store_true", help="exit when stdin is closed")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-
-    def command() -> int:
-        given = _parser().parse_args(argv)
-        return given.function(given)
-
-    return run_command(command)
+    return run_command(parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Recompute a finished run's numbers from its artifacts: ``make verify RUN=laptop``.
 
 Every file is compared with the sha256 in the manifest. Then the rows of ``metrics/<stage>.csv`` are
-computed again, by the functions that made them, from tables, tensors and texts: ranks from the
-frozen ranker, churn from the stored lists, rewards and quality from the texts and their stored
-fluency, clicks from quality, leaks from the adapters. What needs the language model (item vectors
-after tuning, KL, fluency) or a clock is not, and the last line says how much is.
+computed again, by the functions that made them, from tables, tensors and texts. What needs the
+language model (item vectors after tuning, KL, fluency) or a clock is not: the last line counts.
 
 Tolerances: counts exactly; other values to 1e-3 of their size, since another processor rounds
 otherwise; ends of intervals to a tenth of the interval's width and p-values to .05, since a tie may
@@ -67,21 +65,21 @@ def rows(values: Mapping[str, float], arm: str = "") -> pd.DataFrame:
 
 
 def data(run: FinishedRun) -> list[pd.DataFrame]:
-    tables = ("interactions", "items", "users")
-    found = {f"n_{name}": len(run.stage.load_table(name)) for name in tables}
-    groups = ("ppo_users", "validation_users", "heldout_users")
-    return [rows(found | {f"n_{name}": len(getattr(run.study, name)) for name in groups})]
+    sizes = {name: len(run.stage.load_table(name)) for name in ("interactions", "items", "users")}
+    for group in ("ppo_users", "validation_users", "heldout_users"):
+        sizes[group] = len(getattr(run.study, group))
+    return [rows({f"n_{name}": size for name, size in sizes.items()})]
 
 
 def ranker(run: FinishedRun) -> list[pd.DataFrame]:
-    made, curve = run.study, run.curve("ranker")
-    history, test = made.split.with_valid, made.split.test
-    ranks = target_ranks(made.ranker, history, test, made.text)
-    bare = target_ranks(made.ranker, history, test, None)
+    made, curve, split = run.study, run.curve("ranker"), run.study.split
+    full, bare = (
+        target_ranks(made.ranker, split.with_valid, split.test, text) for text in (made.text, None)
+    )
     found = {
-        "ndcg@10": metrics.ndcg_at(ranks, 10).mean(),
-        "hr@10": metrics.hr_at(ranks, 10).mean(),
-        "mrr@10": metrics.mrr_at(ranks, 10).mean(),
+        "ndcg@10": metrics.ndcg_at(full, 10).mean(),
+        "hr@10": metrics.hr_at(full, 10).mean(),
+        "mrr@10": metrics.mrr_at(full, 10).mean(),
         "text_free_ndcg@10": metrics.ndcg_at(bare, 10).mean(),
         "valid_ndcg@10": curve["valid_ndcg@10"].max(),
         "epochs": len(curve),
@@ -196,11 +194,12 @@ def compare(
 
 def changed_files(run: str) -> list[str]:
     """Files of the run that are missing or not what their stage recorded."""
-    folder, stages = runs.run_folder(run), runs.read_manifest(run)["stages"].values()
-    recorded = {name: sha for entry in stages for name, sha in entry["outputs"].items()}
-    intact = [n for n in recorded if (folder / n).is_file()]
-    intact = [n for n in intact if runs.sha256_file(folder / n) == recorded[n]]
-    return sorted(recorded.keys() - set(intact))
+    stages, changed = runs.read_manifest(run)["stages"].values(), []
+    for name, sha in (pair for entry in stages for pair in entry["outputs"].items()):
+        file = runs.run_folder(run) / name
+        if not file.is_file() or runs.sha256_file(file) != sha:
+            changed.append(name)
+    return sorted(changed)
 
 
 def unfinished(run: str) -> list[str]:
@@ -214,44 +213,44 @@ def recompute(run: str, encoder=None) -> pd.DataFrame:
     ``encoder``: as ``judge.SentenceEncoder``, which is the default. ``RuntimeError`` if an artifact
     is not intact, or the evaluation has not finished; a run of a batch may lack the audit.
     """
-    if missing := [stage for stage in unfinished(run) if stage != "audit"]:
+    absent = unfinished(run)
+    if missing := [stage for stage in absent if stage != "audit"]:
         raise RuntimeError(f"run {run!r} has not finished {', '.join(missing)}: make all RUN={run}")
     finished, checks = FinishedRun(run, encoder), []
-    for stage in [name for name in RECOMPUTED if name not in unfinished(run)]:
-        expected = pd.concat(RECOMPUTED[stage](finished), ignore_index=True)
+    for stage in [name for name in RECOMPUTED if name not in absent]:
+        expected, stored = pd.concat(RECOMPUTED[stage](finished)), runs.read_results(run, stage)
         relative = 0.0 if stage == "data" else RELATIVE
-        stored = runs.read_results(run, stage)
         found = compare(stored, expected, finished.params.bootstrap, relative)
-        checks.append(found.assign(stage=stage, source="artifacts"))
+        checks.append(found.assign(stage=stage))
     return pd.concat(checks, ignore_index=True)
 
 
 def against_reference(run: str) -> pd.DataFrame | None:
     """Headline numbers against ``runs/reference/<run>``, or ``None``: none of equal parameters."""
-    folder = paths.REFERENCE / run
+    folder, checks = paths.REFERENCE / run, []
     if not (folder / "params.yaml").is_file() or not list(folder.glob("metrics/*.csv")):
         return None
     files = (runs.run_folder(run) / "params.yaml", folder / "params.yaml")
     ours, theirs = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
     if any(ours[name] != value for name, value in theirs.items() if name in ours):
         return None  # a newer run may have more parameters
-    checks = []
     for stage, tolerances in REFERENCE.items():
         published = runs.read_results(f"{paths.REFERENCE.name}/{run}", stage)
         headline = published["measure"].isin(tolerances) & published["group"].eq("all")
         headline &= published["against"].eq("") | published["measure"].eq("ctr_lift")
         found = compare(runs.read_results(run, stage), published[headline][[*KEY, "value"]])
-        found["tolerance"] = found["measure"].map(tolerances)
-        found["holds"] = (found["stored"] - found["expected"]).abs() <= found["tolerance"]
-        checks.append(found.assign(stage=stage, source="reference"))
+        tolerance, difference = (
+            found["measure"].map(tolerances),
+            found["stored"] - found["expected"],
+        )
+        holds = difference.abs() <= tolerance
+        checks.append(found.assign(stage=stage, tolerance=tolerance, holds=holds))
     return pd.concat(checks, ignore_index=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print what differs; 1 if anything does, or if the run cannot be read."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recrl_lib.pipeline.verify", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", required=True)
     run = parser.parse_args(argv).run
     try:
@@ -262,23 +261,23 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     checks = pd.concat([recomputed, published], ignore_index=True)
     headline = [m in REFERENCE.get(s, ()) for s, m in zip(checks["stage"], checks["measure"])]
-    shown = (pd.Series(headline) & checks["column"].eq("value")) | ~checks["holds"]
-    columns = ["stage", *KEY, "column", "stored", "expected", "tolerance", "source", "holds"]
-    print(checks.loc[shown, columns].to_string(index=False, float_format="{:.6g}".format))
+    shown = checks[pd.Series(headline) & checks["column"].eq("value")]
+    columns = ["stage", *KEY, "stored", "expected", "tolerance", "holds"]
+    print(shown[columns].to_string(index=False, float_format="{:.6g}".format))
+    wrong = checks[~checks["holds"]]
     for name in changed:
         print(f"CHANGED runs/{run}/{name}: not what its stage wrote")
-    for row in checks[~checks["holds"]].itertuples():
+    for row in wrong.itertuples():
         key = f"arm={row.arm} against={row.against} group={row.group} {row.column}"
         print(f"DIFFERS {row.stage}: {row.measure} ({key}): {row.stored}, not {row.expected}")
     if absent:
         print(f"not finished, not looked at: {', '.join(absent)}")
     compared = "not" if published is None else len(published)
-    wrong = int((~checks["holds"]).sum())
     print(
         f"run {run}: {len(recomputed)} numbers recomputed, {compared} compared with "
-        f"runs/reference/{run}; {wrong} differ, {len(changed)} files changed"
+        f"runs/reference/{run}; {len(wrong)} differ, {len(changed)} files changed"
     )
-    return 1 if wrong or changed else 0
+    return 1 if len(wrong) or changed else 0
 
 
 if __name__ == "__main__":

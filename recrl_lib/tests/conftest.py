@@ -27,26 +27,16 @@ def markdown(text: str) -> dict:
 def code(text: str, *tags: str, output: str = "", count: int | None = None) -> dict:
     stream = [{"output_type": "stream", "name": "stdout", "text": output}] if output else []
     metadata = {"tags": list(tags)} if tags else {}
-    return {
-        "cell_type": "code",
-        "id": "0",
-        "metadata": metadata,
-        "source": text,
-        "outputs": stream,
-        "execution_count": count,
-    }
+    cell = {"cell_type": "code", "id": "0", "metadata": metadata, "source": text}
+    return cell | {"outputs": stream, "execution_count": count}
 
 
 def notebook(*cells: dict) -> dict:
     """The cells as a notebook, with ids 0, 1, ... (cells built by ``markdown`` and ``code``)."""
     numbered = [{**cell, "id": str(i)} for i, cell in enumerate(cells)]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return {
-        "cells": numbered,
-        "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    return {"cells": numbered, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 
 class House:

@@ -58,12 +58,6 @@ def test_the_closure_follows_every_form_of_import(toy, code, expected):
     assert {name.removeprefix("toy_lib") for name in library_closure([code])} == expected
 
 
-def test_the_closure_of_the_real_library():
-    names = {"", ".params", ".paths", ".provenance"}
-    found = library_closure(["from recrl_lib import provenance"])
-    assert {name.removeprefix("recrl_lib") for name in found} == names
-
-
 @pytest.mark.parametrize("file", ["f.py", "notebook"])
 def test_a_syntax_error_names_notebook_and_place(toy, house, file):
     if file == "notebook":

@@ -43,40 +43,18 @@ def finish_data(**values):
     return stage
 
 
-def finish_ranker():
-    stage = begin("ranker")
-    stage.load_table("items")
-    stage.results(required("ranker"))
-    stage.finish()
-    return stage
-
-
-def test_write_atomic_replaces_the_whole_file_and_leaves_nothing_beside_it(tmp_path):
-    path = tmp_path / "new" / "file"
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file"
     write_atomic(path, "long first content")
     write_atomic(path, b"short")
-    assert path.read_bytes() == b"short" and os.listdir(path.parent) == ["file"]
-
-
-@pytest.mark.parametrize("code, survives", [(errno.ENOSPC, False), (errno.EINVAL, True)])
-def test_a_failing_sync(tmp_path, monkeypatch, code, survives):
-    """A full disk leaves the old file; a file system that cannot sync a folder is no failure."""
-    path = tmp_path / "file"
-    write_atomic(path, "old")
-    sync = os.fsync
 
     def failing(descriptor):
-        if code == errno.ENOSPC or os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            raise OSError(code, os.strerror(code))
-        sync(descriptor)
+        raise OSError(errno.ENOSPC, "No space left")
 
     monkeypatch.setattr(os, "fsync", failing)
-    if survives:
+    with pytest.raises(OSError, match="No space"):
         write_atomic(path, "new")
-    else:
-        with pytest.raises(OSError, match="No space"):
-            write_atomic(path, "new")
-    assert path.read_text() == ("new" if survives else "old") and os.listdir(tmp_path) == ["file"]
+    assert path.read_text() == "short" and os.listdir(path.parent) == ["file"]
 
 
 def test_start_stores_all_parameters_and_keeps_those_of_other_stages(notebooks):
@@ -88,25 +66,15 @@ def test_start_stores_all_parameters_and_keeps_those_of_other_stages(notebooks):
     assert list(stored) == params.names()
 
 
-def test_one_run_has_one_seed(notebooks):
-    finish_data()
-    with pytest.raises(ValueError, match="has seed 0, not 4: give that seed its own run"):
-        begin("ranker", seed=4)
-    assert runs.read_params("smoke").seed == 0
-
-
-def test_exploring_a_run_takes_its_seed_and_changes_nothing(notebooks):
-    stored = Params(seed=4, ranker_dim=32)
+def test_one_run_has_one_seed_and_exploring_it_takes_that_and_changes_nothing(notebooks):
     stages = ("data", "ranker", "explainer", "shielded_ppo")
-    manifest = {
-        "run": "smoke",
-        "stages": dict.fromkeys(stages, {"status": "finished", "outputs": []}),
-    }
+    finished = dict.fromkeys(stages, {"status": "finished", "outputs": []})
+    stored = Params(seed=4, ranker_dim=32)
     runs.write_params(stored)
-    write_atomic(
-        notebooks.runs / "smoke" / "manifest.json",
-        json.dumps(manifest),
-    )
+    path = notebooks.runs / "smoke" / "manifest.json"
+    write_atomic(path, json.dumps({"run": "smoke", "stages": finished}))
+    with pytest.raises(ValueError, match="has seed 4, not 0: give that seed its own run"):
+        begin("ranker", seed=0)
     assert begin("explore", interactive=True).params == stored.replace(interactive=True)
     assert runs.read_params("smoke") == stored
 
@@ -114,9 +82,7 @@ def test_exploring_a_run_takes_its_seed_and_changes_nothing(notebooks):
 def test_start_names_missing_parameters_and_the_notebook(notebooks):
     incomplete = namespace("data")
     del incomplete["ppo_users"], incomplete["seed"]
-    with pytest.raises(
-        ValueError, match="01_data.ipynb: the parameters cell lacks seed, ppo_users"
-    ):
+    with pytest.raises(ValueError, match="01_data.ipynb: the parameters cell lacks seed, ppo_u"):
         runs.start("data", incomplete)
 
 
@@ -137,9 +103,6 @@ def test_a_damaged_params_file_is_named(notebooks, text):
 def test_start_names_the_notebook_to_run_first(notebooks):
     with pytest.raises(RuntimeError, match=r"'ranker' needs 'data'.*01_data.ipynb"):
         begin("ranker")
-    (finish_data().folder / "artifacts" / "items.parquet").unlink()
-    with pytest.raises(RuntimeError, match=r"items.parquet, which is missing.*01_data.ipynb"):
-        begin("ranker")
 
 
 def test_cuda_without_a_device_is_refused(notebooks, monkeypatch):
@@ -149,16 +112,13 @@ def test_cuda_without_a_device_is_refused(notebooks, monkeypatch):
         begin(device="cuda")
 
 
-def test_start_seeds_torch_and_numpy(notebooks):
-    draws = []
-    for seed in (5, 5, 6):
-        begin(seed=seed)
+def test_randomness_depends_on_seed_and_name_only(notebooks):
+    draws, stages = [], []
+    for seed in (0, 0, 1):
+        stages.append(begin(seed=seed))
         draws.append((float(torch.rand(())), np.random.rand()))
     assert draws[0] == draws[1] != draws[2]
-
-
-def test_streams_depend_on_name_and_seed_only(notebooks):
-    stage, other = begin(seed=0), begin(seed=1)
+    stage, _, other = stages
     assert stage.rng("a").integers(2**60) == stage.rng("a").integers(2**60)
     assert len({s.torch_seed(name) for s in (stage, other) for name in "ab"}) == 4
     # By hand, so the same in every process: the first 8 bytes of sha256("0/a") but the last bit.
@@ -172,20 +132,13 @@ def test_artifacts_come_back_as_they_were(notebooks):
     stage.save_table("table", table)
     stage.save_tensors("tensors", tensors)
     stage.save_tensors("reversed", dict(reversed(tensors.items())))
-    stage.save_json("facts.json", {"x": "é"})
+    stage.save_json("facts", {"x": "é"})
     pd.testing.assert_frame_equal(stage.load_table("table"), table)
-    loaded = stage.load_tensors("tensors.safetensors")
+    loaded = stage.load_tensors("tensors")
     assert torch.equal(loaded["t"], tensors["t"]) and torch.equal(loaded["n"], torch.ones(2))
     assert stage.load_json("facts") == {"x": "é"}
-    assert sha256_file(stage.input("tensors.safetensors")) == sha256_file(
-        stage.input("reversed.safetensors")
-    )
-
-
-@pytest.mark.parametrize("name", ["../x", "/x", "", "a/../../x"])
-def test_artifacts_stay_in_their_folder(notebooks, name):
-    with pytest.raises(ValueError, match="must be relative"):
-        begin().output(name)
+    ways = [stage.input(f"{name}.safetensors") for name in ("tensors", "reversed")]
+    assert sha256_file(ways[0]) == sha256_file(ways[1])
 
 
 def test_inputs_are_checked_against_their_stage(notebooks):
@@ -207,7 +160,6 @@ def test_inputs_are_checked_against_their_stage(notebooks):
 def test_finish_writes_results_curve_and_manifest(notebooks):
     stage = begin()
     stage.save_json("facts", [1])
-    stage.output("report.html", folder="").write_text("<html>")
     stage.curve([{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.30000000000000004}])
     stage.result("share", 0.5, arm="a", against="b", group="new", low=0.1, high=0.9, n=4, seeds=1)
     stage.results(pd.DataFrame(required("data")))
@@ -222,7 +174,7 @@ def test_finish_writes_results_curve_and_manifest(notebooks):
     assert manifest["versions"]["torch"] == torch.__version__
     entry = manifest["stages"]["data"]
     assert entry["status"] == "finished" and entry["key"] == runs.stage_key("data", stage.params)
-    written = {"artifacts/facts.json", "curves/data.csv", "metrics/data.csv", "report.html"}
+    written = {"artifacts/facts.json", "curves/data.csv", "metrics/data.csv"}
     assert set(entry["outputs"]) == written
     assert entry["outputs"]["artifacts/facts.json"] == hashlib.sha256(b"[\n 1\n]\n").hexdigest()
 
@@ -232,7 +184,7 @@ def test_finish_names_missing_results_and_files(notebooks):
     stage.result("n_users", 1)
     with pytest.raises(ValueError, match="'n_users'.*given twice"):
         stage.result("n_users", 2)
-    with pytest.raises(ValueError, match="no result n_items, n_interactions"):
+    with pytest.raises(ValueError, match="no result n_interactions, no result n_items"):
         stage.finish()
     stage.results(required("data")[1:])
     stage.output("never.parquet")
@@ -264,9 +216,11 @@ def test_up_to_date_needs_the_key_and_every_file(notebooks):
 
 def test_inputs_are_recorded_and_a_changed_one_makes_the_reader_run_again(notebooks):
     finish_data()
-    stage = finish_ranker()
-    stages = runs.read_manifest("smoke")["stages"]
-    name = "artifacts/items.parquet"
+    stage = begin("ranker")
+    stage.load_table("items")
+    stage.results(required("ranker"))
+    stage.finish()
+    stages, name = runs.read_manifest("smoke")["stages"], "artifacts/items.parquet"
     assert list(stages) == ["data", "ranker"]
     assert stages["ranker"]["inputs"] == {name: stages["data"]["outputs"][name]}
     assert runs.up_to_date("ranker", Params())

@@ -14,7 +14,7 @@ from recrl_lib import paths, runs
 from recrl_lib.pipeline import batch, tasks
 from recrl_lib.runs import write_atomic
 from recrl_lib.tests.conftest import BASE, derived, finish
-from recrl_lib.tests.pipeline.test_tasks import TOY, until
+from recrl_lib.tests.pipeline.test_tasks import TOY, moved_script, sleeper, until
 
 HEAD = "base: base\nstages: [evaluation]\nseeds: [4]\n"
 
@@ -41,23 +41,13 @@ def test_arms_seeds_and_lists_are_crossed_and_skipped(base, tmp_path):
         skip: [{arm: main-0.1, seed: 5}, {arm: lora4-0.0}]
     """
     jobs = batch.load(grid_of(tmp_path, text))
-    names = [
-        "main-0.0-seed4",
-        "main-0.0-seed5",
-        "main-0.1-seed4",
-        "lora4-0.1-seed4",
-        "lora4-0.1-seed5",
-    ]
+    names = "main-0.0-seed4 main-0.0-seed5 main-0.1-seed4 lora4-0.1-seed4 lora4-0.1-seed5".split()
     assert [job.run for job in jobs] == [f"base-g-{name}" for name in names]
     assert jobs[1].changes == {"seed": 5, "eval_users": 12, "sim_beta": 0.0}
     assert [job.base for job in jobs] == ["base", "base-seed5", "base", "base", "base-seed5"]
-    scaled = {
-        "eval_users": BASE.eval_users // 2,
-        "ppo_steps": 2 * BASE.ppo_steps,
-        "kl_coef": BASE.kl_coef * 0.2,
-    }
     own = {"run": jobs[-1].run, "seed": 5, "lora_rank": 3, "sim_beta": 0.1}
-    assert jobs[-1].params == BASE.replace(**own, **scaled)
+    own |= {"eval_users": BASE.eval_users // 2, "ppo_steps": 2 * BASE.ppo_steps}
+    assert jobs[-1].params == BASE.replace(**own, kl_coef=BASE.kl_coef * 0.2)
     assert jobs[1].shared() == ["data", "ranker", "explainer", "shield", "shielded_ppo"]
     assert jobs[-1].shared() == ["data", "ranker"]
 
@@ -80,6 +70,10 @@ def test_arms_seeds_and_lists_are_crossed_and_skipped(base, tmp_path):
         (HEAD + "cross: {kl_coef: 0.1}", "cross.kl_coef: Input should be a valid list"),
         (HEAD + "arms: {a: {}}\nskip: [{arm: b}]", "skip: {'arm': 'b'} matches no job"),
         (HEAD + "cross: {kl_coef: [0.1, 0.1]}", "several jobs would be called base-g-0.1-seed4"),
+        (
+            HEAD + "arms: {a: {kl_coef: -1.0}, b: {clip_range: 2.0}, c: {}}\nskip: [{arm: d}]",
+            "parameter clip_range=2.0: must be at most 1.0\n",  # all that is wrong is listed
+        ),
         (HEAD, "there is no job in it"),
         (HEAD.replace("base: base", "base: none"), "runs/none does not exist; make all RUN=none"),
     ],
@@ -89,13 +83,6 @@ def test_a_grid_that_is_wrong_is_refused_with_file_and_field(base, tmp_path, tex
     message = capsys.readouterr().err
     assert words in message and "g.yaml" in message
     assert sorted(p.name for p in paths.RUNS.iterdir()) == ["base"]
-
-
-def test_all_that_is_wrong_is_listed_at_once(base, tmp_path):
-    text = "arms: {a: {kl_coef: -1.0}, b: {clip_range: 2.0}, c: {}}\nskip: [{arm: d}]"
-    with pytest.raises(ValueError) as error:
-        batch.load(grid_of(tmp_path, HEAD + text))
-    assert len(str(error.value).splitlines()) == 3
 
 
 def test_a_base_that_lacks_what_every_job_needs_is_refused(base, tmp_path, capsys):
@@ -199,47 +186,40 @@ if arm != "idle":
 
 @pytest.fixture
 def toys(house, monkeypatch):
-    """``toys(workers, *arms)`` runs toy jobs and returns (failures, output); ``toys.starts()``."""
+    """``toys(workers, *arms)`` runs toy jobs; it returns why some failed, and a row a start."""
+    job_command = [sys.executable, "-c", TOY_JOB, str(house.root)]
+    monkeypatch.setattr(batch, "command", lambda job: [*job_command, job.arm])
     monkeypatch.setattr(
         batch.Job, "left", lambda job: [] if (house.root / f"{job.arm}.done").exists() else ["x"]
     )
 
-    class Toys:
-        def __call__(self, workers, *arms, out=None):
-            out = out or io.StringIO()
-            jobs = [batch.Job(f"b-{a}", a, "base", {}, BASE, ("evaluation",)) for a in arms]
-            with batch.local(workers) as submit:
-                failed = batch.run_jobs("toys", jobs, submit, out, self.argv)
-            return failed, out.getvalue()
+    def call(workers, *arms):
+        jobs = [batch.Job(f"b-{a}", a, "base", {}, BASE, ("evaluation",)) for a in arms]
+        with batch.local(workers) as submit:
+            failed = batch.run_jobs("toys", jobs, submit)
+        trace = (house.root / "trace").read_text()
+        return failed, [line.split() for line in trace.splitlines()]
 
-        def argv(self, job):
-            return [sys.executable, "-c", TOY_JOB, str(house.root), job.arm]
-
-        def trace(self):
-            path = house.root / "trace"
-            return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-
-    return Toys()
+    return call
 
 
-def test_a_failure_stops_no_other_job_and_is_told(toys):
-    failed, out = toys(2, "fails", "a", "idle")
+def test_a_failure_stops_no_other_job_and_is_told(toys, capsys):
+    failed, trace = toys(2, "fails", "a", "idle")
     assert list(failed) == ["b-fails", "b-idle"]  # done is what the manifest says
+    out = capsys.readouterr().out
     assert "cell 3: ValueError: bad; see" in failed["b-fails"] and "b-a: done, " in out
     assert out.splitlines()[-1].endswith("0 of 3 left")
-    trace = toys.trace()
     assert len(trace) == 3 and {(row[2], row[3]) for row in trace} == {("1", "toys")}
     assert all(row[0] == row[4] for row in trace)
 
 
 def test_a_lost_kernel_or_process_is_tried_once_more_and_only_once(toys):
-    failed, _ = toys(3, "lost", "killed", "hopeless")
+    failed, trace = toys(3, "lost", "killed", "hopeless")
     assert list(failed) == ["b-hopeless"]
-    arms = [row[0] for row in toys.trace()]
-    assert {arm: arms.count(arm) for arm in arms} == {"lost": 2, "killed": 2, "hopeless": 2}
+    assert sorted(row[0] for row in trace) == sorted(["lost", "killed", "hopeless"] * 2)
 
 
-def test_an_interrupt_ends_the_jobs_and_a_terminal_shows_what_they_are_at(toys):
+def test_an_interrupt_ends_the_jobs_and_a_terminal_shows_what_they_are_at(toys, house, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -249,11 +229,12 @@ def test_an_interrupt_ends_the_jobs_and_a_terminal_shows_what_they_are_at(toys):
                 raise KeyboardInterrupt
             return super().write(text)
 
+    monkeypatch.setattr(sys, "stdout", Terminal())
     with pytest.raises(KeyboardInterrupt):
-        toys(1, "long", "a", out=Terminal())
-    (row,) = toys.trace()
+        toys(1, "long", "a")
+    (line,) = (house.root / "trace").read_text().splitlines()
     with pytest.raises(ProcessLookupError):
-        os.kill(int(row[1]), 0)
+        os.kill(int(line.split()[1]), 0)
 
 
 # ---------------------------------------------------------------------- one machine, real jobs
@@ -261,37 +242,25 @@ def test_an_interrupt_ends_the_jobs_and_a_terminal_shows_what_they_are_at(toys):
 
 @pytest.fixture
 def moved(house, monkeypatch):
-    """Jobs' processes whose notebooks and runs are this house's."""
-    real = batch.command
-    script = (
-        "import sys; from pathlib import Path; from recrl_lib import paths\n"
-        "from recrl_lib.pipeline import tasks\n"
-        f"paths.NOTEBOOKS, paths.RUNS = Path({str(house.notebooks)!r}), Path({str(house.runs)!r})\n"
-        "sys.exit(tasks.main(sys.argv[1:]))"
-    )
-    return lambda job: [sys.executable, "-c", script, *real(job)[3:]]
+    """Jobs' processes have the notebooks and runs of this house."""
+    real, script = batch.command, moved_script(house)
+    monkeypatch.setattr(batch, "command", lambda job: [*script, *real(job)[3:]])
 
 
-def test_a_batch_of_real_notebooks(base, house, moved, tmp_path, monkeypatch, capsys):
-    """Two runs through papermill; the second time only what failed runs, and then nothing."""
-    monkeypatch.setattr(batch.run_jobs, "__defaults__", (moved,))
+def test_a_batch_of_real_notebooks(base, house, moved, tmp_path, capsys):
+    """Two runs through papermill; what is done is not run again."""
     house.write("evaluation", "assert sim_beta < 2, 'too much'\n" + TOY.format("evaluation"))
     finish("evaluation", BASE)
     path = grid_of(tmp_path, HEAD + "arms: {low: {sim_beta: 1.0}, high: {sim_beta: 3.0}}", "mine")
     assert batch.main(["--grid", path, "--list"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == (
-        "base-mine-low-seed4: changes seed=4, sim_beta=1.0; runs evaluation"
-    )
+    listed = "base-mine-low-seed4: changes seed=4, sim_beta=1.0; runs evaluation"
+    assert capsys.readouterr().out.splitlines()[0] == listed
     assert batch.main(["--grid", path, "--jobs", "2"]) == 1
     out = capsys.readouterr().out
     assert "2 jobs, 0 done before" in out and "batch mine: 1 of 2 jobs done" in out
     assert "FAILED base-mine-high-seed4: FAILED stage 6/6 evaluation, cell 4: AssertionError" in out
-    low, base_entries = (
-        runs.read_manifest("base-mine-low-seed4"),
-        runs.read_manifest("base")["stages"],
-    )
-    assert low["stages"]["shielded_ppo"] == base_entries["shielded_ppo"]
-    assert low["stages"]["evaluation"]["status"] == "finished"
+    low, own = (runs.read_manifest(run)["stages"] for run in ("base-mine-low-seed4", "base"))
+    assert low["shielded_ppo"] == own["shielded_ppo"] and low["evaluation"] != own["evaluation"]
     path = grid_of(tmp_path, HEAD + "arms: {low: {sim_beta: 1.0}}", "mine")
     assert batch.main(["--grid", path]) == 0
     out = capsys.readouterr().out
@@ -302,17 +271,14 @@ def test_a_batch_of_real_notebooks(base, house, moved, tmp_path, monkeypatch, ca
 def test_a_job_ends_with_its_parent_and_its_run_is_executed_by_one_process_at_a_time(
     base, house, moved, tmp_path
 ):
-    marker = tmp_path / "pid"
-    house.write(
-        "evaluation",
-        f"import os, time\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)",
-    )
+    marker = house.root / "pid"
+    house.write("evaluation", sleeper(marker))
     (job,) = batch.load(grid_of(tmp_path, HEAD + "arms: {a: {}}"))
     job.prepare()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    first = subprocess.Popen(moved(job), **pipes)
+    first = subprocess.Popen(batch.command(job), **pipes)
     until(lambda: marker.exists() and marker.read_text())
-    second = subprocess.Popen(moved(job), **pipes)
+    second = subprocess.Popen(batch.command(job), **pipes)
     assert "another process executes it, waiting" in second.stdout.readline()
     for process in (second, first):
         process.stdin.close()
@@ -351,14 +317,8 @@ def test_two_ray_nodes_and_one_is_lost(base, house, moved, tmp_path):
     trace = tmp_path / "trace"
     text = "'%s ' + run + ' ' + os.environ['CUDA_VISIBLE_DEVICES'] + '\\n'"
     note = f"open({str(trace)!r}, 'a').write({text})"
-    body = [
-        "import os, time",
-        note % "start",
-        "time.sleep(6)",
-        TOY.format("evaluation"),
-        note % "finish",
-    ]
-    house.write("evaluation", "\n".join(body))
+    body = ["import os, time", note % "start", "time.sleep(6)", TOY.format("evaluation")]
+    house.write("evaluation", "\n".join([*body, note % "finish"]))
     jobs = batch.load(grid_of(tmp_path, HEAD + "cross: {sim_beta: [1.0, 1.1, 1.2, 1.3]}"))
     for job in jobs:
         job.prepare()
@@ -381,12 +341,11 @@ def test_two_ray_nodes_and_one_is_lost(base, house, moved, tmp_path):
 
         killer = threading.Thread(target=lose_one)
         killer.start()
-        out = io.StringIO()
         with batch.on_ray(cluster.address, gpus=1, cpus=1) as submit:
-            failed = batch.run_jobs("g", jobs, submit, out, moved)
+            failed = batch.run_jobs("g", jobs, submit)
         killer.join()
     finally:
         cluster.shutdown()
-    assert failed == {} and not any(job.left() for job in jobs), out.getvalue()
+    assert failed == {} and not any(job.left() for job in jobs)
     assert sorted(lines("finish")) == sorted(job.run for job in jobs)  # each once
     assert len(lines("start")) == len(jobs) + 1  # the lost one began again

@@ -1,4 +1,4 @@
-"""What the bench prints is measured by ``make bench``; here, that it keeps what it could measure."""
+"""That ``make bench`` keeps what it could measure."""
 
 import pandas as pd
 import pytest

@@ -1,6 +1,6 @@
 """The stages of a run: refused before they start, skipped, resumed; and the words of make."""
 
-import io
+import json
 import os
 import signal
 import subprocess
@@ -32,6 +32,23 @@ def until(true, limit: float = 60.0) -> None:
         time.sleep(0.1)
 
 
+def moved_script(house) -> list[str]:
+    """Start of a command: ``tasks.main`` with the notebooks and runs of this house."""
+    script = (
+        "import sys; from pathlib import Path; from recrl_lib import paths\n"
+        "from recrl_lib.pipeline import tasks\n"
+        f"paths.NOTEBOOKS, paths.RUNS = Path({str(house.notebooks)!r}), Path({str(house.runs)!r})\n"
+        "sys.exit(tasks.main(sys.argv[1:]))"
+    )
+    return [sys.executable, "-c", script]
+
+
+def sleeper(marker) -> str:
+    """A cell that writes its process's number to ``marker`` and sleeps."""
+    note = f"open({str(marker)!r}, 'w').write(str(os.getpid()))"
+    return f"import os, time\n{note}\ntime.sleep(60)"
+
+
 # -------------------------------------------------------------------------- before anything runs
 
 
@@ -44,8 +61,8 @@ def until(true, limit: float = 60.0) -> None:
         (["--set", "seed=3"], "SET 'seed=3': give SEED=3 beside it"),
         (["--set", "ppo_users=7"], "ppo_users=7.0: must be at most"),
         (["--run", "a/b"], "parameter run"),
-        (["--to", "end"], "TO=end: choose one of environment, data"),
-        (["--profile", "big"], "PROFILE=big: choose one of smoke, laptop"),
+        (["--to", "end"], "TO: invalid choice: 'end'"),
+        (["--profile", "big"], "PROFILE: invalid choice: 'big'"),
         (["--seed", "one"], "SEED: invalid int value: 'one'"),
         (["--sed", "1"], "unrecognized arguments: SED 1; make help"),
     ],
@@ -62,7 +79,7 @@ def test_all_faults_of_all_notebooks_are_told_before_anything_runs(house):
     path = house.write("ranker")
     path.write_text(path.read_text().replace("ranker_dim =", "ranker_dimension ="))
     with pytest.raises(ValueError) as error:
-        tasks.run_all(Params(), STAGES[:4], out=io.StringIO())
+        tasks.run_all(Params(), STAGES[:4])
     lines = str(error.value).splitlines()
     assert [("is missing" in line, "lacks" in line) for line in lines] == [
         (True, False), (False, True), (True, False),
@@ -101,8 +118,10 @@ def test_a_stage_is_kept_until_something_changes_and_a_failure_stops_the_rest(ho
     params = Params(run="r", seed=3, device="cpu")
 
     def run(stages=STAGES[:3], **options):
-        out = io.StringIO()
-        return tasks.run_all(params, stages, out=out, **options), out.getvalue().splitlines()
+        code = tasks.run_all(params, stages, **options)
+        out, err = capfd.readouterr()
+        assert err == ""
+        return code, out.splitlines()
 
     code, lines = run()
     kept = house.runs / "r" / "notebooks" / "01_data.ipynb"
@@ -117,7 +136,6 @@ def test_a_stage_is_kept_until_something_changes_and_a_failure_stops_the_rest(ho
         "00_environment.ipynb", "01_data.ipynb", "02_ranker.ipynb",
     ]  # fmt: skip
     assert list(runs.read_manifest("r")["stages"]) == ["environment"]
-    assert capfd.readouterr() == ("", "")
 
     house.write("data", TOY.format("data"))
     code, lines = run((ENVIRONMENT, DATA))
@@ -131,34 +149,25 @@ def test_a_stage_is_kept_until_something_changes_and_a_failure_stops_the_rest(ho
     assert code == 0 and lines[0] == "stage 1/1 environment 00:00"
 
 
-def test_a_stage_that_finished_elsewhere_is_done(base, house):
+def test_a_stage_that_finished_elsewhere_is_done(base, house, capsys):
     """As in JupyterLab: the manifest is the record. A damaged output is made again."""
-    out = io.StringIO()
     stages = tasks.with_needs("evaluation")
     assert [stage.number for stage in stages] == [1, 2, 3, 4, 5, 6]
-    assert tasks.run_all(BASE, stages, out=out) == 0
-    assert out.getvalue().endswith("run base: all 6 stages unchanged, nothing to do\n")
+    assert tasks.run_all(BASE, stages) == 0
+    assert capsys.readouterr().out.endswith("run base: all 6 stages unchanged, nothing to do\n")
     (house.runs / "base" / "artifacts" / "said.safetensors").write_text("damaged")
     house.write("evaluation", "1 / 0")
-    out = io.StringIO()
-    assert tasks.run_all(BASE, stages, out=out) == 1
-    assert "stage 5/6 shielded_ppo: unchanged, kept\nstage 6/6 evaluation 00:" in out.getvalue()
+    assert tasks.run_all(BASE, stages) == 1
+    out = capsys.readouterr().out
+    assert "stage 5/6 shielded_ppo: unchanged, kept\nstage 6/6 evaluation 00:" in out
 
 
 def test_being_stopped_ends_the_kernel_and_says_where(house):
     marker = house.root / "pid"
-    house.write(
-        "environment",
-        f"import os, time\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)",
-    )
-    script = (
-        "import sys; from pathlib import Path; from recrl_lib import paths\n"
-        "from recrl_lib.pipeline import tasks\n"
-        f"paths.NOTEBOOKS, paths.RUNS = Path({str(house.notebooks)!r}), Path({str(house.runs)!r})\n"
-        "sys.exit(tasks.main(['all', '--run', 'smoke', '--to', 'environment']))"
-    )
+    house.write("environment", sleeper(marker))
+    command = [*moved_script(house), "all", "--run", "smoke", "--to", "environment"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", script], **pipes)
+    process = subprocess.Popen(command, **pipes)
     try:
         until(lambda: marker.is_file() and marker.read_text())
         process.send_signal(signal.SIGTERM)  # becomes a KeyboardInterrupt, as Ctrl-C does
@@ -173,8 +182,6 @@ def test_being_stopped_ends_the_kernel_and_says_where(house):
 
 def test_own_tables_go_through_notebook_01_by_the_command_line(house, capsys):
     """The real notebook, on tables whose columns have names of their own."""
-    import json
-
     own = house.root / "shop"
     own.mkdir()
     rows = [
