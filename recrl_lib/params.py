@@ -6,9 +6,8 @@ A stage reads the parameters of earlier stages from ``runs/<run>/params.yaml``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,16 +21,13 @@ Dataset = Literal[
     "amazon-books-2014", "steam-200k", "csv",
 ]  # fmt: skip
 Split = Literal["leave-one-out", "global-time"]
-Reward = Literal["grounded", "paper"]
+Algorithm = Literal["ppo", "rloo", "grpo"]
 ShieldMode = Literal["gradient", "update", "frozen_a", "penalty", "restart"]
 ShieldBasis = Literal["activation", "sensitivity", "contrastive", "readout", "random"]
-FrontierPoints = Literal["none", "small", "full"]
-Algorithm = Literal["ppo", "rloo", "grpo"]
 Tracker = Literal["none", "wandb", "wandb-online", "tensorboard", "trackio"]
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One notebook: its number, its name, and the stages whose output it reads."""
 
     number: int
@@ -44,29 +40,23 @@ class Stage:
 
 
 _TRAINED = ("data", "ranker", "explainer", "shield", "shielded_ppo")
-STAGES = (
-    Stage(0, "environment"),
-    Stage(1, "data"),
-    Stage(2, "ranker", _TRAINED[:1]),
-    Stage(3, "explainer", _TRAINED[:2]),
-    Stage(4, "shield", _TRAINED[:3]),
-    Stage(5, "shielded_ppo", _TRAINED[:4]),
-    Stage(6, "evaluation", _TRAINED),
-    Stage(7, "ablations", ("evaluation",)),
-    Stage(8, "audit", ("data", "ranker", "evaluation")),
-    Stage(9, "report", (*_TRAINED, "evaluation", "audit")),
-    Stage(10, "explore", ("data", "ranker", "explainer", "shielded_ppo")),
-)
-PIPELINE = tuple(stage for stage in STAGES if stage.name != "explore")  # what `make all` runs
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "environment": (), "data": (), "ranker": _TRAINED[:1], "explainer": _TRAINED[:2],
+    "shield": _TRAINED[:3], "shielded_ppo": _TRAINED[:4], "evaluation": _TRAINED,
+    "ablations": ("evaluation",), "audit": ("data", "ranker", "evaluation"),
+    "report": (*_TRAINED, "evaluation", "audit"),
+    "explore": ("data", "ranker", "explainer", "shielded_ppo"),
+}  # fmt: skip
+STAGES = tuple(Stage(n, name, needs) for n, (name, needs) in enumerate(_NEEDS.items()))
+PIPELINE = STAGES[:-1]  # what `make all` runs: all but "explore"
 COMMON = "common"
 
 
 def stage_named(name: str) -> Stage:
     """The stage called ``name``. ``ValueError`` lists the names if there is none."""
-    for stage in STAGES:
-        if stage.name == name:
-            return stage
-    raise ValueError(f"no stage is called {name!r}; stages: {', '.join(s.name for s in STAGES)}")
+    if name not in _NEEDS:
+        raise ValueError(f"no stage is called {name!r}; stages: {', '.join(_NEEDS)}")
+    return next(stage for stage in STAGES if stage.name == name)
 
 
 class StageParams(BaseModel):
@@ -131,7 +121,7 @@ class ExplainerParams(StageParams):
     temperature: float = _p(0.7, "divides the logits, in every log-probability too", 0.05)
     max_new_tokens: int = _p(24, "longest explanation", 4)
     explain_users: int = _p(8, "users whose base explanations are sampled in notebook 03", 1)
-    reward: Reward = _p("grounded", "reward variant")
+    reward: Literal["grounded", "paper"] = _p("grounded", "reward variant")
     weight_length: float = _p(0.5, "reward: weight of length, rescaled to sum 1", 0.0)
     weight_relevance: float = _p(0.3, "reward: weight of relevance", 0.0)
     weight_coherence: float = _p(0.2, "reward: weight of coherence", 0.0)
@@ -144,7 +134,9 @@ class ShieldParams(StageParams):
     shield_basis: ShieldBasis = _p("contrastive", "which directions are protected")
     shield_penalty: float = _p(0.0, "weight of the replay penalty on item vectors", 0.0)
     shield_replay_steps: int = _p(0, "replay after training; PPO that projects has none then", 0)
-    frontier_points: FrontierPoints = _p("small", "settings compared in the frontier")
+    frontier_points: Literal["none", "small", "full"] = _p(
+        "small", "settings compared in the frontier"
+    )
     frontier_steps: int = _p(2, "supervised steps a frontier point", 1)
     frontier_seeds: int = _p(1, "seeds of the frontier", 1)
     frontier_users: int = _p(4, "validation users whose explanations measure a point", 2)
@@ -204,11 +196,7 @@ class Params(
     ExploreParams, AblationsParams, EvaluationParams, PPOParams, ShieldParams, ExplainerParams,
     RankerParams, DataParams, CommonParams,
 ):  # fmt: skip
-    """All parameters, validated on construction; read as ``params.kl_coef``.
-
-    Raises:
-        ValueError: In one line, naming the parameter, its value and the remedy.
-    """
+    """All parameters, read as ``params.kl_coef``; ``ValueError`` in one line if one is bad."""
 
     def __init__(self, **values: Any) -> None:
         check_names(values, "parameters")
@@ -265,21 +253,16 @@ RULES: tuple[tuple[str, str, Callable[[Params], bool]], ...] = (
 def _plain(error: ValidationError) -> str:
     """The first problem that pydantic found, as one line."""
     problem = error.errors()[0]
-    kind, limits, value = problem["type"], problem.get("ctx", {}), problem["input"]
-    name = str(problem["loc"][0])
+    name, value, limits = str(problem["loc"][0]), problem["input"], problem.get("ctx", {})
+    kind = type(Params.model_fields[name].default)
     text = {
         "literal_error": f"choose one of {', '.join(map(repr, choices(name)))}",
         "greater_than_equal": f"must be at least {limits.get('ge')}",
         "less_than_equal": f"must be at most {limits.get('le')}",
         "finite_number": "must be a finite number",
         "string_pattern_mismatch": "use letters, digits and '_', '-' or (in a run's name) '.'",
-    }.get(kind, f"must be {kind_of(name).__name__}, not {type(value).__name__}")
+    }.get(problem["type"], f"must be {kind.__name__}, not {type(value).__name__}")
     return f"parameter {name}={value!r}: {text}"
-
-
-def names() -> list[str]:
-    """All parameters, in the order of the stages."""
-    return list(Params.model_fields)
 
 
 def choices(name: str) -> tuple[str, ...]:
@@ -287,40 +270,34 @@ def choices(name: str) -> tuple[str, ...]:
     return get_args(Params.model_fields[name].annotation)
 
 
-def kind_of(name: str) -> type:
-    """``bool``, ``int``, ``float`` or ``str``."""
-    return type(Params.model_fields[name].default)
-
-
 def owned_by(stage: str) -> list[str]:
     """Parameters that ``stage``'s notebook declares: the common ones, then its own, in order."""
-    owners = [CommonParams, *([_OWNERS[stage]] if stage in _OWNERS and stage != COMMON else [])]
-    return [name for owner in owners for name in owner.model_fields]
+    own = _OWNERS.get(stage, CommonParams).model_fields
+    return list(CommonParams.model_fields | own)
 
 
 def parameters_cell(stage: str) -> str:
     """Source of the parameters cell of a stage's notebook: lines ``name = default  # help``."""
-    lines = []
-    for name in owned_by(stage):
+
+    def line(name: str) -> str:
         field = Params.model_fields[name]
         default = f'"{field.default}"' if isinstance(field.default, str) else repr(field.default)
         options = f" ({' | '.join(choices(name))})" if choices(name) else ""
-        lines.append(f"{name} = {default}  # {field.description}{options}")
-    return "\n".join(lines)
+        return f"{name} = {default}  # {field.description}{options}"
+
+    return "\n".join(map(line, owned_by(stage)))
 
 
 def check_names(given: dict, where: str) -> None:
     """Raise ``ValueError`` for a name that is no parameter, with the nearest one that is."""
-    for name in given:
-        if name not in Params.model_fields:
-            near = get_close_matches(name, names(), n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; parameters: {', '.join(names())}"
-            raise ValueError(f"{where}: unknown parameter {name!r}{hint}")
+    for name in given.keys() - Params.model_fields.keys():
+        near = ", ".join(get_close_matches(name, list(Params.model_fields), n=1))
+        hint = f"did you mean {near}?" if near else f"parameters: {', '.join(Params.model_fields)}"
+        raise ValueError(f"{where}: unknown parameter {name!r}; {hint}")
 
 
-PROFILES: dict[str, dict[str, Any]] = yaml.safe_load(
-    (paths.LIBRARY / "profiles.yaml").read_text(encoding="utf-8")
-)
+_FILE = paths.LIBRARY / "profiles.yaml"
+PROFILES: dict[str, dict[str, Any]] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
 
 
 def resolve(profile: str, **overrides: Any) -> Params:
@@ -334,7 +311,7 @@ def resolve(profile: str, **overrides: Any) -> Params:
 def parse_value(name: str, text: str) -> bool | int | float | str:
     """``text`` from a command line as the type of parameter ``name``. Raises ``ValueError``."""
     check_names({name: text}, "command line")
-    kind = kind_of(name)
+    kind = type(Params.model_fields[name].default)
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):

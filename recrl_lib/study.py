@@ -41,55 +41,44 @@ class Study:
 
     def training_records(self) -> list[dict]:
         """Every top-10 item of every PPO user, held-out items excepted."""
-        unseen = set(self.heldout_items.tolist())
-        places = range(1, TOP_K + 1)
-        every = (self.records(self.ppo_users, [p] * len(self.ppo_users)) for p in places)
+        users, unseen = self.ppo_users, set(self.heldout_items.tolist())
+        every = (self.records(users, [place] * len(users)) for place in range(1, TOP_K + 1))
         return [r for records in every for r in records if r["item"] not in unseen]
 
     def heldout_records(self, n: int, rng: np.random.Generator) -> list[dict]:
         """Records of ``n`` random held-out users, each about a random place of the top 10."""
-        return self._drawn("held out", self.heldout_users, n, rng)
+        return self._drawn(self.heldout_users, n, rng)
 
     def validation_records(self, n: int, rng: np.random.Generator) -> list[dict]:
         """The same of the users to choose settings on."""
-        return self._drawn("kept for validation", self.validation_users, n, rng)
+        return self._drawn(self.validation_users, n, rng)
 
-    def _drawn(self, group: str, users: np.ndarray, n: int, rng: np.random.Generator) -> list[dict]:
+    def _drawn(self, users: np.ndarray, n: int, rng: np.random.Generator) -> list[dict]:
         if n > len(users):
             remedy = "lower eval_users, explain_users or frontier_users"
-            raise ValueError(f"{n} users asked for, but only {len(users)} are {group}: {remedy}")
+            raise ValueError(f"{n} users asked for, but the group has only {len(users)}: {remedy}")
         return self.records(rng.permutation(users)[:n], rng.integers(1, TOP_K + 1, n))
 
 
 def held_out(n_items: int, share: float, seed: int) -> np.ndarray:
-    """Sorted items that PPO never explains: ``share`` of 1..``n_items``, drawn by ``seed``.
-
-    They may stand in a prompt's history, since the users met them.
-    """
+    """Sorted items that PPO never explains (but may find in a history): ``share`` of 1..n_items."""
     drawn = np.random.default_rng([seed, n_items]).permutation(np.arange(1, n_items + 1))
     return np.sort(drawn[: round(share * n_items)])
 
 
 def catalogue_of(items: pd.DataFrame) -> Catalogue:
     """The titles and genres of the item table."""
-    genres = {genre for row in items["genres"] for genre in row.split("|") if genre}
-    return Catalogue(items["title"], sorted(genres))
+    return Catalogue(items["title"], set("|".join(items["genres"]).split("|")))
 
 
 def load(stage: StageRun) -> Study:
-    """The study from the artifacts of the stages ``data`` and ``ranker``.
-
-    Raises:
-        RuntimeError: An artifact is missing, or not what its stage wrote.
-    """
+    """The study from the artifacts of ``data`` and ``ranker``; ``RuntimeError`` if one is bad."""
     params = stage.params
     items, users = stage.load_table("items"), stage.load_table("users")
     groups, stored = stage.load_json("user_groups"), stage.load_tensors("base")
     model = sasrec.load(stage.input("ranker.safetensors"))
     if sasrec.state_sha256(model) != stage.load_json("ranker_hashes")["weights"]:
-        raise RuntimeError(
-            "ranker.safetensors: not the weights that notebook 02 froze; run notebook 02 again"
-        )
+        raise RuntimeError("ranker.safetensors: not as notebook 02 froze it; run notebook 02 again")
     return Study(
         items=items,
         users=users,

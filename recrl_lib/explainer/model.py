@@ -63,8 +63,7 @@ def position_ids(mask: Tensor) -> Tensor:
 def causal_mask(mask: Tensor, new: int) -> Tensor:
     """Attention mask (B, 1, new, T), bool, of the last ``new`` of T tokens; ``mask`` is (B, T).
 
-    Each position sees the real tokens up to its own. A padded position sees itself too, since a
-    softmax over nothing would be 0 / 0.
+    A position sees the real tokens up to its own. Padding sees itself: no softmax over nothing.
     """
     length = mask.shape[1]
     square = torch.ones(length, length, dtype=torch.bool, device=mask.device)
@@ -110,10 +109,9 @@ class Explainer:
         first = self.n_layers - (layers or self.n_layers)
         targets = [name for name, layer, _ in self._projections() if layer >= first]
         if not targets:
-            raise ValueError(
-                f"llm of type {self.lm.config.model_type!r}: no attention projection to adapt was "
-                f"found; known names: {', '.join(INPUT_OF_PROJECTION)}"
-            )
+            known = ", ".join(INPUT_OF_PROJECTION)
+            kind = self.lm.config.model_type
+            raise ValueError(f"llm of type {kind!r}: no attention projection; known names: {known}")
         self.cut = first if self.split else 0
         transposed = transformers.pytorch_utils.Conv1D  # stores its weight as (in, out)
         config = peft.LoraConfig(
@@ -172,10 +170,8 @@ class Explainer:
     def load_adapter(self, state: dict[str, Tensor]) -> None:
         """Give the adapters the tensors of ``adapter_state()``."""
         if wrong := set(state) ^ set(peft.get_peft_model_state_dict(self.peft)):
-            raise ValueError(
-                f"adapter file: {len(wrong)} tensors are missing or unknown; "
-                "it belongs to another LoRA setting"
-            )
+            many = f"{len(wrong)} tensors are missing or unknown"
+            raise ValueError(f"adapter file: {many}; it belongs to another LoRA setting")
         peft.set_peft_model_state_dict(self.peft, state)
 
     def trunk(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
@@ -205,14 +201,9 @@ class Explainer:
         new = h.shape[1]
         allowed, positions = causal_mask(mask, new), position_ids(mask)[:, -new:]
         rotary = self.lm.model.rotary_emb(h, positions)
+        shared = {"attention_mask": allowed, "position_ids": positions, "past_key_values": cache}
         for layer in self.lm.model.layers[layers]:
-            h = layer(
-                h,
-                attention_mask=allowed,
-                position_ids=positions,
-                position_embeddings=rotary,
-                past_key_values=cache,
-            )
+            h = layer(h, position_embeddings=rotary, **shared)
         return h
 
     def log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
@@ -228,10 +219,10 @@ class Explainer:
         logits = self.lm(input_ids=ids, attention_mask=mask).logits
         ours = self.log_softmax(self.top(self.trunk(ids, mask), mask), 1.0)
         if not torch.allclose(torch.log_softmax(logits.float(), -1), ours, atol=1e-3):
+            kind, others = self.lm.config.model_type, "llama, qwen2, mistral, opt or gpt2"
             raise ValueError(
-                f"llm={name!r}, a {self.lm.config.model_type!r} model, has more than a linear head "
-                "on its last hidden state (a soft cap or a scale); choose another, "
-                "e.g. of type llama, qwen2, mistral, opt or gpt2"
+                f"llm={name!r}, a {kind!r} model, has more than a linear head on its last hidden "
+                f"state (a soft cap or a scale); choose another, e.g. of type {others}"
             )
 
 
@@ -264,9 +255,7 @@ def load(name: str, device: torch.device | str = "cpu") -> Explainer:
             f"not to be had from the hub: {str(error).splitlines()[0]}"
         ) from error
     if tokenizer.chat_template is None:
-        raise ValueError(
-            f"llm={name!r}: its tokenizer has no chat template; choose an instruct model"
-        )
+        raise ValueError(f"llm={name!r}: no chat template; choose an instruct model")
     return Explainer(lm, tokenizer, device, name)
 
 

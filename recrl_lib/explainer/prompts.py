@@ -9,14 +9,11 @@ import pandas as pd
 from recrl_lib.explainer.model import Explainer
 
 Record = Mapping[str, Any]  # what one explanation is about; its fields are in recrl_lib/__init__.py
-RECORD_FIELDS = ("user", "item", "position", "title", "year", "genres")
-RECORD_FIELDS += ("history_titles", "history_genres")
+RECORD_FIELDS = "user item position title year genres history_titles history_genres".split()
 NOUNS = {  # what the data set's items are called -> (who chooses them, what that person did)
-    "film": ("viewer", "watched"),
-    "book": ("reader", "read"),
-    "game": ("player", "played"),
-    "item": ("customer", "chose"),
-}
+    "film": ("viewer", "watched"), "book": ("reader", "read"),
+    "game": ("player", "played"), "item": ("customer", "chose"),
+}  # fmt: skip
 NO_GENRE = frozenset({"", "unknown"})  # placeholders of the data sets
 SYSTEM = (
     "You recommend {noun}s. Explain each recommendation in one or two short sentences: "
@@ -57,26 +54,25 @@ def build_records(
         top: ranked items, array (users, k).
         noun: one of ``NOUNS``.
     """
-    title, year = items["title"].to_numpy(), items["year"].to_numpy()
+    titles, years = items["title"].to_list(), items["year"].to_list()
     genres = [g.split("|") if g else [] for g in items["genres"]]
-    records = []
-    for user, position in asked:
+
+    def record(user: int, position: int) -> dict:
         item = int(top[user, position - 1])
         history = [int(i) - 1 for i in sequences[user][-history_length:]]
-        records.append(
-            {
-                "user": int(user),
-                "item": item,
-                "position": int(position),
-                "title": str(title[item - 1]),
-                "year": int(year[item - 1]),
-                "genres": genres[item - 1],
-                "noun": noun,
-                "history_titles": [str(title[i]) for i in history],
-                "history_genres": [genres[i] for i in history],
-            }
-        )
-    return records
+        return {
+            "user": int(user),
+            "item": item,
+            "position": int(position),
+            "title": titles[item - 1],
+            "year": years[item - 1],
+            "genres": genres[item - 1],
+            "noun": noun,
+            "history_titles": [titles[i] for i in history],
+            "history_genres": [genres[i] for i in history],
+        }
+
+    return [record(user, position) for user, position in asked]
 
 
 def messages(record: Record) -> list[dict[str, str]]:

@@ -6,20 +6,22 @@ else, so two policies given equal generators meet common random numbers.
 Shapes as in ``recrl_lib.explainer.model``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from recrl_lib.explainer.model import Explainer, left_pad, quiet
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
 from recrl_lib.progress import track
+
+# (log-probabilities (b, V), rows of the batch, position) -> the next tokens (b,)
+Choose = Callable[[Tensor, Any, int], Tensor]
 
 
 class Settings(NamedTuple):
@@ -76,13 +78,22 @@ def sample(
     if generator is not None:
         shape = (len(prompts) * settings.samples, settings.max_new_tokens)
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(explainer.device)
-    task = _Task(explainer, prompts, settings, uniforms, value_head)
+
+    def choose(logprobs: Tensor, rows: Any, position: int) -> Tensor:
+        greedy = uniforms is None
+        return logprobs.argmax(-1) if greedy else draw(logprobs, uniforms[rows, position])
+
     with torch.no_grad():
-        rollout = _decode(task) if explainer.split else _generate(task)
+        run = _decode if explainer.split else _generate
+        rollout = run(explainer, prompts, settings, choose, value_head or _no_value)
     rollout.ended = ((rollout.response == explainer.eos_id) & rollout.mask).any(-1)
-    rows = zip(rollout.response, rollout.mask)
-    rollout.texts = [decode(explainer, row[keep]) for row, keep in rows]
+    said = zip(rollout.response, rollout.mask)
+    rollout.texts = [decode(explainer, row[keep]) for row, keep in said]
     return rollout
+
+
+def _no_value(hidden: Tensor) -> Tensor:
+    return hidden.new_zeros(*hidden.shape[:-1], 1, dtype=torch.float32)
 
 
 def decode(explainer: Explainer, ids: Tensor) -> str:
@@ -113,23 +124,23 @@ def explain(
 ) -> Explained:
     """One sampled explanation a record by the policy as it is, in batches of 32 records."""
     generator, settings = torch.Generator().manual_seed(seed), Settings(max_new_tokens, temperature)
-    texts, reference, kl, ended = [], [], [], []
+    said = Explained([], [], np.zeros(0, np.float32), np.zeros(0, bool))
     for start in track(range(0, len(records), 32), desc):
         prompts = [prompt_ids(explainer, messages(r)) for r in records[start : start + 32]]
         rollout = sample(explainer, prompts, settings, generator)
         if explainer.adapters_off:  # the reference sampled: its log-probabilities are at hand
-            chosen, divergence = rollout.logprobs, torch.zeros(len(prompts))
+            chosen, kl = rollout.logprobs, torch.zeros(len(prompts))
         else:
             new = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
             with explainer.reference():
                 ref = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
-            divergence = (new.exp() * (new - ref)).sum(-1).masked_fill(~rollout.mask, 0.0).sum(-1)
+            kl = (new.exp() * (new - ref)).sum(-1).masked_fill(~rollout.mask, 0.0).sum(-1)
             chosen = _of(rollout.response, ref)
-        texts += rollout.texts
-        reference += [row[keep].cpu().numpy() for row, keep in zip(chosen, rollout.mask)]
-        kl.append(divergence.clamp(min=0).cpu().numpy())
-        ended.append(rollout.ended.cpu().numpy())
-    return Explained(texts, reference, np.concatenate(kl), np.concatenate(ended))
+        said.texts += rollout.texts
+        said.reference += [row[keep].cpu().numpy() for row, keep in zip(chosen, rollout.mask)]
+        said.kl = np.append(said.kl, kl.clamp(min=0).cpu().numpy())
+        said.ended = np.append(said.ended, rollout.ended.cpu().numpy())
+    return said
 
 
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
@@ -148,33 +159,13 @@ def _of(ids: Tensor, logprobs: Tensor) -> Tensor:
     return logprobs.gather(-1, ids[..., None])[..., 0]
 
 
-@dataclass
-class _Task:
-    """The arguments of ``sample``, its random numbers drawn."""
-
-    explainer: Explainer
-    prompts: list[list[int]]
-    settings: Settings
-    uniforms: Tensor | None  # (B, max_new_tokens)
-    value_head: torch.nn.Module | None
-
-    def choose(self, logprobs: Tensor, rows: Tensor | slice, position: int) -> Tensor:
-        """The next token of ``rows``, whose log-probabilities are (rows, V)."""
-        if self.uniforms is None:
-            return logprobs.argmax(-1)
-        return draw(logprobs, self.uniforms[rows, position])
-
-    def value(self, hidden: Tensor) -> Tensor:
-        """Values (...) of hidden states (..., d)."""
-        if self.value_head is None:
-            return hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32)
-        return self.value_head(hidden)[..., 0]
-
-
-def _decode(task: _Task) -> Rollout:
+def _decode(
+    explainer: Explainer, prompts: list[list[int]], settings: Settings, choose: Choose, value: Any
+) -> Rollout:
     """By a Llama-type model's layers, one token at a time."""
-    explainer, device, tokens = task.explainer, task.explainer.device, task.settings.max_new_tokens
-    h, prompt_mask, states, cached, cache = _read(task)
+    device, tokens = explainer.device, settings.max_new_tokens
+    room = tokens + max(map(len, prompts))
+    h, prompt_mask, states, cached, cache = _read(explainer, prompts, settings.samples, room)
     rows, width = prompt_mask.shape
     response = torch.full((rows, tokens), explainer.pad_id, device=device)
     mask = torch.zeros(rows, tokens, dtype=torch.bool, device=device)
@@ -182,13 +173,13 @@ def _decode(task: _Task) -> Rollout:
     alive = torch.arange(rows, device=device)  # rows of the batch still being computed
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for t in range(tokens):
-        logp = explainer.log_softmax(h, task.settings.temperature)
-        token = task.choose(logp, alive, t)
+        logp = explainer.log_softmax(h, settings.temperature)
+        token = choose(logp, alive, t)
         going = ~ended[alive]
         response[alive, t] = torch.where(going, token, explainer.pad_id)
         mask[alive, t] = going
         logprobs[alive, t] = torch.where(going, _of(token, logp), 0.0)
-        values[alive, t] = torch.where(going, task.value(h), 0.0)
+        values[alive, t] = torch.where(going, value(h)[:, 0], 0.0)
         ended[alive] |= token == explainer.eos_id
         left = tokens - 1 - t
         if left == 0 or ended.all():
@@ -206,18 +197,19 @@ def _decode(task: _Task) -> Rollout:
     return Rollout(prompt_mask, *found, states[:, full], ended, [])
 
 
-def _read(task: _Task) -> tuple[Tensor, Tensor, Tensor, Tensor, "Cache"]:
+def _read(
+    explainer: Explainer, prompts: list[list[int]], samples: int, room: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, "Cache"]:
     """Run the prompts through the network, once each, and their common beginning once for all.
 
-    Returns the last hidden state (B, d), the mask (B, P) of left-padded prompts, trunk states with
-    room for the response's (B, P + max_new_tokens - 1, d), the mask (B, P) of the cache, the cache.
-    In the cache padding stands between the common beginning and the rest.
+    Returns the last hidden state (B, d), the mask (B, P) of left-padded prompts, trunk states
+    (B, room - 1, d), the mask (B, P) of the cache, and the cache, which has ``room`` tokens and
+    its padding between the common beginning and the rest.
     """
-    explainer, prompts, device = task.explainer, task.prompts, task.explainer.device
+    device = explainer.device
     lengths = list(map(len, prompts))
     common = commonprefix(prompts)[: min(lengths) - 1] if len(prompts) > 1 else []
     n, width = len(common), max(lengths)
-    room = width + task.settings.max_new_tokens
     ids, mask = left_pad([p[n:] for p in prompts], explainer.pad_id, device)
     mask = F.pad(mask, (n, 0), value=True)
     cache = Cache(explainer, 1 if n else len(prompts), room)
@@ -235,10 +227,10 @@ def _read(task: _Task) -> tuple[Tensor, Tensor, Tensor, Tensor, "Cache"]:
         if first is not None:
             states[row, start : start + n] = first[0]
         states[row, start + n : width] = rest[row, n - length :]
-    repeat = torch.arange(len(prompts), device=device).repeat_interleave(task.settings.samples)
+    repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
     cache.take(repeat)
-    padding = width - torch.tensor(lengths, device=device)
-    prompt_mask = torch.arange(width, device=device) >= padding[:, None]
+    padding = width - torch.tensor(lengths, device=device)[:, None]
+    prompt_mask = torch.arange(width, device=device) >= padding
     return h[repeat], prompt_mask[repeat], states[repeat], mask[repeat], cache
 
 
@@ -272,34 +264,26 @@ class Cache:
         self.data[..., :length, :] = old[:, :, rows, :, :length]
 
 
-class _Chosen(LogitsProcessor):
-    """Leaves ``generate`` one token to choose: the one that our sampler draws."""
+def _generate(
+    explainer: Explainer, prompts: list[list[int]], settings: Settings, choose: Choose, value: Any
+) -> Rollout:
+    """By transformers' ``generate``, for any architecture."""
 
-    def __init__(self, task: _Task, prompt: int):
-        self.task, self.prompt = task, prompt
-
-    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        logp = torch.log_softmax(logits.float() / self.task.settings.temperature, -1)
-        token = self.task.choose(logp, slice(None), ids.shape[1] - self.prompt)
+    def one_left(ids: Tensor, logits: Tensor) -> Tensor:
+        """Leaves ``generate`` one token to choose: the one that our sampler draws."""
+        logp = torch.log_softmax(logits.float() / settings.temperature, -1)
+        token = choose(logp, slice(None), ids.shape[1] - width)
         return torch.full_like(logits, -torch.inf).scatter(-1, token[:, None], 0.0)
 
-
-def _generate(task: _Task) -> Rollout:
-    """By transformers' ``generate``, for any architecture."""
-    explainer, settings = task.explainer, task.settings
-    repeated = [p for p in task.prompts for _ in range(settings.samples)]
+    repeated = [p for p in prompts for _ in range(settings.samples)]
     ids, prompt_mask = left_pad(repeated, explainer.pad_id, explainer.device)
     width = ids.shape[1]
     with quiet():
         out = explainer.lm.generate(
-            input_ids=ids,
-            attention_mask=prompt_mask.long(),
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            eos_token_id=explainer.eos_id,
-            pad_token_id=explainer.pad_id,
-            logits_processor=LogitsProcessorList([_Chosen(task, width)]),
-        )
+            input_ids=ids, attention_mask=prompt_mask.long(), do_sample=False,
+            eos_token_id=explainer.eos_id, pad_token_id=explainer.pad_id,
+            max_new_tokens=settings.max_new_tokens, logits_processor=[one_left],
+        )  # fmt: skip
     ends = out[:, width:] == explainer.eos_id
     mask = ends.cumsum(-1) - ends.long() == 0
     response = out[:, width:].masked_fill(~mask, explainer.pad_id)
@@ -309,5 +293,5 @@ def _generate(task: _Task) -> Rollout:
     logprobs = torch.zeros(response.shape, device=ids.device)
     for row in range(len(ids)):  # a row at a time: the logits of a whole batch may not fit
         logprobs[row] = _of(response[row], explainer.log_softmax(hidden[row], settings.temperature))
-    values, logprobs = (x.masked_fill(~mask, 0.0) for x in (task.value(hidden), logprobs))
+    values, logprobs = (x.masked_fill(~mask, 0.0) for x in (value(hidden)[..., 0], logprobs))
     return Rollout(prompt_mask, response, mask, logprobs, values, states, mask[:, 0], [])

@@ -63,7 +63,7 @@ def test_start_stores_all_parameters_and_keeps_those_of_other_stages(notebooks):
     begin("ranker", ranker_dim=32, ranker_lr=3e-5)
     assert runs.read_params("smoke") == Params(ppo_users=0.4, ranker_dim=32, ranker_lr=3e-5)
     stored = yaml.safe_load((notebooks.runs / "smoke" / "params.yaml").read_text())
-    assert list(stored) == params.names()
+    assert list(stored) == list(Params.model_fields)
 
 
 def test_one_run_has_one_seed_and_exploring_it_takes_that_and_changes_nothing(notebooks):

@@ -143,7 +143,7 @@ def test_records_are_of_their_group_and_bounded(toy):
     shown = [(u, i) for u in range(6) for i in made.top[u] if i not in made.heldout_items]
     assert sorted((r["user"], r["item"]) for r in made.training_records()) == sorted(shown)
     assert {r["user"] for r in made.validation_records(2, rng())} == {18, 19}
-    with pytest.raises(ValueError, match="13 users asked for, but only 12 are held out"):
+    with pytest.raises(ValueError, match="13 users asked for, but the group has only 12"):
         made.heldout_records(13, rng())
     drawn = study.held_out(50, 0.2, 3)
     assert len(set(drawn)) == 10 and drawn.min() >= 1 and drawn.max() <= 50

@@ -75,7 +75,7 @@ def test_errors_name_the_remedy():
         model.load("./no-such-model")
     with pytest.raises(ValueError, match="the model has 3 layers"):
         tiny_explainer(lora_layers=4)
-    with pytest.raises(ValueError, match="soft cap"):  # its logits are no linear function
+    with pytest.raises(ValueError, match="a linear head"):  # its logits are no linear function
         untuned("gemma2")
 
 
