@@ -1,5 +1,7 @@
 """Figures: they draw the numbers they are given, files are repeatable, and no title breaks them."""
 
+from xml.etree import ElementTree
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -27,12 +29,7 @@ def line(title: str = "a title") -> plt.Figure:
 
 @pytest.mark.parametrize("title", [NASTY, "$", "$$", r"\$5", r"a\b{c}", "{", "$unclosed {"])
 def test_titles_are_shown_as_they_are(title):
-    fig = line(title)
-    fig.canvas.draw()
-    image = plots.save(fig, "r", "nasty", "words")
-    assert image.data.startswith(b"\x89PNG")
-    from xml.etree import ElementTree
-
+    assert plots.save(line(title), "r", "nasty", "words").data.startswith(b"\x89PNG")
     root = ElementTree.parse(paths.FIGURES / "r" / "nasty.svg").getroot()
     assert title in [element.text for element in root.iter() if element.tag.endswith("}text")]
 
@@ -55,17 +52,13 @@ def test_arms_differ_without_colour():
     ax.bar(0, 1, **plots.bar("shielded"))
 
 
-def points() -> pd.DataFrame:
+def test_frontier_draws_what_is_lost_against_what_is_kept():
     table = pd.DataFrame({"curve": ["none", NASTY, NASTY], "overlap": [0.5, 0.98, 1.0]})
     table = table.assign(gain_loss=[1, 0.9, 0.7], gain_reward=[1, 0.8, 0.6], steps=16, penalty=0)
     table = table.assign(energy=0.9, rank=[0, 8, 4])
     for name in ("overlap", "gain_loss", "gain_reward"):
         table[f"{name}_lo"], table[f"{name}_hi"] = table[name] - 0.01, table[name] + 0.02
-    return table
-
-
-def test_frontier_draws_what_is_lost_against_what_is_kept():
-    fig = plots.frontier(points())
+    fig = plots.frontier(table)
     fig.canvas.draw()
     (_, curve), _ = [ax.containers for ax in fig.axes]
     assert curve.lines[0].get_xdata() == pytest.approx([0, 0.02])  # by rank

@@ -59,10 +59,8 @@ def test_each_violation_fails_its_own_check(planted, failed):
 
 
 def test_values_by_hand():
-    assert measured(quality=np.where(WOMEN, 0.45, 0.6))["parity_gap"] == pytest.approx(0.15)
-    assert measured(ndcg=np.where(WOMEN, 0.0, 0.3))["parity_gap_ndcg"] == pytest.approx(0.3)
-    texts = ["Your user id."] + [CLEAN] * (N - 1)
-    assert measured(texts=texts)["privacy_leak_rate"] == 1 / N
+    found = measured(quality=np.where(WOMEN, 0.45, 0.6), ndcg=np.where(WOMEN, 0.0, 0.3))
+    assert (found["parity_gap"], found["parity_gap_ndcg"]) == pytest.approx((0.15, 0.3))
     nobody = measured(users=USERS.drop(columns="gender"), quality=np.linspace(0, 1, N))
     assert (nobody["parity_gap"], nobody["parity_groups"], nobody["parity_gap_ndcg"]) == (0, 0, 0)
 
@@ -102,21 +100,20 @@ def test_leaks(text):
     assert audit.leaks(text, RECORDS[0], PERSON)
 
 
-@pytest.mark.parametrize("text", [CLEAN, "", *HARMLESS.replace("\n", "|").split("|")])
-def test_what_is_no_leak(text):
-    assert not audit.leaks(text, RECORDS[0], PERSON)
-
-
-def test_leaks_without_knowing_the_person():
-    unknown = {"gender": None, "age": float("nan")}
-    assert not audit.leaks("You are a woman of 31.", RECORDS[0], unknown)
-    short = RECORDS[0] | {"user": 5}  # too short a number to be an id
-    assert not audit.leaks("It gets 5 stars and 6 awards.", short, PERSON)
-
-
-GOOD = (
-    "{toxicity_mean: .2, toxicity_p95: .4, gini_change: .02, parity_gap: .1, privacy_leak_rate: 0}"
+@pytest.mark.parametrize(
+    "texts, user, person",
+    [
+        ([CLEAN, "", *HARMLESS.replace("\n", "|").split("|")], 100, PERSON),
+        (["You are a woman of 31."], 100, {"gender": None, "age": float("nan")}),
+        (["It gets 5 stars and 6 awards."], 5, PERSON),  # too short a number to be an id
+    ],
 )
+def test_what_is_no_leak(texts, user, person):
+    assert [text for text in texts if audit.leaks(text, RECORD | {"user": user}, person)] == []
+
+
+GOOD = "{toxicity_mean: .2, toxicity_p95: .4, gini_change: .02, parity_gap: .1, "
+GOOD += "privacy_leak_rate: 0}"
 
 
 @pytest.mark.parametrize(

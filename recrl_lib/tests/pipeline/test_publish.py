@@ -49,6 +49,8 @@ def report(place):
     )
     cells[2]["metadata"]["alt"] = "a curve that rises"
     folder = place / "runs" / "r"
+    with pytest.raises(RuntimeError, match="09_report.ipynb is missing: make all RUN=r"):
+        publish.render_report("r")
     write_atomic(folder / "notebooks" / "09_report.ipynb", json.dumps(notebook(*cells)))
     assert publish.render_report("r") == folder / "report.html"
     return (folder / "report.html").read_text(encoding="utf-8")
@@ -57,13 +59,12 @@ def report(place):
 def test_the_report_loads_and_runs_nothing(report):
     page = BeautifulSoup(report, "html.parser")
     assert not page(["script", "iframe", "link", "object", "svg"])
-    assert not re.search("require.js|mathjax", report, re.IGNORECASE)
+    assert not re.search("require.js|mathjax|secret_code|color: red", report, re.IGNORECASE)
     links = [tag[name] for tag in page.find_all() for name in ("src", "href") if tag.get(name)]
     assert all(re.match("data:image/png;base64,|#section-|metrics/", link) for link in links), links
     assert not [name for tag in page.find_all() for name in tag.attrs if name.startswith("on")]
     policy = page.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
     assert "default-src 'none'" in policy and "img-src data:" in policy
-    assert "secret_code" not in report and "color: red" not in report
 
 
 def test_the_report_is_readable(report):
@@ -78,21 +79,13 @@ def test_the_report_is_readable(report):
     assert "max-width: 100%" in page.style.text and page.table.find_parent("div")["tabindex"] == "0"
 
 
-def test_a_report_that_was_not_executed_is_refused(place):
-    with pytest.raises(RuntimeError, match="09_report.ipynb is missing: make all RUN=r"):
-        publish.render_report("r")
-
-
 # --- published runs
 
 
 def results() -> pd.DataFrame:
-    rows = [
-        {"arm": arm, "against": against, "group": "all", "measure": measure, "value": 0.5}
-        for arm in runs.ARMS
-        for measure, against in publish.COLUMNS.values()
-    ]
-    return pd.DataFrame(rows).assign(low=0.25, high=0.75, n=128, seeds=1)
+    rows = [(arm, *key) for arm in runs.ARMS for key in publish.COLUMNS.values()]
+    table = pd.DataFrame(rows, columns=["arm", "measure", "against"])
+    return table.assign(group="all", value=0.5, low=0.25, high=0.75, n=128, seeds=1)
 
 
 @pytest.fixture
@@ -146,40 +139,36 @@ def test_small_files_are_copied_and_the_readme_is_written(finished):
     assert (paths.FIGURES / "reference" / "r" / "a.svg").exists()
     readme = (paths.ROOT / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
-    assert (
-        "| shielded | 0.500 [0.250, 0.750] |" in readme
-        and "2 minutes, commit `cccccccccc`" in readme
-    )
+    assert "| shielded | 0.500 [0.250, 0.750] |" in readme
+    assert "2 minutes, commit `cccccccccc`" in readme
     publish.sync("r")  # a second time changes nothing
     assert (paths.ROOT / "README.md").read_text() == readme
 
 
-def test_what_has_no_source_is_refused(finished, monkeypatch):
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"stale": "audit"}, "audit unfinished or out of date: make all RUN=r"),
+        ({"state": ("c" * 40, True)}, "is none: commit or remove them"),
+        ({"state": (None, None)}, "is none: commit or remove them"),
+        ({"dirty": True}, "ran on uncommitted changes.*FORCE=1"),
+        ({"readme": "old"}, "write .*results.* twice"),
+        ({"size": publish.NOTEBOOK_BYTES + 1}, "more than 3: draw less in 04_shield.ipynb"),
+    ],
+)
+def test_what_has_no_source_or_no_place_is_refused(finished, monkeypatch, changed, message):
+    monkeypatch.setattr(runs, "up_to_date", lambda stage, _: stage != changed.get("stale"))
+    monkeypatch.setattr(runs, "git_state", lambda: changed.get("state", ("c" * 40, False)))
+    change(finished, "evaluation", git_dirty=changed.get("dirty", False))
+    readme = paths.ROOT / "README.md"
+    write_atomic(readme, changed.get("readme", readme.read_text()))
+    heavy = notebook(code("x", output="0" * changed.get("size", 1)))
+    write_atomic(finished / "notebooks" / "04_shield.ipynb", json.dumps(heavy))
+    with pytest.raises(RuntimeError, match=message):
+        publish.sync("r")
+    assert untouched()
     with pytest.raises(RuntimeError, match="runs/unknown does not exist: make all RUN=unknown"):
         publish.sync("unknown")
-    monkeypatch.setattr(runs, "up_to_date", lambda stage, params: stage != "audit")
-    with pytest.raises(RuntimeError, match="audit unfinished or out of date: make all RUN=r"):
-        publish.sync("r")
-    monkeypatch.setattr(runs, "up_to_date", lambda stage, params: True)
-    for state in (("c" * 40, True), (None, None)):
-        monkeypatch.setattr(runs, "git_state", lambda state=state: state)
-        with pytest.raises(RuntimeError, match="is none: commit or remove them"):
-            publish.sync("r")
-    change(finished, "evaluation", git_dirty=True)
-    with pytest.raises(RuntimeError, match="ran on uncommitted changes.*FORCE=1"):
-        publish.sync("r")
-    assert untouched()
-
-
-def test_notebooks_that_weigh_too_much_and_a_readme_without_markers_are_refused(finished):
-    write_atomic(paths.ROOT / "README.md", "old")
-    with pytest.raises(RuntimeError, match="write .*results.* twice"):
-        publish.sync("r")
-    heavy = notebook(code("x", output="0" * (publish.NOTEBOOK_BYTES + 1)))
-    write_atomic(finished / "notebooks" / "04_shield.ipynb", json.dumps(heavy))
-    with pytest.raises(RuntimeError, match="more than 3: draw less in 04_shield.ipynb"):
-        publish.sync("r")
-    assert untouched()
 
 
 def test_a_frontier_is_published_without_the_rest_of_its_run(finished):
