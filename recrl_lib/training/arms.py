@@ -1,17 +1,11 @@
 """One arm of the study, from the base model to its final adapter.
 
-    training = Training("shielded", stage, study, protected, reward)
-    training.warm_start()        # supervised steps, merged into the frozen weights
-    training.reinforce()         # PPO, or TRL's RLOO or GRPO
-    arm = training.finish()      # replay steps after training, if any; one adapter on the base
-
 A run that was killed goes on from ``runs/<run>/checkpoints/<arm>/``. With ``processes`` > 1,
 ``reinforce`` starts as many (``accelerate launch -m recrl_lib.training.arms``), which leave their
 result as the last checkpoint; this process goes on from there.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,7 +24,7 @@ from recrl_lib.shield import projection, subspaces
 from recrl_lib.shield.projection import Shield
 from recrl_lib.shield.replay import replay_for
 from recrl_lib.shield.subspaces import Subspace
-from recrl_lib.training import diagnostics, ppo, warm_start
+from recrl_lib.training import diagnostics, ppo, trl, warm_start
 from recrl_lib.training.checkpoint import Store
 
 TRAINED = ("unshielded", "shielded")
@@ -40,7 +34,6 @@ TRAINED = ("unshielded", "shielded")
 class Arm:
     """What training left."""
 
-    name: str
     adapter: dict[str, Tensor]  # for ``load_tuned``
     warm_adapter: dict[str, Tensor] | None  # the policy before reinforcement learning
     curve: list[dict]  # a row an iteration
@@ -78,7 +71,6 @@ class Training:
         self._first: dict[str, Tensor] | None = None  # the warm start's adapter, merged by now
         self._warm = {"curve": [], "intact": True}
         self._frozen = item_texts.weights_sha256(self.explainer)
-        self.curve: list[dict] = []
 
     def warm_start(self) -> None:
         """Supervised steps on composed explanations; then "adapter off" is the tuned model."""
@@ -100,37 +92,32 @@ class Training:
         """A new shield for ``phase``: warm, ppo or settle. None in the unshielded arm."""
         if self.name != "shielded":
             return None
-        replay = self._replay
-        if replay:  # a run that goes on after the warm start replays the same texts
+        if replay := self._replay:  # a run that goes on after the warm start replays the same texts
             replay.generator.manual_seed(self._seeds[phase])
-        # Replay steps after training: if set, projecting PPO runs without replay, whose gradient
+        # With replay steps after training, projecting PPO runs without replay, whose gradient
         # would be many times the reward's and cost a tenth of the step.
         later = self.params.shield_replay_steps and self.params.shield_mode != "penalty"
-        if phase == "ppo" and later:
-            replay = None
+        replay = None if phase == "ppo" and later else replay
         return Shield(self.explainer, self.protected, self.params.shield_mode, replay)
 
     def reinforce(self) -> None:
         """Reinforcement learning on the reward, for ``ppo_steps`` iterations."""
         if self.params.processes > 1 and not dist.is_initialized():
             _launch(self.name, self.stage)
-        tracker = diagnostics.start_tracker(self.stage, self.name)
+        tracker, algorithm = diagnostics.start_tracker(self.stage, self.name), self.params.algorithm
         shield, seed = self.shield("ppo"), self._seeds["ppo"]
         given = self.explainer, self.reward, self.records, self.params, seed, shield
-        if self.params.algorithm == "ppo":
+        if algorithm == "ppo":
             steps, desc = self.params.ppo_steps, f"ppo, {self.name}"
             self.curve = ppo.PPO(*given).train(steps, desc, self._store, tracker.log)
             if shield:
                 shield.detach()
-        elif (found := self._store.load(self.params.algorithm)) is not None:
+        elif found := self._store.load(algorithm):
             self.explainer.load_adapter(found[0])
             self.curve = found[1]["rows"]
         else:
-            from recrl_lib.training import trl  # takes seconds
-
             self.curve = trl.train(*given, tracker.log)
-            adapter = self.explainer.adapter_state()
-            self._store.save(self.params.algorithm, adapter, {"rows": self.curve})
+            self._store.save(algorithm, self.explainer.adapter_state(), {"rows": self.curve})
         tracker.finish()
 
     def finish(self) -> Arm:
@@ -141,7 +128,7 @@ class Training:
         seconds, intact = perf_counter() - start, self._warm["intact"] and self._intact()
         adapter, warm_adapter = self.explainer.adapter_state(), None
         if self._first is not None:
-            nothing = {key: tensor.new_zeros(tensor.shape) for key, tensor in adapter.items()}
+            nothing = {key: torch.zeros_like(tensor) for key, tensor in adapter.items()}
             warm_adapter = warm_start.stack(self._first, nothing)
             adapter = warm_start.stack(self._first, adapter)
         device = self.stage.device
@@ -149,23 +136,10 @@ class Training:
         del self.explainer, self._replay  # make room for the model that the leak is measured on
         leak = projection.leak(load_tuned(self.params, adapter, device), self.protected)
         curves = self.curve, self._warm["curve"]
-        return Arm(self.name, adapter, warm_adapter, *curves, leak, seconds, memory, intact)
+        return Arm(adapter, warm_adapter, *curves, leak, seconds, memory, intact)
 
     def _intact(self) -> bool:
         return item_texts.weights_sha256(self.explainer) == self._frozen
-
-
-def train(name: str, *given) -> Arm:
-    """A whole ``Training`` of arm ``name`` in one call."""
-    training = Training(name, *given)
-    training.warm_start()
-    training.reinforce()
-    return training.finish()
-
-
-def delete_checkpoints(stage: runs.StageRun) -> None:
-    """Delete the checkpoints of every arm: the stage has finished."""
-    shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
 
 
 def load_tuned(
@@ -180,9 +154,6 @@ def load_tuned(
     return explainer
 
 
-# --- several processes -------------------------------------------------------------------------
-
-
 def _launch(name: str, stage: runs.StageRun) -> None:
     """Train an arm's PPO in ``processes`` processes. ``RuntimeError`` names a failure's log."""
     count = stage.params.processes
@@ -190,12 +161,13 @@ def _launch(name: str, stage: runs.StageRun) -> None:
     options = f"--multi_gpu --num_processes {count} --num_machines 1 --mixed_precision no"
     options += " --dynamo_backend no --main_process_port 0 -m recrl_lib.training.arms"
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
-    command += [stage.params.run, name]
     log = stage.folder / "logs" / f"ppo_{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"RECRL_PROGRESS": "off", **os.environ}
+    settings = {"cwd": paths.ROOT, "env": {"RECRL_PROGRESS": "off", **os.environ}}
     with open(log, "wb") as out:
-        done = subprocess.run(command, stdout=out, stderr=out, cwd=paths.ROOT, env=environment)
+        done = subprocess.run(
+            [*command, stage.params.run, name], stdout=out, stderr=out, **settings
+        )
     if done.returncode:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         failed = f"arm {name!r} in {count} processes: exit code {done.returncode}"
@@ -216,7 +188,9 @@ def main(run: str, name: str) -> None:
     if stage.device.type == "cuda":
         stage.device = accelerator.device
     loaded, protected = study.load(stage), subspaces.from_tensors(stage.load_tensors("subspaces"))
-    train(name, stage, loaded, protected, Reward.of(params, loaded.catalogue))
+    training = Training(name, stage, loaded, protected, Reward.of(params, loaded.catalogue))
+    training.warm_start()
+    training.reinforce()
     accelerator.end_training()
 
 

@@ -1,7 +1,6 @@
 """Checkpoints of one arm: safetensors files named by step, all but tensors as JSON in their header.
 
-A file is written to a temporary name, flushed and renamed: a process killed at any moment leaves
-the one before it. accelerate's ``save_state`` pickles, and knows neither our generators nor rows.
+A file is written whole or not at all: a process killed at any moment leaves the one before it.
 """
 
 import json
@@ -19,11 +18,11 @@ Content = tuple[dict[str, Tensor], dict]  # (tensors, JSON object)
 class Store:
     """The checkpoints below ``folder`` of the run that ``key`` stands for (``runs.stage_key``).
 
-    Files with another key are of no use to this run and are removed.
+    Files with another key are removed.
     """
 
     def __init__(self, folder: Path, key: str, keep: int = 2):
-        self.folder, self.key, self.keep = Path(folder), key, keep
+        self.folder, self.key, self.keep = folder, key, keep
 
     def save(self, name: str, tensors: dict[str, Tensor], plain: dict) -> None:
         header = {"json": json.dumps({"key": self.key, **plain})}
@@ -49,14 +48,12 @@ class Store:
     def save_step(self, step: int, tensors: dict[str, Tensor], plain: dict) -> None:
         """Save, then drop all but the newest ``keep``."""
         self.save(f"step-{step:06d}", tensors, plain)
-        for old in self._steps()[: -self.keep]:
-            (self.folder / f"{old}.safetensors").unlink()
+        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            old.unlink()
 
     def latest(self) -> Content | None:
         """The newest step of this run, if any."""
         for torn in self.folder.glob(".*.tmp"):  # of a process that was killed while writing
             torn.unlink()
-        return next((found for name in reversed(self._steps()) if (found := self.load(name))), None)
-
-    def _steps(self) -> list[str]:
-        return sorted(path.stem for path in self.folder.glob("step-*.safetensors"))
+        newest = sorted(self.folder.glob("step-*"), reverse=True)
+        return next((found for path in newest if (found := self.load(path.stem))), None)

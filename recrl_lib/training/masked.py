@@ -29,5 +29,4 @@ def variance(x: Tensor, mask: Tensor) -> Tensor:
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and variance 1 over the masked entries of all processes; 0 elsewhere."""
-    scale = torch.rsqrt(variance(x, mask) + 1e-8)
-    return (x - mean(x, mask)) * scale * mask
+    return (x - mean(x, mask)) * torch.rsqrt(variance(x, mask) + 1e-8) * mask

@@ -1,26 +1,18 @@
 """Shielded PPO: reinforcement learning of the explainer's adapters, the shield in the optimizer.
 
-One iteration is ``PPO.step``. Its pieces are plain functions, called one by one in notebook 05.
-Shapes: B texts, R tokens a text. Masks are True on real tokens, the end token included, and every
-mean is over them. Where public trainers differ, after Huang et al. 2024 (arXiv 2403.17031):
+One iteration is ``PPO.step``; notebook 05 calls its pieces one by one. Shapes: B texts, R tokens
+a text. Masks are True on real tokens, the end token included, and every mean is over them.
+Choices where public trainers differ (Huang et al. 2024, arXiv 2403.17031):
 
-tokens      Padding is not the end token; prompts are padded on the left; the score is on the last
-            real token; a text cut off pays ``missing_eos_penalty`` and counts as ended.
-policy      One temperature, no top-p, top-k or dropout; log-softmax in float32. Old log-
-            probabilities are the sampler's; in bfloat16 they are computed anew.
-reward      k1 KL penalty per token, without gradient; no KL in the loss; no scaling. The logged
-            KL is k3, never negative (Schulman, "Approximating KL Divergence").
-advantages  GAE, gamma 1, lambda 1 (below 1, values that know little credit tokens for being
-            late); whitened over the rollout.
-values      A float32 head on the detached state before the token: the shield sees the policy's
-            gradient alone. It starts at the first mean score, else its climb adds noise.
-loss        Ratios clipped at .2, log-ratios at 20; sums over the minibatch's token count, so
-            that micro-batches and processes change nothing; no entropy bonus.
-step        Norm clip, replay gradient (unclipped), projection. AdamW, eps 1e-5, no decay; rates
-            constant or linear in the planned steps; on request a stop on approximate KL.
-
-Data parallel: each process samples its share of the prompts with the random numbers that one
-process would have drawn for them; token counts, gradients and means are summed over processes.
+- The score is on the last real token; the k1 KL penalty is in the reward, none is in the loss.
+- One temperature, no top-p, top-k or dropout. Old log-probabilities are the sampler's, or in
+  bfloat16 computed anew.
+- The value head reads detached states, so that the shield sees the policy's gradient alone. It
+  starts at the first mean score, else its climb adds noise.
+- Losses are sums over the minibatch's token count, so that micro-batches change nothing.
+- A step is norm clip, replay gradient (unclipped), projection, AdamW without decay.
+- Each of several processes samples its share of the prompts with the random numbers that one
+  process would have drawn; token counts, gradients and means are summed over processes.
 """
 
 from collections.abc import Callable
@@ -45,22 +37,30 @@ from recrl_lib.training.checkpoint import Store
 from recrl_lib.training.diagnostics import autocasts, precision
 
 Log = Callable[[dict, int], None]  # called with (row, step)
-Losses = tuple[Tensor, Tensor, Tensor]
 Texts = TypeVar("Texts", bound=Rollout)
-
-# --- the pieces ---------------------------------------------------------------------------------
 
 
 class ValueHead(nn.Linear):
     """V(state) from a detached hidden state (..., d), in float32; 0 everywhere at first."""
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return super().forward(hidden.detach().float())
+
+
+def draw_prompts(
+    queue: list[int], n: int, prompts: int, generator: Generator
+) -> tuple[list[int], list[int]]:
+    """(the next ``n`` prompts, the queue after them): random orders of all, one after another."""
+    if prompts < n:
+        raise ValueError(f"prompts_per_step={n}, but there are only {prompts} prompts")
+    if len(queue) < n:
+        queue = torch.randperm(prompts, generator=generator).tolist()
+    return queue[:n], queue[n:]
 
 
 def roll_out(
@@ -90,13 +90,11 @@ def logprobs(explainer: Explainer, rollout: Rollout, params: Params) -> Tensor:
 
 @dataclass
 class Batch(Rollout):
-    """A rollout to learn from: with whitened advantages and returns, both (B, R)."""
-
-    advantages: Tensor
-    returns: Tensor
+    advantages: Tensor  # (B, R), whitened
+    returns: Tensor  # (B, R)
 
 
-WIDE = ("response", "mask", "logprobs", "values", "advantages", "returns")  # (B, R)
+WIDE = ("response", "mask", "logprobs", "values", "advantages", "returns")  # all (B, R)
 
 
 def part_of(texts: Texts, rows: Tensor) -> Texts:
@@ -115,8 +113,7 @@ def token_rewards(
 ) -> Tensor:
     """Rewards (B, R): a k1 KL penalty on every token, plus ``score`` (B,) on the last real one."""
     rewards = -kl_coef * (logprobs - reference) * mask
-    last = mask.sum(-1) - 1
-    rewards[torch.arange(len(score)), last] += score
+    rewards[torch.arange(len(score)), mask.sum(-1) - 1] += score
     return rewards
 
 
@@ -126,10 +123,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + next_value - values[:, t]
-        real = mask[:, t]
-        advantages[:, t] = torch.where(real, delta + lam * next_advantage, 0.0)
-        next_advantage = advantages[:, t]
-        next_value = torch.where(real, values[:, t], 0.0)
+        advantages[:, t] = torch.where(mask[:, t], delta + lam * next_advantage, 0.0)
+        next_advantage, next_value = advantages[:, t], values[:, t].where(mask[:, t], 0.0)
     return advantages
 
 
@@ -137,11 +132,6 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Non-negative estimate of KL(policy || reference) per token of the policy's own samples."""
     x = (logprobs - reference).clamp(-20, 20)
     return torch.expm1(-x) + x
-
-
-def adapted(kl_coef: float, kl: float, target: float) -> float:
-    """The next KL coefficient: at most 2 % nearer to ``target`` (Ziegler et al. 2019, sec. 2.2)."""
-    return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
 def policy_loss(
@@ -163,7 +153,9 @@ def value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: fl
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy")
 
 
-def losses(explainer: Explainer, head: ValueHead, batch: Batch, params: Params) -> Losses:
+def losses(
+    explainer: Explainer, head: ValueHead, batch: Batch, params: Params
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ``STATISTICS`` (5,), largest |ratio - 1|) of a micro-batch, the first two summed."""
     with precision(params, explainer.device):
         hidden = response_hidden(explainer, batch)
@@ -213,14 +205,11 @@ def optimizer_step(
     return {**means, "gradient_norm": float(norm), "ratio_deviation": largest}
 
 
-# --- the whole training ------------------------------------------------------------------------
-
-
 class PPO:
-    """The training of one policy.
+    """The training of one policy; the shield stays on its optimizer.
 
-    ``reward(records, texts)`` returns totals (n,) and a dict of parts, each (n,). The shield stays
-    on the optimizer. Equal seeds meet the same prompts and the same random numbers.
+    ``reward(records, texts)`` returns totals (n,) and a dict of parts, each (n,). Equal seeds meet
+    the same prompts and the same random numbers.
     """
 
     def __init__(
@@ -234,8 +223,6 @@ class PPO:
     ):
         if not explainer.adapter_parameters():
             raise ValueError("the explainer has nothing to train; call add_lora first")
-        if len(records) < (n := params.prompts_per_step):
-            raise ValueError(f"prompts_per_step={n}, but there are only {len(records)} prompts")
         self.explainer, self.reward, self.records, self.params = explainer, reward, records, params
         self.value_head, self.optimizer = learner(explainer, params)
         self.shield = shield.attach(self.optimizer) if shield else None
@@ -243,28 +230,25 @@ class PPO:
         names = ("order", "sampling", "minibatch")
         self._generators = {k: Generator().manual_seed(seed * 3 + i) for i, k in enumerate(names)}
         if self._replay:
-            self._generators["replay"] = self._replay.generator  # saved with the others
-        self._queue: list[int] = []
-        self.kl_coef, self.steps_done = params.kl_coef, 0
+            self._generators["replay"] = self._replay.generator
+        self.queue: list[int] = []  # the prompts to come
         self.rows: list[dict] = []
+        self.kl_coef, self.steps_done = params.kl_coef, 0
         self._rank, self._processes = masked.processes()
 
     def train(
         self, steps: int, desc: str = "ppo", store: Store | None = None, log: Log | None = None
     ) -> list[dict]:
-        """Go on until ``steps`` iterations are done; a row of statistics each, told to ``log``.
-
-        Starts from the newest checkpoint of ``store``, and writes one every ``checkpoint_every``.
-        """
+        """Go on from the newest checkpoint of ``store`` to iteration ``steps``; a row each."""
         if store and (found := store.latest()):
             self.load_state(*found)
-        for _ in track(range(self.steps_done, steps), desc):
+        for done in track(range(self.steps_done + 1, steps + 1), desc):
             row = self.step()
-            if log and self._rank == 0:
-                log(row, self.steps_done)
-            due = self.steps_done % self.params.checkpoint_every == 0 or self.steps_done == steps
+            if log:
+                log(row, done)
+            due = done % self.params.checkpoint_every == 0 or done == steps
             if store and due and self._rank == 0:
-                store.save_step(self.steps_done, *self.state())
+                store.save_step(done, *self.state())
         return self.rows
 
     def step(self) -> dict:
@@ -298,17 +282,16 @@ class PPO:
             "step_seconds": perf_counter() - start,
         }
         self.rows.append(row)
-        if self.params.kl_target:
-            self.kl_coef = adapted(self.kl_coef, row["kl"], self.params.kl_target)
+        if self.params.kl_target:  # at most 2 % nearer (Ziegler et al. 2019, sec. 2.2)
+            off = min(max(row["kl"] / self.params.kl_target - 1, -0.2), 0.2)
+            self.kl_coef *= 1 + 0.1 * off
         return row
 
     def _roll_out(self) -> tuple[Rollout, list[dict]]:
         """This process's share of the rollout, and the record of each of its texts."""
         n, samples = self.params.prompts_per_step, self.params.samples_per_prompt
-        if len(self._queue) < n:  # a random order of all prompts, drawn anew when it runs out
-            order = torch.randperm(len(self.records), generator=self._generators["order"])
-            self._queue = order.tolist()
-        chosen, self._queue = self._queue[:n], self._queue[n:]
+        drawing = n, len(self.records), self._generators["order"]
+        chosen, self.queue = draw_prompts(self.queue, *drawing)
         share, sampling = n // self._processes, self._generators["sampling"]
         first = self._rank * share
 
@@ -339,14 +322,11 @@ class PPO:
     def _update(self, batch: Batch) -> dict[str, float]:
         """``ppo_epochs`` passes over the rollout; means of the steps' statistics."""
         params, steps, mine = self.params, [], len(batch.mask)
-        texts, done = (
-            mine * self._processes,
-            self.steps_done * params.ppo_epochs * params.minibatches,
-        )
+        texts = mine * self._processes
         for _ in range(params.ppo_epochs):
             order = torch.randperm(texts, generator=self._generators["minibatch"])
             for chosen in order.split(texts // params.minibatches):
-                self._set_rates(done + len(steps))
+                self._set_rates(len(steps))
                 part = part_of(batch, chosen[chosen // mine == self._rank] % mine)
                 pieces = self.optimizer, self.explainer, self.value_head, part, params
                 steps.append(optimizer_step(*pieces))
@@ -354,50 +334,45 @@ class PPO:
             recent = [step["approx_kl"] for step in steps[-params.minibatches :]]
             if params.stop_kl and sum(recent) / len(recent) > params.stop_kl:
                 break
-        first = steps[0]["ratio_deviation"]  # 1 before any step, if sampler and update agree
+        first = steps[0]["ratio_deviation"]  # 0 before any step, if sampler and update agree
         means = {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]}
         del means["ratio_deviation"]
-        return {
-            **means,
-            "epochs_skipped": params.ppo_epochs - len(steps) // params.minibatches,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "ratio_first_minibatch_max_dev": first,
-        }
+        means["epochs_skipped"] = params.ppo_epochs - len(steps) // params.minibatches
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {**means, "learning_rate": rate, "ratio_first_minibatch_max_dev": first}
 
-    def _set_rates(self, done: int) -> None:
-        """Rates after ``done`` planned optimizer steps, counted as if no pass were ever skipped."""
+    def _set_rates(self, taken: int) -> None:
+        """Rates after ``taken`` steps of this iteration, as if no pass were ever skipped."""
         params, factor = self.params, 1.0
         if params.lr_schedule == "linear":
-            planned = params.ppo_steps * params.ppo_epochs * params.minibatches
-            factor = max(1 - done / planned, 0.0)
+            each = params.ppo_epochs * params.minibatches
+            done = self.steps_done * each + taken
+            factor = max(1 - done / (params.ppo_steps * each), 0.0)
         adapters, values = self.optimizer.param_groups
         adapters["lr"], values["lr"] = params.learning_rate * factor, params.value_lr * factor
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, JSON): all that decides the next step."""
         moments = self.optimizer.state_dict()["state"]
-        tensors = {
-            **{f"adapter/{k}": v for k, v in self.explainer.adapter_state().items()},
-            **{f"value/{k}": v for k, v in self.value_head.state_dict().items()},
-            **{f"optimizer/{n}/{k}": v for n, entry in moments.items() for k, v in entry.items()},
-            **{f"generator/{k}": g.get_state() for k, g in self._generators.items()},
+        parts = {
+            "adapter": self.explainer.adapter_state(),
+            "value": self.value_head.state_dict(),
+            "optimizer": {f"{n}/{k}": v for n, entry in moments.items() for k, v in entry.items()},
+            "generator": {name: each.get_state() for name, each in self._generators.items()},
         }
-        counters = {name: getattr(self, name) for name in ("steps_done", "kl_coef", "rows")}
-        return tensors, {**counters, "queue": self._queue}
+        tensors = {f"{part}/{k}": v for part, held in parts.items() for k, v in held.items()}
+        return tensors, {k: getattr(self, k) for k in ("steps_done", "kl_coef", "rows", "queue")}
 
     def load_state(self, tensors: dict[str, Tensor], plain: dict) -> None:
-        parts: dict[str, dict] = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            parts.setdefault(kind, {})[rest] = tensor
-        self.explainer.load_adapter(parts["adapter"])
-        self.value_head.load_state_dict(parts["value"])
-        state = self.optimizer.state_dict() | {"state": {}}
-        for name, tensor in parts["optimizer"].items():
-            n, key = name.split("/")
-            state["state"].setdefault(int(n), {})[key] = tensor
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+
+        self.explainer.load_adapter(part("adapter/"))
+        self.value_head.load_state_dict(part("value/"))
+        state = self.optimizer.state_dict()
+        numbers = [n for group in state["param_groups"] for n in group["params"]]
+        state["state"] = {n: part(f"optimizer/{n}/") for n in numbers}
         self.optimizer.load_state_dict(state)
         for name, generator in self._generators.items():
-            generator.set_state(parts["generator"][name])
-        self.steps_done, self.kl_coef = plain["steps_done"], plain["kl_coef"]
-        self._queue, self.rows = plain["queue"], plain["rows"]
+            generator.set_state(tensors[f"generator/{name}"])
+        vars(self).update(plain)

@@ -23,7 +23,7 @@ from recrl_lib.shield import replay, subspaces
 from recrl_lib.tests.conftest import required
 from recrl_lib.tests.tiny import WORDS, tiny_explainer
 from recrl_lib.tests.training.small import PROTECTED_TEXTS, RECORDS, protect, red, timeless
-from recrl_lib.training import arms, diagnostics, warm_start
+from recrl_lib.training import arms, diagnostics, trl, warm_start
 
 STUDY = types.SimpleNamespace(training_records=lambda: RECORDS)
 
@@ -44,8 +44,12 @@ def stage(tmp_path, monkeypatch) -> runs.StageRun:
     return made
 
 
-def train(name: str, stage: runs.StageRun, reward=red, study=STUDY) -> arms.Arm:
-    return arms.train(name, stage, study, protect(load_for(stage.params, 0)), reward)
+def train(name: str, stage: runs.StageRun, reward=red, study=STUDY, protected=None) -> arms.Arm:
+    protected = protected or protect(load_for(stage.params, 0))
+    training = arms.Training(name, stage, study, protected, reward)
+    training.warm_start()
+    training.reinforce()
+    return training.finish()
 
 
 def same(a: dict, b: dict) -> bool:
@@ -80,9 +84,6 @@ def test_an_arm_is_sealed_or_leaks_and_leaves_frozen_weights_alone(stage, monkey
         assert len(arm.curve) == stage.params.ppo_steps
         assert len(arm.warm_curve) == stage.params.warm_steps
     assert trained["shielded"].leak <= 1e-6 < 0.1 < trained["unshielded"].leak
-    assert (stage.folder / "checkpoints" / "shielded" / "warm.safetensors").is_file()
-    arms.delete_checkpoints(stage)
-    assert not (stage.folder / "checkpoints").exists()
 
 
 def test_stored_adapters_are_the_policies_that_were_trained(stage):
@@ -106,7 +107,7 @@ def test_stored_adapters_are_the_policies_that_were_trained(stage):
 
 def test_a_second_call_goes_on_from_what_is_stored(stage, monkeypatch):
     whole = train("shielded", stage)
-    arms.delete_checkpoints(stage)
+    shutil.rmtree(stage.folder / "checkpoints")
     calls = iter(range(9))
 
     def cut_off(records, texts):
@@ -170,18 +171,12 @@ def test_unknown_arm_and_failed_processes_are_clear_errors(stage):
 def test_an_arm_of_trl_is_shielded_and_not_trained_twice(stage, algorithm, monkeypatch):
     stage.params = stage.params.replace(algorithm=algorithm)
     seen = ["blue", "short", "long", "green", "bad", "a", "and"]
-    scorer, heard = (
-        Reward("grounded", Catalogue(["the red film", *seen], ["good"])),
-        Heard(monkeypatch),
-    )
+    scorer = Reward("grounded", Catalogue(["the red film", *seen], ["good"]))
     arm = train("shielded", stage, scorer)
     assert arm.leak <= 1e-6 and arm.frozen_intact and len(arm.curve) == stage.params.ppo_steps
-    assert heard.told == [*((row, row["step"]) for row in arm.curve), "finished"]
     assert not same(arm.adapter, arm.warm_adapter)
     assert diagnostics.summary(pd.DataFrame(arm.curve))["steps"] == stage.params.ppo_steps
-    monkeypatch.setattr(
-        "recrl_lib.training.trl.train", lambda *a: pytest.fail("trained a second time")
-    )
+    monkeypatch.setattr(trl, "train", lambda *a: pytest.fail("trained a second time"))
     assert same(train("shielded", stage, scorer).adapter, arm.adapter)
 
 
@@ -249,7 +244,7 @@ def test_two_launched_processes_train_as_one(stage, house, finished, monkeypatch
         loaded = study.load(here)
         spaces = subspaces.from_tensors(here.load_tensors("subspaces"))
         scorer = Reward.of(here.params, loaded.catalogue)
-        trained[processes] = arms.train("shielded", here, loaded, spaces, scorer)
+        trained[processes] = train("shielded", here, scorer, loaded, spaces)
         started = sorted(path.name for path in house.root.glob("rank *"))
         assert started == ["rank 0 of 2", "rank 1 of 2"]
     two, one = trained[2], trained[1]

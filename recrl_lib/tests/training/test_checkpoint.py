@@ -106,21 +106,6 @@ def test_a_killed_run_ends_as_one_never_killed(tmp_path, never_killed, moment, n
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000004.safetensors"]
 
 
-def test_a_run_killed_again_and_again_ends_as_one_never_killed(tmp_path, never_killed):
-    for moment, n in (("reward", 4), ("half a file", 1), ("optimizer step", 3)):
-        assert process(str(tmp_path), moment, n) == -signal.SIGKILL
-    assert process(str(tmp_path)) == 0
-    assert (tmp_path / "result").read_bytes() == never_killed
-
-
-def test_resuming_a_finished_run_does_nothing(tmp_path):
-    store = checkpoint.Store(tmp_path, "key")
-    first, again = build(), build(reward=None)  # would fail if its reward were asked
-    first.train(2, store=store)
-    assert again.train(2, store=store) == json.loads(json.dumps(first.rows))
-    assert result(again) == result(first)
-
-
 def test_the_store_keeps_the_newest_and_gives_back_what_it_got(tmp_path):
     store = checkpoint.Store(tmp_path, "key", keep=2)
     content = {"x": torch.arange(6.0).reshape(2, 3).T, "s": torch.tensor(3)}

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -58,9 +57,3 @@ def test_two_processes_do_the_update_of_one_and_hold_the_same_policy(tmp_path):
             assert torch.equal(both[0][name], both[1][name]), name
     assert both[0]["leak"] <= 1e-6
     assert all(v.abs().max() > 0 for k, v in both[0].items() if "lora_B" in k)  # it could leak
-
-
-def test_what_data_parallel_training_asks_of_parameters():
-    for changes in ({"processes": 3}, {"processes": 2, "algorithm": "grpo"}):
-        with pytest.raises(ValueError, match="processes"):
-            SMALL.replace(**changes)

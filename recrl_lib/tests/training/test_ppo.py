@@ -8,7 +8,7 @@ from recrl_lib.explainer.sampling import Settings, response_hidden, sample, toke
 from recrl_lib.shield import projection
 from recrl_lib.shield.replay import Replay
 from recrl_lib.tests.tiny import tiny_explainer, tune_randomly
-from recrl_lib.tests.training.small import PARAMS, RECORDS, TIMES, leak, protect, red, timeless
+from recrl_lib.tests.training.small import PARAMS, RECORDS, TIMES, leak, protect, red
 from recrl_lib.tests.training.small import trainer as trainer_of
 from recrl_lib.training import masked, ppo
 
@@ -49,29 +49,11 @@ def test_gae_equals_a_double_loop(lam):
         assert got[row].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_gae_by_hand():
-    # Two tokens, reward 1 at the end, V = (.5, .25), lambda .5:
-    # A1 = 1 - .25 = .75, A0 = .25 - .5 + .5 * .75 = .125
-    rewards, values = torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.25, 9.0]])
-    got = ppo.gae(rewards, values, torch.tensor([[True, True, False]]), 0.5)
-    assert got.tolist() == [[0.125, 0.75, 0.0]]
-
-
 def test_score_lands_on_the_last_real_token_and_kl_on_every_one():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     logp, reference = torch.full((2, 3), -1.0), torch.full((2, 3), -3.0)
     got = ppo.token_rewards(torch.tensor([5.0, 7.0]), logp, reference, mask, kl_coef=0.1)
     torch.testing.assert_close(got, torch.tensor([[-0.2, -0.2, 4.8], [6.8, 0.0, 0.0]]))
-
-
-def test_whitening_is_over_the_mask_alone():
-    mask, draw = ragged(1)
-    x = draw() * 7 + 3
-    white = masked.whiten(x, mask)
-    chosen = white[mask]
-    assert abs(chosen.mean()) < 1e-5 and abs(chosen.var(unbiased=False) - 1) < 1e-4
-    assert (white[~mask] == 0).all()
-    torch.testing.assert_close(masked.whiten(torch.where(mask, x, 1e6), mask), white)
 
 
 @pytest.mark.parametrize("sign, expected", [(1.0, -(1.2 + 0.5)), (-1.0, 1.5 + 0.8)])
@@ -98,11 +80,6 @@ def test_k3_is_never_negative_zero_when_equal_and_estimates_kl():
     estimate, exact = ppo.k3(p[draws], q[draws]), float((p.exp() * (p - q)).sum())
     assert (estimate >= 0).all() and (ppo.k3(p, p) == 0).all()
     assert float(estimate.mean()) == pytest.approx(exact, abs=0.02) and exact > 0.2
-
-
-@pytest.mark.parametrize("kl, factor", [(3.0, 1.02), (1.9, 0.995), (0.0, 0.98)])
-def test_adaptive_kl_by_hand(kl, factor):
-    assert ppo.adapted(0.1, kl, target=2.0) == pytest.approx(0.1 * factor)
 
 
 def test_trimmed_rows_are_scored_as_in_the_whole_rollout():
@@ -165,11 +142,6 @@ def test_the_first_ratio_is_one_the_first_kl_zero_and_base_weights_stay():
     assert not torch.equal(weights(trained), before)
 
 
-def test_ratio_stays_one_in_every_pass_without_learning_rate():
-    row = trainer_of(learning_rate=0.0, ppo_epochs=3).step()
-    assert row["clip_fraction"] == 0 and abs(row["approx_kl"]) < 1e-8
-
-
 def hook(trained: ppo.PPO, look, before: bool = False) -> list:
     """What ``look()`` gives at each optimizer step."""
     seen = []
@@ -178,14 +150,6 @@ def hook(trained: ppo.PPO, look, before: bool = False) -> list:
         register = trained.optimizer.register_step_pre_hook
     register(lambda *_: seen.append(look()))
     return seen
-
-
-@pytest.mark.parametrize("epochs, minibatches", [(1, 1), (2, 4), (3, 2)])
-def test_optimizer_steps_are_epochs_times_minibatches(epochs, minibatches):
-    trained = trainer_of(ppo_epochs=epochs, minibatches=minibatches)
-    steps = hook(trained, lambda: 1)
-    trained.step()
-    assert len(steps) == epochs * minibatches
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -210,13 +174,14 @@ def test_linear_schedule_ends_where_it_should():
     assert trainer_of().train(1)[0]["learning_rate"] == PARAMS.learning_rate
 
 
-def test_adaptive_kl_moves_towards_its_target():
-    """KL is 0 at the first step, then above the target."""
-    rows = trainer_of(kl_target=1e-9, learning_rate=3e-2).train(3)
-    first, second, third = (row["kl_coef"] for row in rows)
-    assert first == PARAMS.kl_coef > second < third
-    rows = trainer_of(learning_rate=3e-2).train(3)
-    assert {row["kl_coef"] for row in rows} == {PARAMS.kl_coef}
+@pytest.mark.parametrize(
+    "target, factors", [(1e-9, (0.98, 1.02)), (1e9, (0.98, 0.98)), (0, (1, 1))]
+)
+def test_adaptive_kl_moves_towards_its_target(target, factors):
+    """KL is 0 at the first step, then above the small target."""
+    rows = trainer_of(kl_target=target, learning_rate=3e-2).train(3)
+    coefs = [row["kl_coef"] for row in rows]
+    assert [b / a for a, b in zip(coefs, coefs[1:], strict=False)] == pytest.approx(factors)
 
 
 @pytest.mark.parametrize("stop, skipped", [(1e-7, 3), (10.0, 0)])
@@ -225,14 +190,6 @@ def test_early_stop_skips_the_remaining_passes(stop, skipped):
     steps = hook(trained, lambda: 1)
     assert trained.step()["epochs_skipped"] == skipped
     assert len(steps) == (4 - skipped) * PARAMS.minibatches
-
-
-def test_values_start_at_the_mean_score():
-    def level(records, texts):
-        return np.array([0.9 + 0.05 * ("red" in t.split()) for t in texts], np.float32), {}
-
-    row = trainer_of(level, missing_eos_penalty=0.0).step()
-    assert abs(row["explained_variance"]) < 0.05  # from 0 it would be below -100
 
 
 def test_bfloat16_recomputes_old_logprobs_and_keeps_float32_weights():
@@ -264,11 +221,6 @@ def test_gradient_is_clipped_before_the_step():
     assert trained.step()["gradient_norm"] > 1e-3 and max(norms) <= 1.001e-3
 
 
-def test_same_seed_same_numbers_other_seed_other_numbers():
-    zero, again, one = (timeless(trainer_of(seed=seed).train(2)) for seed in (0, 0, 1))
-    assert zero == again != one
-
-
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_it_learns_a_word_and_unlearns_it_with_the_sign_flipped(sign):
     def signed(records, texts):
@@ -279,11 +231,6 @@ def test_it_learns_a_word_and_unlearns_it_with_the_sign_flipped(sign):
     start, end = np.mean(said[:2]), np.mean(said[-3:])
     assert 0.1 < start < 0.7
     assert end > start + 0.25 if sign > 0 else end < start - 0.1
-
-
-def test_kl_penalty_holds_the_policy_near_the_reference():
-    held, free = (trainer_of(kl_coef=coef, **LARGE).train(6)[-1]["kl"] for coef in (1.0, 0.0))
-    assert held < 0.5 * free
 
 
 def test_shielded_ppo_keeps_the_invariant_at_every_step_and_call():
@@ -322,20 +269,8 @@ def test_a_frozen_a_stays_frozen_though_the_reference_policy_is_asked():
     assert leak(trained) <= 1e-6
 
 
-def test_reference_logprobs_equal_the_untuned_policy():
-    trained = trainer_of(learning_rate=3e-2)
-    trained.train(2)
-    explainer, base = trained.explainer, tiny_explainer(lora_layers=1)
-    head, _ = ppo.learner(base, PARAMS)
-    rollout = ppo.roll_out(explainer, RECORDS[:2], PARAMS, generator(), head)
-    with explainer.reference():
-        reference = ppo.logprobs(explainer, rollout, PARAMS)
-    expected = ppo.logprobs(base, rollout, PARAMS)
-    torch.testing.assert_close(reference, expected, atol=1e-6, rtol=0)
-
-
 def test_clear_errors():
     with pytest.raises(ValueError, match="nothing to train"):
         ppo.PPO(tiny_explainer(), red, RECORDS, PARAMS, 0)
     with pytest.raises(ValueError, match="only 2 prompts"):
-        ppo.PPO(tiny_explainer(lora_layers=1), red, RECORDS[:2], PARAMS, 0)
+        ppo.PPO(tiny_explainer(lora_layers=1), red, RECORDS[:2], PARAMS, 0).step()
