@@ -3,8 +3,7 @@
 A user u who sees item i at position k of the list with an explanation of quality q clicks with
 probability
 
-    p = sigmoid(bias + alpha z(s_ui) + beta q + b_u + gamma / log2(1 + k)),   b_u ~ Normal(0,
-    user_std^2)
+    p = sigmoid(bias + alpha z(s_ui) + beta q + b_u + gamma / log2(1 + k)),   b_u ~ N(0, user_std^2)
 
 where z(s_ui) is the *base* ranker's score, standardised over the items that u has not seen, q in
 [0, 1] the judge's quality (never the reward), and alpha, beta, gamma, bias and user_std are
@@ -13,20 +12,14 @@ them. The lift of an arm is the ratio of its mean p to the base arm's: expected 
 the mean of sampled clicks and less variance.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.special import expit
 
 from recrl_lib.params import Params
-from recrl_lib.scoring.claims import words
-
-FACTORS = np.geomspace(0.5, 2.0, 5)  # by which the sensitivity table multiplies a weight
-ASSUMPTIONS = (("alpha", "beta"), ("alpha", "user_std"), ("beta", "user_std"))
 
 
 @dataclass(frozen=True)
@@ -56,30 +49,26 @@ class ClickModel:
         """Click probability (n,) of each user.
 
         Args:
-            score: the ranker's, standardised (n,).
-            quality: in [0, 1], (n,).
-            position: in the list, from 1, (n,).
-            user_noise: standard normal (n,), the same in every arm; ``user_std`` scales it.
+            score: The ranker's, standardised (n,).
+            quality: In [0, 1], (n,).
+            position: In the list, from 1, (n,).
+            user_noise: Standard normal (n,), the same in every arm; ``user_std`` scales it.
 
         Raises:
-            ValueError: naming the argument that is not finite, out of range or of another length.
+            ValueError: Names the argument that is out of range or of another length.
         """
         given = {"score": score, "quality": quality, "position": position}
+        given = {name: np.asarray(values, np.float64) for name, values in given.items()}
+        bounds = {"score": (-np.inf, np.inf), "quality": (0, 1), "position": (1, np.inf)}
         for name, values in given.items():
-            if np.shape(values) != user_noise.shape or not np.all(np.isfinite(values)):
-                raise ValueError(
-                    f"click model: {name} must be finite, one for each of {len(user_noise)} users"
-                )
-        if np.min(quality) < 0 or np.max(quality) > 1 or np.min(position) < 1:
-            raise ValueError("click model: quality must lie in [0, 1], and position counts from 1")
-        discount = self.position_weight / np.log2(1 + np.asarray(position))
-        weighted = self.alpha * np.asarray(score) + self.beta * np.asarray(quality)
-        return sigmoid(self.bias + weighted + self.user_std * user_noise + discount)
-
-
-def sigmoid(x: ArrayLike) -> np.ndarray:
-    """Logistic function without overflow at either end."""
-    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x, np.float64)))
+            low, high = bounds[name]
+            inside = np.isfinite(values) & (values >= low) & (values <= high)
+            if values.shape != user_noise.shape or not inside.all():
+                wanted = f"one finite number in [{low}, {high}] for each of {len(user_noise)} users"
+                raise ValueError(f"click model: {name} must be {wanted}")
+        discount = self.position_weight / np.log2(1 + given["position"])
+        weighted = self.alpha * given["score"] + self.beta * given["quality"]
+        return expit(self.bias + weighted + self.user_std * user_noise + discount)
 
 
 def standardised_score(scores: np.ndarray, items: np.ndarray) -> np.ndarray:
@@ -91,53 +80,3 @@ def standardised_score(scores: np.ndarray, items: np.ndarray) -> np.ndarray:
         raise ValueError("standardised_score: an item is masked in its user's own scores")
     std = kept.std(1).filled(0)
     return np.divide((chosen - kept.mean(1)).filled(0), std, out=np.zeros(len(kept)), where=std > 0)
-
-
-def sensitivity(
-    model: ClickModel, score: np.ndarray, user_noise: np.ndarray, table: pd.DataFrame, arm: str
-) -> pd.DataFrame:
-    """Lift of ``arm`` with two assumptions at a time multiplied by each of ``FACTORS``.
-
-    ``table``: rows with arm, quality and position, in the base arm's order of users. Returns 75
-    rows with columns arm, first, second, first_factor, second_factor, lift.
-    """
-    base, mine = (table[table["arm"] == name] for name in ("base", arm))
-    rows = []
-    for first, second in ASSUMPTIONS:
-        for i, j in product(FACTORS, FACTORS):
-            weights = {first: i * getattr(model, first), second: j * getattr(model, second)}
-            changed, place = replace(model, **weights), base["position"]
-            ctr = [
-                changed.probabilities(score, part["quality"], place, user_noise).mean()
-                for part in (mine, base)
-            ]
-            rows.append((arm, first, second, i, j, ctr[0] / ctr[1]))
-    columns = ["arm", "first", "second", "first_factor", "second_factor", "lift"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-# --- the published account's click model (arXiv 2601.03608), where quality is length alone
-
-
-def paper_quality(text: str) -> float:
-    """min(words / 40, 1)."""
-    return min(len(words(text)) / 40, 1.0)
-
-
-def paper_lift(texts: Sequence[str], before: Sequence[str], base_click=0.5, beta=0.5) -> float:
-    """Ratio of mean sigmoid(logit(``base_click``) + beta q), ``base_click`` being the click without
-    a text."""
-    bias = np.log(base_click / (1 - base_click))
-    after, first = (
-        sigmoid(bias + beta * np.array([paper_quality(t) for t in side])).mean()
-        for side in (texts, before)
-    )
-    return float(after / first)
-
-
-def paper_ceiling(base_click: float = 0.5, beta: float = 0.5) -> float:
-    """Largest lift that q from 0 to 1 can give: sigmoid(logit(p) + beta) / p, 1.245 at the
-    published settings."""
-    if not 0 < base_click < 1:
-        raise ValueError(f"base_click={base_click}: must lie between 0 and 1")
-    return float(sigmoid(np.log(base_click / (1 - base_click)) + beta) / base_click)

@@ -171,7 +171,7 @@ def measure(shared: Comparison, point: Point) -> dict:
         vectors = aligned(vectors, study.text, np.array(sorted(shared.seen)), rng)
     table, top = ranking_change.ranking_table(study, vectors)
     before = shared.ranking["ndcg"]
-    change = stats.bootstrap_mean(table["ndcg"] - before, shared.n_boot, np.random.default_rng(0))
+    change = stats.bootstrap(table["ndcg"] - before, 1, shared.n_boot, np.random.default_rng(0))
     names = ["overlap", "set_same", "exact", "top1_same", "rbo", "kendall_tau", "ndcg"]
     groups = {"seen": shared.seen, "held": shared.held}
     moved = ranking_change.change_by_group(study, vectors, top, groups).items()

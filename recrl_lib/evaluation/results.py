@@ -4,11 +4,10 @@ Ranking is measured on all users; explanations on held-out users whose prompts P
 arms explain the same items to the same users with the same random numbers, and the click model
 scores items with the *base* ranker, so that a lift can come from the words alone.
 
-Everything ends as rows of ``metrics/evaluation.csv``: the mean of a measure per ``arm``, and its
-paired difference to the arm named in ``against`` (for ``ctr_lift`` the ratio of clicks).
-``separate`` speaks with the unshielded policy. Groups: ``new_items`` and ``seen_items`` (films that
-PPO explained to nobody, or to others), ``control_users`` (the users for whom controls were scored),
-``shuffled`` (texts permuted among the records), ``profile:<name>``.
+Rows of ``metrics/evaluation.csv`` are means of a measure per ``arm`` or paired differences to the
+arm in ``against`` (for ``ctr_lift`` the ratio of clicks). ``separate`` speaks with the unshielded
+policy. Groups: ``new_items`` and ``seen_items`` (films that PPO explained to none, or others),
+``control_users`` (those with scored controls), ``shuffled`` (permuted texts), ``profile:<name>``.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 
 from recrl_lib.evaluation import stats
 from recrl_lib.evaluation.clicks import ClickModel, standardised_score
-from recrl_lib.explainer.model import Explainer, left_pad
+from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
 from recrl_lib.explainer.sampling import explain
 from recrl_lib.params import PROFILES, TOP_K, Params, resolve
@@ -42,14 +41,10 @@ RANKING = {
 
 
 class Scorer:
-    """Scores texts on ``records`` (or on the first few of them), the same way for every arm.
+    """Scores texts on ``records``, or on the first few of them, the same way for every arm.
 
-    Args:
-        study: the run's tables.
-        records: what the texts are about.
-        reward: ``(records, texts) -> (total (n,), parts)``, such as ``scoring.reward.Reward``.
-        encoder: such as ``judge.SentenceEncoder``.
-        seed: the same random numbers and candidates for all arms.
+    ``reward(records, texts)`` is (total (n,), parts), as ``scoring.reward.Reward`` gives it;
+    ``encoder`` as ``judge.SentenceEncoder``; ``seed`` of the texts and of the judge's candidates.
     """
 
     def __init__(
@@ -64,102 +59,79 @@ class Scorer:
         self.study, self.records, self.reward, self.seed = study, records, reward, seed
         self.judge = judge.Judge(records, same_user, study.catalogue, encoder, seed)
 
-    def score(self, arm: str, texts: Sequence[str], logprobs: Sequence[np.ndarray]) -> pd.DataFrame:
-        """One row a text: reward and parts, and every judge measure. ``logprobs``: per token, by
-        the base model."""
+    def score(self, arm: str, texts: list[str], logprobs: Sequence[np.ndarray]) -> pd.DataFrame:
+        """One row a text: reward, parts, judge's measures. ``logprobs``: by token, of the base."""
         records = self.records[: len(texts)]
         total, parts = self.reward(records, texts)
-        fields = {key: [r[key] for r in records] for key in ("user", "item", "position", "title")}
-        new = np.isin(fields["item"], self.study.heldout_items)
-        rewards = {"reward": total} | {f"reward_{name}": part for name, part in parts.items()}
-        columns = {"arm": arm, **fields, "new_item": new, "text": list(texts), **rewards}
-        return pd.concat([pd.DataFrame(columns), self.judge.score(texts, logprobs)], axis=1)
+        frame = pd.DataFrame(records)[["user", "item", "position", "title"]]
+        scored = {f"reward_{name}": part for name, part in parts.items()}
+        new = frame["item"].isin(self.study.heldout_items)
+        frame = frame.assign(arm=arm, new_item=new, text=texts, reward=total, **scored)
+        return frame.join(self.judge.score(texts, logprobs))
 
     def explain(
         self, arm: str, explainer: Explainer, params: Params, n: int | None = None
     ) -> pd.DataFrame:
         """``score`` of what the explainer says with its adapters as they are, with kl (to the base
         model), tokens and whether the text was finished."""
-        said = explain(
-            explainer, self.records[:n], params.max_new_tokens, params.temperature, self.seed,
-            desc=f"explaining, {arm}",
-        )  # fmt: skip
+        limits = (params.max_new_tokens, params.temperature, self.seed)
+        said = explain(explainer, self.records[:n], *limits, desc=f"explaining, {arm}")
         tokens = [len(r) for r in said.reference]
-        return self.score(arm, said.texts, said.reference).assign(
-            kl=said.kl, tokens=tokens, finished=said.ended
-        )
+        scored = self.score(arm, said.texts, said.reference)
+        return scored.assign(kl=said.kl, tokens=tokens, finished=said.ended)
 
     def controls(self, explainer: Explainer, temperature: float, n: int) -> pd.DataFrame:
-        """``score`` of the control texts and of the reference lines, for the first ``n``
-        records."""
+        """``score`` of control texts and reference lines, for the first ``n`` records."""
         records = self.records[:n]
         made = composed.control_texts(records, [messages(r)[1]["content"] for r in records])
         texts = {f"{CONTROL}{name}": said for name, said in made.items()}
         texts["reference"] = [composed.reference_line(r) for r in records]
-        said = [text for part in texts.values() for text in part]
-        logprobs = iter(base_logprobs(explainer, [*records] * len(texts), said, temperature))
-        scored = [self.score(arm, t, [next(logprobs) for _ in t]) for arm, t in texts.items()]
+        scored = [
+            self.score(arm, said, base_logprobs(explainer, records, said, temperature))
+            for arm, said in texts.items()
+        ]
         return pd.concat(scored, ignore_index=True)
 
 
 @torch.no_grad()
 def base_logprobs(
-    explainer: Explainer,
-    records: Sequence[Record],
-    texts: Sequence[str],
-    temperature: float,
-    batch: int = 16,
+    explainer: Explainer, records: Sequence[Record], texts: Sequence[str], temperature: float
 ) -> list[np.ndarray]:
-    """Per-token log-probabilities of given texts, EOS included, after their records' prompts, by
-    the base model.
-
-    An empty text has none. Texts of similar length share a batch.
-    """
-    prompts = [prompt_ids(explainer, messages(r)) for r in records]
-    ids = explainer.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    answers = [[*own, explainer.eos_id] if t else [] for own, t in zip(ids, texts)]
-    out = [np.zeros(0, np.float32)] * len(texts)
-    lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]
-    order = sorted((i for i, a in enumerate(answers) if a), key=lengths.__getitem__)
+    """Per-token log-probabilities by the base model of texts after their records' prompts, EOS
+    included; an empty text has none."""
+    out = []
     with explainer.reference():
-        for start in range(0, len(order), batch):
-            rows = order[start : start + batch]
-            ids, mask = left_pad(
-                [prompts[i] + answers[i] for i in rows], explainer.pad_id, explainer.device
-            )
-            width = max(len(answers[i]) for i in rows)
-            hidden = explainer.top(explainer.trunk(ids[:, :-1], mask[:, :-1]), mask[:, :-1])
-            logp = explainer.log_softmax(hidden[:, -width:], temperature)
-            chosen = logp.gather(-1, ids[:, -width:, None])[..., 0].cpu().numpy()
-            for i, row in zip(rows, chosen):
-                out[i] = row[-len(answers[i]) :]
+        for record, text in zip(records, texts, strict=True):
+            answer = explainer.tokenizer(text, add_special_tokens=False)["input_ids"]
+            answer = [*answer, explainer.eos_id] if text else []
+            whole = prompt_ids(explainer, messages(record)) + answer
+            ids = torch.tensor([whole], device=explainer.device)
+            mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+            hidden = explainer.top(explainer.trunk(ids[:, :-1], mask), mask)
+            first = len(whole) - len(answer)
+            logp = explainer.log_softmax(hidden[:, first - 1 :], temperature)
+            out.append(logp.gather(-1, ids[:, first:, None])[0, :, 0].cpu().numpy())
     return out
 
 
 def click_table(
     study: Study, explanations: pd.DataFrame, model: ClickModel, rng: np.random.Generator
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    """(``explanations`` with a column ``ctr``, each user's click probability; the base arm's users'
-    standardised scores (n,); the users' noise (n,), which all arms share).
-
-    Raises ``ValueError`` if an arm is not about the base arm's users and items, or the first of
-    them.
-    """
-    first = explanations[explanations["arm"] == TEXT_ARMS[0]]
-    users, items = first["user"].to_numpy(), first["item"].to_numpy()
-    history = [study.split.with_valid[u] for u in users]
+    """(``explanations`` with each user's click probability ``ctr``; the base arm's standardised
+    scores (n,); the users' noise (n,), which all arms share). ``ValueError`` if an arm is not about
+    the base arm's users and items, or the first of them."""
+    about = explanations.loc[explanations["arm"] == TEXT_ARMS[0], ["user", "item"]].to_numpy()
+    history = [study.split.with_valid[u] for u in about[:, 0]]
     rows = [
         mask_seen(scores, history[start : start + len(scores)])
         for start, scores in score_chunks(study.ranker, history, study.text)
     ]
-    score, noise = standardised_score(torch.cat(rows).numpy(), items), rng.normal(size=len(users))
-    parts = []
+    score = standardised_score(torch.cat(rows).numpy(), about[:, 1])
+    noise, parts = rng.normal(size=len(about)), []
     for arm, part in explanations.groupby("arm", sort=False):
         n = len(part)
-        if not np.array_equal(part[["user", "item"]], first[["user", "item"]][:n]):
-            raise ValueError(
-                f"arm {arm}: not about the base arm's users and items, or the first of them"
-            )
+        if not np.array_equal(part[["user", "item"]], about[:n]):
+            raise ValueError(f"arm {arm}: not about the base arm's first {n} users and items")
         ctr = model.probabilities(score[:n], part["quality"], part["position"], noise[:n])
         parts.append(part.assign(ctr=ctr))
     return pd.concat(parts, ignore_index=True), score, noise
@@ -170,18 +142,10 @@ def click_table(
 
 @dataclass
 class Comparison:
-    """Means and paired differences of arms with intervals over users, as rows of results.
+    """Means and paired differences of arms with intervals over users, as rows of results."""
 
-    Args:
-        table: one row an arm and user: arm, user and one column a measure; the users in the same
-            order in every arm, of which an arm may have the first few only.
-        measures: the columns to report. NaN: that user has no value, and is left out of that
-            measure.
-        resamples, rng: of the bootstrap.
-    """
-
-    table: pd.DataFrame
-    measures: Sequence[str]
+    table: pd.DataFrame  # a row an arm and user, users in one order; an arm may have the first few
+    measures: Sequence[str]  # columns to report; NaN where a user has no value
     resamples: int
     rng: np.random.Generator
 
@@ -218,29 +182,24 @@ class Comparison:
 
 
 def text_rows(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Every comparison of texts and clicks: each arm, the tuned ones against base (also by group of
-    items), against their own warm start and against each control. ``scored``: from ``click_table``,
-    all arms."""
+    """Every comparison of texts and clicks of ``click_table``: each arm, the tuned against base
+    (also by group of items), their own warm start and each control."""
     parts = [name for name in scored if name.startswith("reward_")]
     measures = ["reward", *parts, *judge.JUDGED, "kl", "tokens", "finished", "ctr"]
     compared = Comparison(scored, [m for m in measures if m in scored], resamples, rng)
     arms = list(scored["arm"].unique())
-    controls = [arm for arm in arms if arm.startswith(CONTROL)]
-    n, new = (scored["arm"] == "reference").sum(), scored.loc[scored["arm"] == "base", "new_item"]
-    few, new = np.arange(len(new)) < n, new.to_numpy(bool)
-    out = [compared.rows(arm) for arm in arms]
-    out += [compared.rows(arm, "base") for arm in arms]
+    rivals = [arm for arm in arms if arm.startswith(CONTROL) or arm == "reference"]
+    new = scored.loc[scored["arm"] == "base", "new_item"].to_numpy(bool)
+    few = np.arange(len(new)) < (scored["arm"] == "reference").sum()
+    asked: list[tuple] = [(arm, against) for against in ("", "base") for arm in arms]
     for arm in TEXT_ARMS:
-        out.append(compared.rows(arm, "", "control_users", few, HEADLINE))
-        out.append(compared.rows(arm, "base", "control_users", few, HEADLINE))
+        asked += [(arm, against, "control_users", few, HEADLINE) for against in ("", "base")]
     for arm in TEXT_ARMS[1:]:
-        out.append(compared.rows(arm, "base", "seen_items", ~new))
-        out.append(compared.rows(arm, "base", "new_items", new))
-        if f"{arm}_warm" in arms:
-            out.append(compared.rows(arm, f"{arm}_warm"))
-        rivals = [*controls, "reference"] if n else controls
-        out += [compared.rows(arm, rival, measures=HEADLINE) for rival in rivals]
-    return with_separate(pd.concat([*out, gain_kept(scored, resamples, rng)], ignore_index=True))
+        asked += [(arm, "base", "seen_items", ~new), (arm, "base", "new_items", new)]
+        asked += [(arm, warm) for warm in arms if warm == f"{arm}_warm"]
+        asked += [(arm, rival, "all", None, HEADLINE) for rival in rivals]
+    out = [compared.rows(*key) for key in asked] + [gain_kept(scored, resamples, rng)]
+    return with_separate(pd.concat(out, ignore_index=True))
 
 
 def with_separate(rows: pd.DataFrame) -> pd.DataFrame:
@@ -254,51 +213,38 @@ def judge_rows(
 ) -> pd.DataFrame:
     """The judge's measures of each arm's texts as a whole, and its paired measures of the same
     texts shuffled."""
-    rows, shuffled = [], []
+    out, shuffled = [], []
     for arm in (*TEXT_ARMS, "reference"):
         said = scored[scored["arm"] == arm]
         texts = said["text"].tolist()
-        rows += [
-            {"arm": arm, "measure": name, "value": value, "n": len(texts)}
-            for name, value in scorer.judge.corpus(texts).items()
-        ]
+        whole = pd.Series(scorer.judge.corpus(texts), name="value").rename_axis("measure")
+        key = {"arm": arm, "against": "", "group": "all", "n": len(texts)}
+        out.append(whole.reset_index().assign(**key))
         shuffled.append(scorer.judge.shuffled(texts).assign(arm=arm, user=said["user"].tolist()))
     compared = Comparison(pd.concat(shuffled, ignore_index=True), judge.PAIRED, resamples, rng)
-    permuted = [compared.rows(arm, group="shuffled") for arm in TEXT_ARMS]
-    whole = pd.DataFrame(rows).assign(against="", group="all")
-    return with_separate(pd.concat([whole, *permuted], ignore_index=True))
+    out += [compared.rows(arm, group="shuffled") for arm in TEXT_ARMS]
+    return with_separate(pd.concat(out, ignore_index=True))
 
 
 def ranking_rows(
-    ranking: pd.DataFrame,
-    groups: Mapping[str, np.ndarray],
-    resamples: int,
-    rng: np.random.Generator,
+    ranking: pd.DataFrame, groups: Mapping[str, np.ndarray], resamples: int, rng
 ) -> pd.DataFrame:
-    """The ranking by arm and against base, and the change of NDCG of each group of users.
-
-    ``ranking``: one row an arm and user, from ``ranking_change.ranking_table``. ``groups``: mask of
-    users (U,), such as those whose test film is of a group of items.
-    """
+    """The ranking by arm and against base, from ``ranking_change.ranking_table``, and the change of
+    NDCG of each group of users, a mask (U,) such as those whose test film is of a group."""
     compared = Comparison(ranking.rename(columns=RANKING), [*RANKING.values()], resamples, rng)
     out = []
     for arm in ranking["arm"].unique():
         out += [compared.rows(arm), compared.rows(arm, "base", measures=["ndcg@10", "hr@10"])]
-        if arm in TEXT_ARMS[1:]:
-            changes = groups.items()
-            out += [compared.rows(arm, "base", g, keep, ["ndcg@10"]) for g, keep in changes]
+        changes = groups.items() if arm in TEXT_ARMS[1:] else ()
+        out += [compared.rows(arm, "base", g, keep, ["ndcg@10"]) for g, keep in changes]
     return pd.concat(out, ignore_index=True)
 
 
 def gain_kept(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) -> pd.DataFrame:
     """Share of the unshielded gain in reward that the shielded policy has, users resampled jointly.
-
-    Empty where the unshielded gain is not above 0 in every resample: a share of nothing means
-    nothing.
-    """
-    base, free, held = (
-        scored.loc[scored["arm"] == arm, "reward"].to_numpy(float) for arm in TEXT_ARMS
-    )
+    Empty where that gain is not above 0 in every resample: a share of nothing means nothing."""
+    reward = (scored.loc[scored["arm"] == arm, "reward"].to_numpy(float) for arm in TEXT_ARMS)
+    base, free, held = reward
     found = stats.bootstrap(held - base, free - base, resamples, rng)
     if free.mean() <= base.mean() or np.isnan(found.low):
         return pd.DataFrame()
@@ -309,16 +255,13 @@ def gain_kept(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) ->
 def tests(
     scored: pd.DataFrame, ranking: pd.DataFrame, resamples: int, rng: np.random.Generator
 ) -> pd.DataFrame:
-    """p-values of eight questions (random signs), and after Holm's correction over all of them.
-
-    Rows of results with the measures ``<measure>_p`` and ``<measure>_p_holm``.
-    """
-    tables = {name: scored for name in HEADLINE}
-    tables["ndcg@10"] = ranking.rename(columns=RANKING)
+    """p-values of eight questions (random signs), ``<measure>_p``, and after Holm's correction over
+    all of them, ``<measure>_p_holm``, as rows of results."""
+    tables = dict.fromkeys(HEADLINE, scored) | {"ndcg@10": ranking.rename(columns=RANKING)}
     keys, p = [(arm, name) for arm in TEXT_ARMS[1:] for name in tables], []
     for arm, name in keys:
-        table = tables[name]
-        a, b = (table.loc[table["arm"] == who, name].to_numpy(float) for who in (arm, "base"))
+        of_arm = tables[name].groupby("arm")[name]
+        a, b = (of_arm.get_group(who).to_numpy(float) for who in (arm, "base"))
         p.append(float(stats.paired_p(a - b, resamples, rng)))
     return pd.DataFrame(
         {"arm": arm, "against": "base", "measure": name + end, "value": value}
@@ -332,13 +275,12 @@ def detectable(scored: pd.DataFrame, arm: str = "shielded") -> pd.DataFrame:
     ``eval_users`` show with power .8, given this run's spread of the paired differences."""
     mine, base = (scored[scored["arm"] == a].reset_index(drop=True) for a in (arm, "base"))
     spread = {m: (mine[m] - base[m]).std() for m in ("reward", "quality")}
-    spread["ctr_lift"] = stats.ratio_influence(mine["ctr"], base["ctr"]).std(ddof=1)
-    key = {"arm": arm, "against": "base"}
+    lift = mine["ctr"].mean() / base["ctr"].mean()  # a ratio of means: delta method
+    spread["ctr_lift"] = (mine["ctr"] - lift * base["ctr"]).std() / base["ctr"].mean()
     users = {profile: resolve(profile).eval_users for profile in PROFILES}
     return pd.DataFrame(
-        key
-        | {"group": f"profile:{profile}", "measure": f"{name}_detectable", "n": n}
-        | {"value": stats.minimum_detectable(std, n)}
+        {"arm": arm, "against": "base", "group": f"profile:{profile}", "n": n}
+        | {"measure": f"{name}_detectable", "value": stats.minimum_detectable(std, n)}
         for profile, n in users.items()
         for name, std in spread.items()
     )
@@ -348,9 +290,11 @@ def beaten_controls(table: pd.DataFrame, arm: str) -> dict[str, bool]:
     """Of each control: is tuned ``arm`` shown to be above it, in reward and in clicks, by the whole
     interval?"""
     rows = table[(table["arm"] == arm) & table["against"].str.startswith(CONTROL)]
-    low = rows.pivot(index="against", columns="measure", values="low")
-    found = (low["reward"] > 0) & (low["ctr_lift"] > 1) if len(low) else pd.Series(dtype=bool)
-    return {str(name).removeprefix(CONTROL): bool(yes) for name, yes in found.items()}
+    low = {(row.against, row.measure): row.low for row in rows.itertuples()}
+    return {
+        name.removeprefix(CONTROL): bool(low[name, "reward"] > 0 and low[name, "ctr_lift"] > 1)
+        for name in sorted(set(rows["against"]))
+    }
 
 
 def pivot(
@@ -360,11 +304,8 @@ def pivot(
     spec: str = ".3f",
     **where: str | Iterable[str],
 ) -> pd.DataFrame:
-    """Results as a table of texts "value [low, high]", in the order in which they are asked for, or
-    come.
-
-    ``where`` selects rows by column: ``pivot(table, measure=["reward", "kl"], against="")``.
-    """
+    """Results as texts "value [low, high]", in the order in which they are asked for, or come.
+    ``where`` selects rows: ``pivot(table, measure=["reward", "kl"], against="")``."""
     for name, wanted in where.items():
         wanted = [wanted] if isinstance(wanted, str) else list(wanted)
         table = table[table[name].isin(wanted)]

@@ -16,7 +16,7 @@ LEVEL = 0.95  # coverage of every interval
 
 
 class Interval(NamedTuple):
-    """A mean or ratio with the ends of its 95 % interval: arrays (M,) of M measures, or numbers."""
+    """A mean or ratio with the ends of its 95 % interval: numbers, or arrays of several."""
 
     value: Any
     low: Any
@@ -34,56 +34,50 @@ def bootstrap(num: ArrayLike, den: ArrayLike, resamples: int, rng: np.random.Gen
         rng: Source of the resamples.
 
     Returns:
-        Arrays (...,). The ends are NaN where the mean of ``den`` is 0 or changes sign among the
+        Numbers (...,). The ends are NaN where the mean of ``den`` is 0 or changes sign among the
         resamples: such a ratio has no interval.
 
     Raises:
         ValueError: No users, unequal shapes, or a number that is not finite.
     """
     num, den = np.asarray(num, np.float64), np.asarray(den, np.float64)
-    if den.ndim == 0:
-        den = np.full_like(num, den)
+    den = np.full_like(num, den) if den.ndim == 0 else den
     if num.ndim == 0 or num.size == 0 or num.shape != den.shape:
         raise ValueError(f"bootstrap: shapes {num.shape} and {den.shape}; give one number a user")
-    if not (np.isfinite(num).all() and np.isfinite(den).all()):
+    if not np.isfinite([num, den]).all():
         raise ValueError("bootstrap: a value is not finite; leave that user out")
-    sign = np.sign(den.mean(-1, keepdims=True))
+    sign = np.sign(den.mean(-1))
 
     def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
         a, b = a.mean(axis), b.mean(axis)
-        kept = b * (sign if b.ndim == num.ndim else sign[..., 0]) > 0
+        kept = b * (sign if b.ndim == sign.ndim else sign[..., None]) > 0
         return np.divide(a, b, out=np.full(a.shape, np.nan), where=kept)
 
-    value = ratio(num, den)
+    value = ratio(num, den)[()]
     if num.shape[-1] == 1:  # scipy refuses a single user
         return Interval(value, value, value)
-    batch = max(1, 2_000_000 // num.size)  # resamples at a time: bounds the memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)  # NaN, as documented
         found = scipy_stats.bootstrap(
             (num, den), ratio, paired=True, vectorized=True, axis=-1, n_resamples=resamples,
-            batch=batch, confidence_level=LEVEL, method="percentile", rng=rng,
+            batch=_batch(num), confidence_level=LEVEL, method="percentile", rng=rng,
         ).confidence_interval  # fmt: skip
     return Interval(value, found.low, found.high)
 
 
-def bootstrap_mean(
-    x: ArrayLike, resamples: int, rng: np.random.Generator
-) -> tuple[float, float, float]:
-    """Mean of ``x`` (U,) with its interval over users: (mean, low, high)."""
-    value, low, high = bootstrap(x, 1.0, resamples, rng)
-    return float(value), float(low), float(high)
+def _batch(values: np.ndarray) -> int:
+    """Resamples at a time: bounds the memory."""
+    return max(1, 2_000_000 // values.size)
 
 
-def paired_p(difference: ArrayLike, resamples: int, rng: np.random.Generator) -> Any:
+def paired_p(difference: np.ndarray, resamples: int, rng: np.random.Generator) -> Any:
     """Two-sided p (...,) of paired differences (..., U) under random signs; exact where there are
     at most ``resamples`` choices of signs."""
-    difference = np.atleast_1d(np.asarray(difference, np.float64))
     if difference.shape[-1] == 1:
         return np.ones(difference.shape[:-1])
     return scipy_stats.permutation_test(
         (difference,), lambda d, axis: d.mean(axis), permutation_type="samples", vectorized=True,
-        n_resamples=resamples, rng=rng, axis=-1, batch=max(1, 2_000_000 // difference.size),
+        n_resamples=resamples, rng=rng, axis=-1, batch=_batch(difference),
     ).pvalue  # fmt: skip
 
 
@@ -94,14 +88,10 @@ def crossed_mean(
 
     Both are resampled, and a value counts as often as its seed times as often as its user (the
     pigeonhole bootstrap, Owen 2007, doi 10.1214/07-AOAS122); scipy resamples one of them only.
-    ``seeds`` and ``users`` (N,) are labels; a user that several seeds share is one user. Three
-    seeds have only ten different resamples, so report their number. Without effects of seeds and
-    users the interval is too wide, by up to the root of 3.
+    ``seeds`` and ``users`` (N,) are labels. Three seeds have only ten different resamples, so
+    report their number. Without effects of seeds and users it is too wide, by up to the root of 3.
     """
     x = np.asarray(x, np.float64)
-    sizes = (len(x), np.size(seeds), np.size(users))
-    if len(set(sizes)) > 1:
-        raise ValueError("crossed_mean: {} values, {} seeds, {} users".format(*sizes))
     weights = np.ones((resamples, len(x)))
     for labels in (seeds, users):
         names, index = np.unique(labels, return_inverse=True)
@@ -113,10 +103,9 @@ def crossed_mean(
     return float(x.mean()), float(low), float(high)
 
 
-def holm(p: ArrayLike) -> np.ndarray:
+def holm(p: np.ndarray) -> np.ndarray:
     """Holm's (1979) adjusted p-values (m,): rejecting those <= a keeps the chance of any false
     rejection at a."""
-    p = np.asarray(p, np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
@@ -125,25 +114,12 @@ def holm(p: ArrayLike) -> np.ndarray:
 
 def minimum_detectable(std: float, n: int, power: float = 0.8) -> float:
     """Smallest true mean of paired differences of spread ``std`` that ``n`` users show with
-    probability ``power``.
-
-    (z_.975 + z_power) std / sqrt(n), the two-sided normal approximation at level .05.
-    """
-    if not std >= 0 or n < 1:
-        raise ValueError(f"minimum_detectable: std={std} and n={n} must be >= 0 and >= 1")
+    probability ``power``: (z_.975 + z_power) std / sqrt(n), the two-sided normal approximation."""
     return float((ndtri((1 + LEVEL) / 2) + ndtri(power)) * std / np.sqrt(n))
 
 
-def ratio_influence(num: ArrayLike, den: ArrayLike) -> np.ndarray:
-    """(U,): mean-zero values whose spread / sqrt(U) is the standard error of the ratio of means
-    (delta method)."""
-    num, den = np.asarray(num, np.float64), np.asarray(den, np.float64)
-    return (num - num.mean() / den.mean() * den) / den.mean()
-
-
 def interval(value: float, low: float = np.nan, high: float = np.nan, spec: str = ".3f") -> str:
-    """ "0.25 [0.10, 0.40]"; the value alone where it has no interval, "" where there is no
-    value."""
+    """ "0.25 [0.10, 0.40]"; the value alone without an interval, "" without a value."""
     if np.isnan(value):
         return ""
     return f"{value:{spec}}" + ("" if np.isnan(low) else f" [{low:{spec}}, {high:{spec}}]")

@@ -39,12 +39,8 @@ def cold_ranks(
     known = text[order[: len(warm) + 1]]
     model = fit(warm_split(split, new, len(warm)), known)
     histories, targets = [new[split.with_valid[user]] for user in asked], new[split.test[asked]]
-    right, wrong = (
-        ranking.target_ranks(larger, histories, targets, rows)
-        for larger, rows in (
-            sasrec.add_items(model, known, text[which]) for which in (cold, np.roll(cold, 1))
-        )
-    )
+    larger = (sasrec.add_items(model, known, text[which]) for which in (cold, np.roll(cold, 1)))
+    right, wrong = (ranking.target_ranks(m, histories, targets, rows) for m, rows in larger)
     return right, wrong
 
 
@@ -54,10 +50,11 @@ def warm_split(split: Split, new: np.ndarray, n_warm: int) -> Split:
     Users with fewer than two are left out. Training reads no test item, so that field repeats the
     validation item.
     """
-    kept = [
-        [ids[ids <= n_warm] for ids in (new[items] for items in part)]
-        for part in (split.with_valid, split.others)
-    ]
-    known, others = ([ids for ids in part if len(ids) >= 2] for part in kept)
+
+    def kept(part) -> list[np.ndarray]:
+        warm = [ids[ids <= n_warm] for ids in (new[items] for items in part)]
+        return [ids for ids in warm if len(ids) >= 2]
+
+    known = kept(split.with_valid)
     last = np.array([ids[-1] for ids in known])
-    return Split([ids[:-1] for ids in known], last, last, others=tuple(others))
+    return Split([ids[:-1] for ids in known], last, last, others=tuple(kept(split.others)))

@@ -10,33 +10,24 @@ from scipy.stats import kendalltau
 
 def ndcg_at(ranks: np.ndarray, k: int) -> np.ndarray:
     """1 / log2(rank + 1) where rank <= k, else 0: float64 (U,). The ideal DCG of one item is 1."""
-    ranks = _checked(ranks)
-    return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
+    return hr_at(ranks, k) / np.log2(ranks + 1.0)
 
 
 def hr_at(ranks: np.ndarray, k: int) -> np.ndarray:
     """Hit rate: 1 where rank <= k, else 0: float64 (U,)."""
-    return (_checked(ranks) <= k).astype(np.float64)
+    return (ranks <= k).astype(np.float64)
 
 
 def mrr_at(ranks: np.ndarray, k: int) -> np.ndarray:
     """Reciprocal rank where rank <= k, else 0: float64 (U,)."""
-    ranks = _checked(ranks)
-    return np.where(ranks <= k, 1.0 / ranks, 0.0)
-
-
-def _checked(ranks: np.ndarray) -> np.ndarray:
-    ranks = np.asarray(ranks)
-    if ranks.size == 0 or ranks.min() < 1:
-        raise ValueError("ranks: must be a non-empty array of 1-based ranks")
-    return ranks
+    return hr_at(ranks, k) / ranks
 
 
 def churn(base_top: np.ndarray, new_top: np.ndarray, p: float = 0.9) -> dict[str, np.ndarray]:
     """How much top-k lists moved, user by user. Identical lists give 1 everywhere.
 
     Args:
-        base_top: Items (U, k), best first.
+        base_top: Items (U, k), best first, all different in a list.
         new_top: Items (U, k) to compare with them.
         p: Persistence of the rank-biased overlap.
 
@@ -44,31 +35,21 @@ def churn(base_top: np.ndarray, new_top: np.ndarray, p: float = 0.9) -> dict[str
         One float64 (U,) array each: ``overlap`` |base ∩ new| / k; ``set_same``, ``exact`` and
         ``top1_same``, 1 where the lists agree as sets, item by item, in the first item; ``rbo``,
         extrapolated rank-biased overlap (Webber, Moffat & Zobel 2010); ``kendall_tau``.
-
-    Raises:
-        ValueError: Shapes differ, or an item occurs twice in a list.
     """
-    base_top, new_top = _lists(base_top, new_top)
+    k = base_top.shape[1]
     # (U, k, k): position i of base and j of new hold one item
     same = base_top[:, :, None] == new_top[:, None, :]
-    overlap = same.sum((1, 2)) / base_top.shape[1]
-    equal = base_top == new_top
+    depth, equal = np.arange(1, k + 1), base_top == new_top
+    agreement = same.cumsum(1).cumsum(2)[:, depth - 1, depth - 1] / depth  # of the first d items
+    overlap = agreement[:, -1]
     return {
         "overlap": overlap,
         "set_same": (overlap == 1).astype(np.float64),
         "exact": equal.all(1).astype(np.float64),
         "top1_same": equal[:, 0].astype(np.float64),
-        "rbo": _rbo(same, p),
+        "rbo": overlap * p**k + (1 - p) / p * (agreement * p**depth).sum(1),
         "kendall_tau": kendall_tau_top_k(base_top, new_top),
     }
-
-
-def _rbo(same: np.ndarray, p: float) -> np.ndarray:
-    """RBO_ext = A_k p^k + (1 - p)/p * sum_d A_d p^d; A_d: agreement of the first d items."""
-    k = same.shape[1]
-    depth = np.arange(1, k + 1)
-    agreement = same.cumsum(1).cumsum(2)[:, depth - 1, depth - 1] / depth
-    return agreement[:, -1] * p**k + (1 - p) / p * (agreement * p**depth).sum(1)
 
 
 def kendall_tau_top_k(base_top: np.ndarray, new_top: np.ndarray) -> np.ndarray:
@@ -79,7 +60,6 @@ def kendall_tau_top_k(base_top: np.ndarray, new_top: np.ndarray) -> np.ndarray:
     reversed ones -1, disjoint ones -2k / (3k - 1): how a list would order the other's items is
     unknown.
     """
-    base_top, new_top = _lists(base_top, new_top)
     out = np.ones(len(base_top))
     for user in np.flatnonzero((base_top != new_top).any(1)):
         items = np.union1d(base_top[user], new_top[user])
@@ -88,15 +68,3 @@ def kendall_tau_top_k(base_top: np.ndarray, new_top: np.ndarray) -> np.ndarray:
             row[np.searchsorted(items, top)] = np.arange(len(top))
         out[user] = kendalltau(*ranks)[0]
     return out
-
-
-def _lists(base_top: np.ndarray, new_top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    base_top, new_top = np.asarray(base_top), np.asarray(new_top)
-    if base_top.ndim != 2 or base_top.shape != new_top.shape or base_top.size == 0:
-        shapes = f"{base_top.shape} and {new_top.shape}"
-        raise ValueError(f"top-k lists: need two non-empty (U, k) arrays, got {shapes}")
-    for lists in (base_top, new_top):
-        ordered = np.sort(lists, axis=1)
-        if (ordered[:, 1:] == ordered[:, :-1]).any():
-            raise ValueError("top-k lists: an item occurs twice in one user's list")
-    return base_top, new_top

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,9 +25,7 @@ def pad_sequences(sequences: Sequences, max_len: int) -> Tensor:
 
 
 @torch.no_grad()
-def _last_states(
-    model: SASRec, sequences: Sequences, table: Tensor
-) -> Iterator[tuple[int, Tensor]]:
+def _last_states(model: SASRec, sequences: Sequences, table: Tensor) -> Chunks:
     """(first user, states (b, dim) after each user's last item), ``USERS`` at a time."""
     model.eval()
     for start in range(0, len(sequences), USERS):
@@ -40,8 +39,7 @@ def score_chunks(
 ) -> Iterator[tuple[int, Tensor]]:
     """Scores of all items, ``USERS`` users at a time: (first user, float32 (b, I+1) on the CPU).
 
-    Column 0, padding, is -inf. Items already seen are not masked, so that score changes can be
-    taken; for a ranking apply ``mask_seen``. Switches the model to eval mode.
+    Column 0, padding, is -inf; items already seen are not masked (``mask_seen`` does it).
     """
     table = model.frozen_table(text)
     for start, states in _last_states(model, sequences, table):
@@ -69,11 +67,9 @@ def _item_blocks(states: Tensor, table: Tensor, sequences: Sequences) -> Chunks:
     """(first item, scores (b, w)) of ``ITEMS`` items at a time, padding and seen items at -inf."""
     items = np.concatenate(sequences)
     users = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
-    order = np.argsort(items)
-    items, users = items[order], users[order]
     for first in range(0, len(table), ITEMS):
         scores = (states @ table[first : first + ITEMS].T).float()
-        seen = slice(*np.searchsorted(items, [first, first + ITEMS]))
+        seen = (items >= first) & (items < first + ITEMS)
         scores[torch.from_numpy(users[seen]), torch.from_numpy(items[seen] - first)] = -torch.inf
         if first == 0:
             scores[:, 0] = -torch.inf
@@ -89,12 +85,12 @@ def ranks_of(chunks: Chunks, sequences: Sequences, targets: np.ndarray) -> np.nd
         RuntimeError: A score is NaN: every comparison with it is false, which would read as rank 1.
         ValueError: A target is in the sequence and so has no rank.
     """
-    ranks = np.empty(len(sequences), dtype=np.int64)
+    ranks = []
     for start, scores in chunks:
-        stop = start + len(scores)
-        blocks = [(0, mask_seen(scores, sequences[start:stop]))]
-        ranks[start:stop] = _ranks_in(lambda blocks=blocks: blocks, targets[start:stop], start)
-    return ranks
+        part = slice(start, start + len(scores))
+        blocks = [(0, mask_seen(scores, sequences[part]))]
+        ranks.append(_ranks_in(lambda blocks=blocks: blocks, targets[part], start))
+    return np.concatenate(ranks)
 
 
 def target_ranks(
@@ -104,16 +100,12 @@ def target_ranks(
 
     At most ``USERS`` x ``ITEMS`` scores exist at a time, whatever the size of the catalogue.
     """
-    table = model.frozen_table(text)
-    ranks = np.empty(len(sequences), dtype=np.int64)
+    table, ranks = model.frozen_table(text), []
     for start, states in _last_states(model, sequences, table):
         part = slice(start, start + len(states))
-
-        def blocks(states: Tensor = states, part: slice = part) -> Chunks:
-            return _item_blocks(states, table, sequences[part])
-
-        ranks[part] = _ranks_in(blocks, targets[part], start)
-    return ranks
+        blocks = partial(_item_blocks, states, table, sequences[part])
+        ranks.append(_ranks_in(blocks, targets[part], start))
+    return np.concatenate(ranks)
 
 
 def _ranks_in(blocks: Callable[[], Chunks], targets: np.ndarray, first_user: int) -> np.ndarray:
@@ -125,18 +117,14 @@ def _ranks_in(blocks: Callable[[], Chunks], targets: np.ndarray, first_user: int
     own = torch.full((len(targets),), -torch.inf)
     for first, scores in blocks():
         if scores.isnan().any():
-            users = f"{first_user}..{first_user + len(targets) - 1}"
-            raise RuntimeError(
-                f"ranker: NaN scores for users {users}; training diverged, lower ranker_lr"
-            )
+            users = f"users {first_user}..{first_user + len(targets) - 1}"
+            raise RuntimeError(f"ranker: NaN scores for {users}; lower ranker_lr")
         here = np.flatnonzero((targets >= first) & (targets < first + scores.shape[1]))
         own[here] = scores[torch.from_numpy(here), torch.from_numpy(targets[here] - first)].cpu()
     if own.isneginf().any():
         row = int(own.isneginf().int().argmax())
-        raise ValueError(
-            f"ranker: target item {targets[row]} of user {first_user + row} is padding, unknown "
-            "or in the user's history"
-        )
+        target = f"target item {targets[row]} of user {first_user + row}"
+        raise ValueError(f"ranker: {target} is padding, unknown or in the user's history")
     # The target itself gives the 1.
     at_least = [(s >= own.to(s.device)[:, None]).sum(1).cpu() for _, s in blocks()]
     return torch.stack(at_least).sum(0).numpy()
@@ -157,9 +145,8 @@ def rank(
     sequences = [np.asarray(history, dtype=np.int64) for history in histories]
     for row, items in enumerate(sequences):
         if items.size == 0 or items.min() < 1 or items.max() > last:
-            raise ValueError(
-                f"rank: history {row} must hold at least one item, all of them in 1..{last}"
-            )
+            wanted = f"at least one item, all of them in 1..{last}"
+            raise ValueError(f"rank: history {row} must hold {wanted}")
         if last - len(np.unique(items)) < k:
             raise ValueError(f"rank: history {row} leaves fewer than k={k} unseen items; lower k")
     table = model.frozen_table(text)

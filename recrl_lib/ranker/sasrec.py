@@ -30,10 +30,9 @@ class SASRec(nn.Module):
     """``layers`` pre-norm causal blocks of width ``dim`` over the last ``max_len`` items.
 
     Order enters as a learned attention bias by distance, ``distances[d, head]`` for the item d
-    places back (Raffel et al. 2020, §2.1), because all positions train it; the paper's vector per
-    place has one training target a window for the last place, the only one that is ranked from.
-    In training a share ``item_dropout`` of the items read is zeroed. All weights are drawn from
-    ``seed``. With ``text_dim`` > 0 call ``fit_text`` before the first use.
+    places back (Raffel et al. 2020, §2.1), which all positions train; the paper's vector per place
+    has one target a window for the last place, the only one that is ranked from. In training a
+    share ``item_dropout`` of the items read is zeroed. With ``text_dim`` > 0 call ``fit_text``.
     """
 
     text_mean: Tensor
@@ -62,24 +61,22 @@ class SASRec(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.text = nn.Linear(text_dim, dim, bias=False) if text_dim else None
-        if text_dim:
-            self.register_buffer("text_mean", torch.full((text_dim,), math.nan))
-            self.register_buffer("text_scale", torch.full((text_dim,), math.nan))
+        for name in ("text_mean", "text_scale") if text_dim else ():
+            self.register_buffer(name, torch.full((text_dim,), math.nan))
         self._initialise(torch.Generator().manual_seed(seed))
 
+    @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, (nn.Linear, nn.Embedding)):
-                    module.weight.normal_(0.0, 0.02, generator=generator)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.bias.zero_()
-            self.items.weight[0] = 0.0
-            max_len, heads = self.distances.shape
-            # As ALiBi (Press et al. 2022), from near to far sight; its exponent of 8, made for
-            # text, is too far here.
-            slopes = 2.0 ** (-6.0 / heads * torch.arange(1, heads + 1))
-            self.distances.copy_(-torch.arange(max_len)[:, None] * slopes)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, 0.02, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        self.items.weight[0] = 0.0
+        max_len, heads = self.distances.shape
+        # As ALiBi (Press et al. 2022), whose exponent of 8, made for text, sees too far here.
+        slopes = 2.0 ** (-6.0 / heads * torch.arange(1, heads + 1))
+        self.distances.copy_(-torch.arange(max_len)[:, None] * slopes)
 
     def fit_text(self, text: Tensor) -> None:
         """Take the constants of ``norm`` from the base LLM's vectors, (I+1, text_dim)."""
@@ -134,9 +131,8 @@ class SASRec(nn.Module):
         # Looked up as an embedding: an index's gradient is summed in no fixed order by threads.
         bias = F.embedding(back.clamp_min(0), self.distances).permute(2, 0, 1)
         mask = torch.where(allowed[:, None], bias, -torch.inf)  # (B, heads, L, L)
-        x = (
-            F.embedding(histories, table) * table.shape[1] ** 0.5
-        )  # vectors start near 0 (Vaswani et al. 2017, §3.4)
+        # Vectors start near 0, so they are scaled (Vaswani et al. 2017, §3.4).
+        x = F.embedding(histories, table) * table.shape[1] ** 0.5
         if self.training and self.item_dropout:
             x = x * (torch.rand(histories.shape, device=x.device) >= self.item_dropout)[..., None]
         x = self.dropout(x)
@@ -150,9 +146,7 @@ class SASRec(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm self-attention and feed-forward (of width ``dim``, as in the paper), each with a
-    residual.
-    """
+    """Pre-norm self-attention and feed-forward of width ``dim``, each with a residual."""
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
@@ -163,28 +157,18 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(self.norm_attention(x))
-            .unflatten(-1, (3, self.heads, -1))
-            .permute(2, 0, 3, 1, 4)
-        )
-        attended = (
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        )
-        x = x + self.dropout(self.out(attended))
+        qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.feed_out(F.gelu(self.feed_in(self.norm_feed(x)))))
 
 
 def add_items(model: SASRec, text: Tensor, rows: Tensor) -> tuple[SASRec, Tensor]:
     """Add items that training never saw: their behaviour part e is 0, their text part is known.
 
-    Args:
-        model: The ranker; it is copied.
-        text: Text vectors (I+1, text_dim) of the known items.
-        rows: Text vectors (n, text_dim) of the new items, whose ids are I+1..I+n.
-
-    Returns:
-        The frozen larger ranker, and ``text`` with ``rows`` appended.
+    ``text`` (I+1, text_dim) is of the known items, ``rows`` (n, text_dim) of the new ones, whose
+    ids are I+1..I+n. Returns a larger frozen copy of ``model``, and ``text`` with ``rows`` added.
     """
     model._projection(text)
     if rows.ndim != 2 or rows.shape[1] != text.shape[1]:
@@ -221,9 +205,7 @@ def save(model: SASRec, path: Path) -> None:
 def load(path: Path) -> SASRec:
     """The model that ``save`` wrote, on the CPU, frozen.
 
-    Raises:
-        FileNotFoundError: The file is missing.
-        ValueError: It is damaged or holds something else.
+    Raises ``FileNotFoundError``, or ``ValueError`` if it is damaged or holds something else.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; run notebooks/02_ranker.ipynb first")
@@ -233,7 +215,6 @@ def load(path: Path) -> SASRec:
         model = SASRec(**json.loads(arguments))
         model.load_state_dict(load_file(path))
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: not a stored SASRec ({error}); run notebooks/02_ranker.ipynb again"
-        ) from None
+        remedy = "run notebooks/02_ranker.ipynb again"
+        raise ValueError(f"{path}: not a stored SASRec ({error}); {remedy}") from None
     return freeze(model)

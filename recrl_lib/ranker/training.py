@@ -43,17 +43,9 @@ def fit(
     """
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(cuda):  # layers and dropout draw from the global generator
-        model = SASRec(
-            n_items,
-            params.ranker_dim,
-            params.ranker_layers,
-            params.ranker_heads,
-            params.ranker_max_len,
-            params.ranker_dropout,
-            text_dim=0 if text is None else text.shape[1],
-            seed=seed,
-            item_dropout=params.ranker_item_dropout,
-        )
+        names = ("dim", "layers", "heads", "max_len", "dropout", "item_dropout")
+        chosen = {name: getattr(params, f"ranker_{name}") for name in names}
+        model = SASRec(n_items, text_dim=0 if text is None else text.shape[1], seed=seed, **chosen)
         if text is not None:
             model.fit_text(text)
             text = text.to(device)
@@ -65,25 +57,25 @@ def fit(
 def _train(
     model: SASRec, split: Split, text: Tensor | None, params: Params, seed: int
 ) -> list[dict[str, float]]:
-    """Fit ``model`` to ``split.training``; leave it with the weights of the best validation
-    NDCG@10.
+    """Fit ``model`` to ``split.training``; leave it with the weights of the best epoch.
 
     Each epoch cuts every history into windows of ``max_len + 1`` items at a random offset, so that
     long histories are used whole and the cuts differ between epochs. What is validated and kept is
     the moving average of the weights (Polyak & Juditsky 1992). Training stops after
     ``ranker_patience`` epochs without a better NDCG@10.
     """
-    sampled = model.n_items > FULL_SOFTMAX_ITEMS
-    noise = (
-        negative_probabilities(split.training, model.n_items).to(model.device) if sampled else None
-    )
+    noise = None
+    if model.n_items > FULL_SOFTMAX_ITEMS:
+        noise = negative_probabilities(split.training, model.n_items).to(model.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=params.ranker_lr, fused=True)
     average, rng = averaged(model, params.ranker_average), np.random.default_rng(seed)
     kept = cast(SASRec, average.module)
     best, best_epoch, best_state, curve = -1.0, 0, {}, []
     for epoch in track(range(1, params.ranker_epochs + 1), "ranker"):
         total, count = 0.0, 0
-        for rows in _batches(split.training, model.max_len + 1, params.ranker_batch, rng):
+        windows = windows_of(split.training, model.max_len + 1, rng)
+        windows = windows[torch.from_numpy(rng.permutation(len(windows)))]
+        for rows in windows.split(params.ranker_batch):
             loss, positions = _loss(model.train(), rows.to(model.device), text, noise)
             optimizer.zero_grad()
             loss.backward()
@@ -113,29 +105,17 @@ def averaged(model: SASRec, decay: float) -> AveragedModel:
     return average
 
 
-def _batches(
-    sequences: list[np.ndarray], width: int, batch: int, rng: np.random.Generator
-) -> tuple[Tensor, ...]:
-    """All windows of the sequences in random order, ``batch`` at a time."""
-    windows = windows_of(sequences, width, rng)
-    return windows[torch.from_numpy(rng.permutation(len(windows)))].split(batch)
-
-
 def _loss(
     model: SASRec, windows: Tensor, text: Tensor | None, noise: Tensor | None
 ) -> tuple[Tensor, int]:
-    """(mean cross-entropy a position, number of positions) of ``windows`` (b, width).
-
-    ``noise`` None: over all items. Else over a sample from ``noise``, and no more item vectors than
-    those of the windows and the sample are computed.
-    """
+    """(mean cross-entropy a position, number of positions) of ``windows`` (b, width), over all
+    items, or over a sample from ``noise``: then only the item vectors in use are computed."""
     if noise is None:
         table = model.item_table(text)
     else:
         drawn = torch.multinomial(noise, NEGATIVES, replacement=True)
-        used, places = torch.cat([drawn.new_zeros(1), windows.flatten(), drawn]).unique(
-            return_inverse=True
-        )
+        read = torch.cat([drawn.new_zeros(1), windows.flatten(), drawn])
+        used, places = read.unique(return_inverse=True)
         table = model.item_table(text, used)  # a small catalogue, with 0 as padding still
         windows, negatives = places[1 : 1 + windows.numel()].view_as(windows), places[-NEGATIVES:]
     inputs, targets = windows[:, :-1], windows[:, 1:]
@@ -148,10 +128,7 @@ def _loss(
 
 
 def negative_probabilities(sequences: list[np.ndarray], n_items: int) -> Tensor:
-    """Probabilities (I+1,) that negatives are drawn with.
-
-    Popularity, plus one so that every item has a chance.
-    """
+    """Probabilities (I+1,) of the negatives: popularity, plus one so that each has a chance."""
     counts = np.bincount(np.concatenate(sequences), minlength=n_items + 1) + 1.0
     counts[0] = 0.0
     return torch.from_numpy(counts / counts.sum()).float()
@@ -182,9 +159,7 @@ def windows_of(sequences: list[np.ndarray], width: int, rng: np.random.Generator
 # Kept beside F.cross_entropy, which takes 1.2 times its CPU time at 1,682 items and 2.2 times at
 # 16,859, and holds all logits three times over.
 class _FullSoftmax(torch.autograd.Function):
-    """The gradient of softmax cross-entropy is known with its value, so no logits are kept for a
-    backward pass.
-    """
+    """The gradient is known with the value, so no logits are kept for a backward pass."""
 
     @staticmethod
     def forward(ctx, states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
@@ -192,9 +167,8 @@ class _FullSoftmax(torch.autograd.Function):
         grad_states, grad_table = torch.empty_like(states), torch.zeros_like(table)
         total = states.new_zeros(())
         rows = max(1, BLOCK // len(items))
-        for part, target, grad in zip(
-            states.split(rows), (targets - 1).split(rows), grad_states.split(rows)
-        ):
+        columns = (states, targets - 1, grad_states)
+        for part, target, grad in zip(*(column.split(rows) for column in columns)):
             logits = part @ items.T
             highest, own = logits.amax(1, keepdim=True), logits.gather(1, target[:, None])
             weights = logits.sub_(highest).exp_()
@@ -216,12 +190,8 @@ class _FullSoftmax(torch.autograd.Function):
 
 
 def full_softmax(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of ``targets``, int64 (N,) in 1..I, under softmax(states @ table[1:].T);
-    states (N, dim).
-
-    Value and gradient equal ``F.cross_entropy`` on the whole (N, I) logits, of which ``BLOCK``
-    exist at a time.
-    """
+    """Mean cross-entropy of ``targets``, int64 (N,) in 1..I, under softmax(states @ table[1:].T)
+    for states (N, dim): ``F.cross_entropy``, but ``BLOCK`` logits exist at a time."""
     return _FullSoftmax.apply(states, table, targets)
 
 

@@ -3,10 +3,10 @@
 Grounding and the discount for keyword lists read a text's claims as the reward does
 (``scoring.claims``). Retrieval, fluency and readability, two thirds of ``quality``, share nothing.
 
-A measure that a text about something else would pass measures nothing, so ``Judge.shuffled`` gives
-the paired measures for the same texts permuted among the records. Retrieval has four forms, from
-easy to hard: ``specificity`` among ten random user-film pairs, ``_masked`` with the record's titles
-blanked in the text, ``_same_user`` among the ten films of the same user. Chance is 10 % in all.
+A measure that a text about something else would pass measures nothing: ``Judge.shuffled`` gives the
+paired measures of the same texts permuted among the records. Retrieval has four forms: ``_masked``
+blanks the record's titles in the text, ``specificity`` is among ten random user-film pairs and
+``specificity_same_user`` among the ten films of one user. Chance is 10 % in all.
 
 What a text repeats word by word from its prompt counts for nothing (``own_words``): the copied
 prompt is all true, picks its own record, and is fluent, since a model expects what it has read.
@@ -15,13 +15,14 @@ prompt is all true, picks its own record, and is fluent, since a model expects w
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import softmax
 
 from recrl_lib.explainer.prompts import Record, check_records, messages, real_genres
 from recrl_lib.params import TOP_K
@@ -48,9 +49,9 @@ def grounding(record: Record, text: str, catalogue: Catalogue) -> tuple[float, f
     """(precision, recall) of what the text claims, against the metadata.
 
     Precision: share of its distinct claims (titles, genres, years, people) that the record
-    supports; it never supports people, since it names none. NaN without claims. Recall: share named
-    of the film, each of its genres, and (as one fact) some own history title. Report both, since
-    few claims make precision cheap (Kabongo & Guigue, arXiv 2512.24366).
+    supports; it names no people. NaN without claims. Recall: share named of the film, each of its
+    genres, and (as one fact) some own history title. Report both, since few claims make precision
+    cheap (Kabongo & Guigue, arXiv 2512.24366).
     """
     verdict = catalogue.verdict(record, text)
     claimed = verdict.supported + verdict.unsupported
@@ -59,45 +60,25 @@ def grounding(record: Record, text: str, catalogue: Catalogue) -> tuple[float, f
     return (verdict.supported / claimed if claimed else math.nan), named / facts
 
 
-def f1(precision: float, recall: float) -> float:
-    """Harmonic mean; 0 where there is no claim (precision NaN)."""
-    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
-
-
-def features(record: Record, text: str, catalogue: Catalogue) -> frozenset[str]:
+def features(record: Record, text: str, catalogue: Catalogue) -> set[str]:
     """Film titles and genres that a text names. A title that fits several films is the record's
     own film or history film if it can be, else the first of them by name."""
     claims = catalogue.claims(text)
     near = (record["title"], *record["history_titles"])
     titles = {next((t for t in near if t in mention), min(mention)) for mention in claims.titles}
-    return frozenset(titles) | frozenset(claims.genres)
+    return titles | set(claims.genres)
 
 
-def true_features(record: Record) -> frozenset[str]:
+def true_features(record: Record) -> set[str]:
     """What a text on ``record`` should name: the film and its genres."""
-    return frozenset([record["title"], *real_genres(record)])
-
-
-def feature_coverage(records: Sequence[Record], named: Sequence[frozenset[str]]) -> float:
-    """FCR (Li, Zhang & Chen 2020): share of all the records' true features that some text names."""
-    wanted = frozenset().union(*map(true_features, records))
-    return len(wanted & frozenset().union(*named)) / len(wanted)
-
-
-def feature_diversity(named: Sequence[frozenset[str]]) -> float:
-    """DIV (Li, Zhang & Chen 2020): mean number of features that two texts share. LOWER is more
-    diverse."""
-    counts = Counter(feature for one in named for feature in one)
-    pairs = len(named) * (len(named) - 1) / 2
-    return sum(c * (c - 1) / 2 for c in counts.values()) / pairs if pairs else 0.0
+    return {record["title"], *real_genres(record)}
 
 
 # --- retrieval
 
 
 class SentenceEncoder:
-    """all-MiniLM-L6-v2 by sentence-transformers from a local folder; keeps what it has encoded,
-    since arms share cards.
+    """all-MiniLM-L6-v2 by sentence-transformers; keeps what it has encoded, since arms share cards.
 
     Raises ``RuntimeError`` if the folder does not hold the model.
     """
@@ -122,8 +103,7 @@ class SentenceEncoder:
 
 
 def card(record: Record, history: bool = True) -> str:
-    """What a text is matched with: the recommended film and, with ``history``, the films that the
-    user liked."""
+    """What a text is matched with: the film and, with ``history``, films that the user liked."""
     parts = [record["title"] + (f" ({record['year']})" if record["year"] else "") + "."]
     if genres := real_genres(record):
         parts.append(f"Genres: {', '.join(genres)}.")
@@ -142,21 +122,15 @@ def candidate_cards(
     cards = sorted({card(r) for r in records})
     if len(cards) < n:
         raise ValueError(f"retrieval needs {n} records, not {len(cards)}; raise eval_users")
-    out = []
-    for own in map(card, records):
-        others = rng.choice([c for c in cards if c != own], n - 1, replace=False)
-        out.append([own, *map(str, others)])
-    return out
+    own_cards = [card(r) for r in records]
+    others = [rng.choice([c for c in cards if c != o], n - 1, replace=False) for o in own_cards]
+    return [[own, *map(str, drawn)] for own, drawn in zip(own_cards, others)]
 
 
 def card_cosines(texts: Sequence[str], cards: Sequence[Sequence[str]], encoder: Any) -> np.ndarray:
     """Cosines (texts, n) of each text with its n cards, its own in column 0."""
-    if len(cards) != len(texts) or len({len(row) for row in cards}) > 1:
-        raise ValueError("retrieval: give each text equally many cards, its own first")
-    vectors = encoder.encode([c for row in cards for c in row]).reshape(
-        len(texts), len(cards[0]), -1
-    )
-    return np.einsum("nd,nkd->nk", encoder.encode(list(texts)), vectors)
+    vectors = np.stack([encoder.encode(row) for row in cards])
+    return np.einsum("nd,nkd->nk", encoder.encode(texts), vectors)
 
 
 def mask_titles(record: Record, text: str) -> str:
@@ -172,12 +146,11 @@ def mask_titles(record: Record, text: str) -> str:
 def fluency(ref_logprobs: Sequence[np.ndarray]) -> np.ndarray:
     """Geometric-mean token probability (texts,) under the frozen base model, from each text's
     natural-log probabilities; 0 for no tokens."""
-    out = np.zeros(len(ref_logprobs))
     for i, logp in enumerate(ref_logprobs):
         if not (np.asarray(logp) <= 1e-6).all():  # false for NaN
             raise ValueError(f"ref_logprobs[{i}]: log-probabilities must be numbers <= 0")
-        out[i] = math.exp(min(np.mean(logp, dtype=float), 0.0)) if len(logp) else 0.0
-    return out
+    means = [np.mean(logp, dtype=float) if len(logp) else -math.inf for logp in ref_logprobs]
+    return np.exp(np.minimum(means, 0.0))
 
 
 # textstat would download the CMU dictionary at run time, so syllables are counted here.
@@ -201,22 +174,19 @@ def readability(text: str) -> float:
 
 def language(text: str, fluency_: float) -> float:
     """Mean of fluency and of reading ease / 100 (clipped), times the share of distinct bigrams: a
-    loop is probable under any language model and easy to read. In [0, 1]; 0 for a text without
-    words."""
-    said = lower_words(text)
-    if not said:
+    loop is probable under any language model and easy to read. In [0, 1]; 0 without words."""
+    if not words(text):
         return 0.0
-    return (fluency_ + min(max(readability(text) / 100, 0.0), 1.0)) / 2 * distinct_share(said, 2)
+    ease = min(max(readability(text) / 100, 0.0), 1.0)
+    return (fluency_ + ease) / 2 * distinct_share(lower_words(text), 2)
 
 
 def own_words(record: Record, text: str) -> float:
     """How far the text is not copied from its prompt, in [0, 1]: 1 where at least half of its word
     4-grams are not in the prompt, 0 where all are. (Naming titles and a year copies about an eighth
     of a good explanation.)"""
-    prompt = [w for message in messages(record) for w in lower_words(message["content"])]
-    said = lower_words(text)
-    grams = list(zip(*[said[i:] for i in range(4)]))
-    known = set(zip(*[prompt[i:] for i in range(4)]))
+    prompt = " ".join(message["content"] for message in messages(record))
+    grams, known = n_grams(text, 4), set(n_grams(prompt, 4))
     return min(2 * sum(g not in known for g in grams) / len(grams), 1.0) if grams else 1.0
 
 
@@ -225,29 +195,24 @@ def lower_words(text: str) -> list[str]:
     return [w.lower() for w in words(text)]
 
 
-def distinct_n(texts: Iterable[str], n: int) -> float:
-    """Distinct n-grams over all n-grams of the corpus (Li et al. 2016), none across two texts; 0 if
-    there are none."""
-    grams = Counter(
-        gram for text in texts for gram in zip(*(lower_words(text)[i:] for i in range(n)))
-    )
-    return len(grams) / max(grams.total(), 1)
+def n_grams(text: str, n: int) -> list[tuple[str, ...]]:
+    """Runs of ``n`` lower-case words."""
+    return list(zip(*(lower_words(text)[i:] for i in range(n))))
 
 
 # --- all together
 
 
 class Judge:
-    """Judges texts on ``records``, or on the first few of them: every arm faces the same
-    candidates.
+    """Judges texts on ``records``, or on the first few of them: every arm has the same candidates.
 
     Args:
-        records: what the texts are about, one a text.
-        same_user: for each record, itself and the other records of films recommended to that user,
+        records: What the texts are about, one a text.
+        same_user: For each record, itself and the other records of films recommended to that user,
             equally many.
-        catalogue: recognises titles and genres.
+        catalogue: Recognises titles and genres.
         encoder: ``encode(texts) -> (n, d)`` of unit length, such as ``SentenceEncoder``.
-        seed: of the candidates and of the shuffling.
+        seed: Of the candidates and of the shuffling.
     """
 
     def __init__(
@@ -272,23 +237,20 @@ class Judge:
         check_records(records, texts)
         pairs = list(zip(records, texts, strict=True))
         grounded = np.array([grounding(r, t, self.catalogue) for r, t in pairs]).reshape(-1, 2)
+        precision, recall = grounded.T
+        frame = pd.DataFrame({"grounding_precision": precision, "grounding_recall": recall})
+        frame["grounding_f1"] = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+        frame = frame.fillna({"grounding_f1": 0.0})  # no claim
         named = [features(r, t, self.catalogue) & true_features(r) for r, t in pairs]
-        frame = pd.DataFrame(
-            {
-                "grounding_precision": grounded[:, 0],
-                "grounding_recall": grounded[:, 1],
-                "grounding_f1": [f1(*row) for row in grounded],
-                "feature_match": [bool(found) for found in named],
-            }
-        )
+        frame["feature_match"] = [bool(found) for found in named]
         said = np.array([bool(words(t)) for t in texts])
         for suffix, read in (("", texts), ("_masked", [mask_titles(r, t) for r, t in pairs])):
             for name, cards in self.cards.items():
                 cosines = card_cosines(read, cards[: len(texts)], self.encoder)
                 frame[name + suffix] = (cosines[:, 0] > cosines[:, 1:].max(1)) & said
                 if name + suffix == "specificity":
-                    scaled = np.exp((cosines - cosines.max(1, keepdims=True)) / TEMPERATURE)
-                    frame["specificity_probability"] = scaled[:, 0] / scaled.sum(1) * said
+                    shares = softmax(cosines / TEMPERATURE, axis=1)
+                    frame["specificity_probability"] = shares[:, 0] * said
         return frame
 
     def score(self, texts: Sequence[str], ref_logprobs: Sequence[np.ndarray]) -> pd.DataFrame:
@@ -305,10 +267,10 @@ class Judge:
         frame["words"] = [len(words(t)) for t in texts]
         frame["fluency"] = fluency(ref_logprobs) * (frame["words"] > 0)
         frame["readability"] = [readability(t) for t in texts]
-        spoken = [language(t, f) for t, f in zip(texts, frame["fluency"], strict=True)]
+        spoken = np.array([language(t, f) for t, f in zip(texts, frame["fluency"])])
         prose = np.array([self.catalogue.claims(t).prose for t in texts])
         own = np.array([own_words(r, t) for r, t in zip(self.records, texts)])
-        parts = frame["grounding_f1"] + frame["specificity_probability"] + np.array(spoken)
+        parts = frame["grounding_f1"] + frame["specificity_probability"] + spoken
         return frame.assign(quality=parts / 3 * prose * own)
 
     def shuffled(self, texts: Sequence[str]) -> pd.DataFrame:
@@ -316,19 +278,23 @@ class Judge:
         order = np.random.default_rng(self.seed).permutation(len(texts))
         others = np.empty_like(order)
         others[order] = np.roll(order, 1)  # one cycle through all: nobody keeps their own
-        return self.paired([str(texts[i]) for i in others])
+        return self.paired([texts[i] for i in others])
 
     def corpus(self, texts: Sequence[str]) -> dict[str, float]:
-        """Measures of the texts as a whole; unique_texts is USR (Li, Zhang & Chen
-        2020)."""
-        pairs = list(zip(self.records, texts))
-        named = [features(r, t, self.catalogue) for r, t in pairs]
+        """Measures of the texts as a whole: share that claims anything; FCR, DIV and USR of Li,
+        Zhang & Chen 2020 (share of the records' features that some text names; features that two
+        texts share, LOWER is more diverse; unique texts); distinct n-grams (Li et al. 2016)."""
+        pairs, n = list(zip(self.records, texts)), len(texts)
+        named = Counter(f for r, t in pairs for f in features(r, t, self.catalogue))
+        wanted = set().union(*(true_features(r) for r, _ in pairs))
         claims = [grounding(r, t, self.catalogue)[0] for r, t in pairs]
+        shared = sum(math.comb(count, 2) for count in named.values())
+        grams = {k: Counter(g for t in texts for g in n_grams(t, k)) for k in (1, 2)}
+        distinct = {f"distinct_{k}": len(g) / max(g.total(), 1) for k, g in grams.items()}
         return {
             "claiming_share": 1 - float(np.isnan(claims).mean()),
-            "feature_coverage": feature_coverage(self.records[: len(texts)], named),
-            "feature_diversity": feature_diversity(named),
-            "distinct_1": distinct_n(texts, 1),
-            "distinct_2": distinct_n(texts, 2),
-            "unique_texts": len({tuple(lower_words(t)) for t in texts}) / len(texts),
+            "feature_coverage": len(wanted & named.keys()) / len(wanted),
+            "feature_diversity": shared / max(math.comb(n, 2), 1),
+            **distinct,
+            "unique_texts": len({tuple(lower_words(t)) for t in texts}) / n,
         }

@@ -11,37 +11,27 @@ def train():
     return [rng.permutation(8)[: rng.integers(2, 6)] + 1 for _ in range(30)]
 
 
-@pytest.fixture(autouse=True)
-def one_user_a_chunk(monkeypatch):
+def test_popularity_and_markov_by_hand(monkeypatch):
     monkeypatch.setattr(baselines, "USERS", 1)
-
-
-def scores_of(chunks):
-    starts, scores = zip(*chunks)
-    assert list(starts) == list(range(len(starts)))
-    scores = torch.cat(scores)
-    assert scores.dtype == torch.float32 and scores[:, 0].isneginf().all()
-    return scores[:, 1:].numpy()
-
-
-def test_popularity_and_markov_by_hand():
     train = [np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([3, 1, 4])]
     asked = [np.array([3, 1]), np.array([5])]
-    counts = scores_of(baselines.popularity_chunks(train, 5, asked))
-    assert counts.tolist() == [[3, 2, 2, 2, 0]] * 2
-    chunks = list(baselines.markov_chunks(train, 5, asked))
-    after_1, after_5 = scores_of(chunks)
-    assert after_1.tolist() == [0 + 3 / 4, 2 + 2 / 4, 0 + 2 / 4, 1 + 2 / 4, 0]
-    assert after_5.tolist() == [0.75, 0.5, 0.5, 0.5, 0]  # nothing follows 5: popularity decides
-    assert ranking.ranks_of(chunks, asked, np.array([2, 4])).tolist() == [1, 4]
+    chunks = {name: list(c) for name, c in baselines.closed_form(train, 5, asked).items()}
+    scores = {name: torch.cat([s for _, s in c]) for name, c in chunks.items()}
+    for name, found in chunks.items():
+        assert [start for start, _ in found] == [0, 1]
+        assert scores[name].dtype == torch.float32 and scores[name][:, 0].isneginf().all()
+    assert scores["popularity"][:, 1:].tolist() == [[3, 2, 2, 2, 0]] * 2
+    after_1, after_5 = scores["Markov chain"][:, 1:].tolist()
+    assert after_1 == [0 + 3 / 4, 2 + 2 / 4, 0 + 2 / 4, 1 + 2 / 4, 0]
+    assert after_5 == [0.75, 0.5, 0.5, 0.5, 0]  # nothing follows 5: popularity decides
+    ranks = ranking.ranks_of(chunks["Markov chain"], asked, np.array([2, 4]))
+    assert ranks.tolist() == [1, 4]
 
 
 def test_ease_columns_are_constrained_ridge_regressions(train):
     """Column j of B is a ridge regression of item j on all the others, solved one by one."""
     weights = baselines.ease_weights(train, 8, regularisation=3.0)
-    seen = np.zeros((len(train), 8))
-    for row, items in zip(seen, train):
-        row[items - 1] = 1
+    seen = np.array([np.isin(range(1, 9), items) for items in train], float)
     for j in range(8):
         others = [i for i in range(8) if i != j]
         x = seen[:, others]
@@ -65,12 +55,11 @@ def test_chain_counts_decayed_steps(train):
 def test_queries_of_ease(train):
     asked = [np.array([5, 3, 8, 3]), np.array([2])]  # item 3 twice: its last place counts
     ease = baselines.ease_weights(train, 8, 2.0)
-    recent = scores_of(baselines.ease_chunks(train, 8, asked, regularisation=2.0, window=2))
-    np.testing.assert_allclose(recent, [ease[2] + ease[7], ease[1]], rtol=1e-6)
+    recent = baselines.ease(train, 8, regularisation=2.0, window=2)(asked)
+    np.testing.assert_allclose(recent, [ease[2] + ease[7], ease[1]])
     both = ease + 0.3 * baselines.chain_weights(train, 8)
-    faded = scores_of(baselines.ease_chain_chunks(train, 8, asked, 2.0, 0.3, 0.5))
-    expected = [both[2] + 0.5 * both[7] + 0.125 * both[4], both[1]]
-    np.testing.assert_allclose(faded, expected, rtol=1e-6)
+    faded = baselines.ease_chain(train, 8, 2.0, 0.3, 0.5)(asked)
+    np.testing.assert_allclose(faded, [both[2] + 0.5 * both[7] + 0.125 * both[4], both[1]])
 
 
 def test_a_large_catalogue_is_asked_without_item_to_item_matrices(train, monkeypatch):

@@ -71,11 +71,6 @@ def test_grounding_by_hand(text, precision, recall):
     assert found == pytest.approx((precision, recall), nan_ok=True)
 
 
-def test_f1():
-    assert judge.f1(0.5, 0.25) == pytest.approx(1 / 3)
-    assert judge.f1(math.nan, 0) == judge.f1(0, 0) == 0
-
-
 def test_every_reference_line_is_true_and_complete():
     for record, line in zip(RECORDS, REFERENCES, strict=True):
         assert judge.grounding(record, line, CATALOGUE) == (1, 1), line
@@ -86,12 +81,6 @@ def test_features_by_hand():
     wanted = {"Lost Engine", "Lost River", "Golden Castle", "Action"}
     assert judge.features(RECORD, text, CATALOGUE) == wanted
     assert judge.true_features(RECORD) == {"Lost River", "Action", "Comedy"}
-    named = [frozenset({"Lost River", "Action"}), frozenset({"Action", "Horror"}), frozenset()]
-    # wanted of the two records: Lost River, Action, Comedy, and Lost Castle, Comedy, Drama
-    assert judge.feature_coverage(RECORDS[:2], named) == pytest.approx(2 / 5)
-    shared = [len(a & b) for i, a in enumerate(named) for b in named[i + 1 :]]
-    assert judge.feature_diversity(named) == pytest.approx(np.mean(shared))
-    assert judge.feature_diversity(named[:1]) == 0
 
 
 # --- retrieval
@@ -113,8 +102,6 @@ def test_candidates_are_the_own_card_first_and_different_others():
     assert all(set(row) == {judge.card(r) for r in RECORDS} for row in everything)
     with pytest.raises(ValueError, match="not 3; raise eval_users"):
         judge.candidate_cards(RECORDS[:3], np.random.default_rng(0))
-    with pytest.raises(ValueError, match="its own first"):
-        judge.card_cosines(REFERENCES, cards, WordCounts())
 
 
 def test_texts_pick_their_own_record_and_shuffled_ones_do_not():
@@ -206,13 +193,16 @@ def test_language_discounts_loops():
     assert judge.language("", 1.0) == 0
 
 
-def test_diversity_of_a_corpus():
-    texts = ["Good film.", "good film", "bad bad film"]
-    assert judge.distinct_n(texts, 1) == 3 / 7 and judge.distinct_n(texts, 2) == 3 / 4
-    assert judge.distinct_n(["it's sci-fi"], 1) == 1  # two words, not four
-    assert judge.distinct_n(["a"], 2) == 0
-    found = judge_of().corpus(texts)
-    assert found["unique_texts"] == 2 / 3 and found["claiming_share"] == 0
+def test_measures_of_a_corpus_by_hand():
+    texts = ["Lost River, an action film.", "Action, horror", "action Horror"]
+    # the three records' features: Lost River, Lost Castle, Lost Island; Action, ..., Horror
+    assert judge_of().corpus(texts) == pytest.approx({
+        "claiming_share": 1, "feature_coverage": 3 / 7, "feature_diversity": 4 / 3,
+        "distinct_1": 6 / 9, "distinct_2": 5 / 6, "unique_texts": 2 / 3,
+    })  # fmt: skip
+    assert judge_of().corpus(["it's sci-fi"])["distinct_1"] == 1  # two words, not four
+    alone = judge_of().corpus(["a"])
+    assert alone["distinct_2"] == alone["feature_diversity"] == alone["claiming_share"] == 0
 
 
 # --- quality
