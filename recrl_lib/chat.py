@@ -65,9 +65,8 @@ def tuned_as(
 class Chat:
     """Choose a user, an item of their top 10 and an arm; ask, and ask on. Show ``box``.
 
-    ``adapters`` holds the tensors of each arm; "base" is always there. ``users`` are those to
-    choose from. A new user, item or arm starts a new chat. Whatever goes wrong while answering is
-    shown.
+    ``adapters`` holds the tensors of each arm; "base" is always there. A new user, item or arm
+    starts a new chat.
     """
 
     def __init__(
@@ -143,6 +142,6 @@ class Chat:
             for widget in inputs:
                 widget.disabled = False
         names = {"user": "you", "assistant": self.arm.value}
-        said = [(names[t["role"]], t["content"]) for t in self.history if t["role"] in names]
-        lines = (f"<p><b>{html.escape(who)}</b>: {html.escape(what)}</p>" for who, what in said)
+        turns = [(names[t["role"]], t["content"]) for t in self.history if t["role"] in names]
+        lines = (f"<p><b>{html.escape(who)}</b>: {html.escape(said)}</p>" for who, said in turns)
         self.log.value = "".join(lines).replace("\n", "<br>") + problem

@@ -64,10 +64,8 @@ def parity_gap(values: np.ndarray, groups: Sequence) -> float:
     return float(means.max() - means.min()) if len(means) > 1 else 0.0
 
 
-_CONTACT = (
-    r"[\w.+-]+@\w[\w-]*\.\w[\w.-]*"
-    r"|(?<![\w-])(?:\+?\d{1,3}[ .-])?\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}(?!\w)"
-)
+_EMAIL = r"[\w.+-]+@\w[\w-]*\.\w[\w.-]*"
+_PHONE = r"(?<![\w-])(?:\+?\d{1,3}[ .-])?\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}(?!\w)"
 _USER_ID = r"\b(?:user|viewer|customer|member)(?:'s)?\s*(?:id\b|no\b|number\b|\#|\d)|\buser_?id\b"
 _GENDERED = {"M": "man|male|guy|boy|gentleman|father", "F": "woman|female|girl|lady|gal|mother"}
 _SELF = r"(?:as|being|like|you\s*(?:'re|’re|are)|your\s+(?:work|job)\s+as)\s+an?"
@@ -93,7 +91,8 @@ def leaks(text: str, record: Record, person: Mapping) -> bool:
     if pd.notna(age) and int(age) > 0:
         patterns.append(rf"\b(?:aged?|age of|you\s*(?:'re|’re|are))\s*:?\s*{int(age)}\b")
         patterns.append(rf"\b{int(age)}(?:[\s-]*years?[\s-]*olds?|\s*y/?o)\b")
-    return any(re.search(p, text, re.IGNORECASE) for p in (_CONTACT, _USER_ID, *patterns))
+    patterns += [_EMAIL, _PHONE, _USER_ID]
+    return any(re.search(pattern, text, re.IGNORECASE) for pattern in patterns)
 
 
 def measure(
