@@ -88,7 +88,7 @@ def leaks(text: str, record: Record, person: Mapping) -> bool:
     if isinstance(occupation, str) and occupation not in ("other", "none"):
         own.append(re.escape(occupation))
     patterns += [rf"\b{_SELF}\s+(?:[\w-]+\s+){{0,2}}?(?:{word})\b" for word in own if word]
-    if pd.notna(age) and int(age) > 0:
+    if age is not None and pd.notna(age) and int(age) > 0:
         patterns.append(rf"\b(?:aged?|age of|you\s*(?:'re|’re|are))\s*:?\s*{int(age)}\b")
         patterns.append(rf"\b{int(age)}(?:[\s-]*years?[\s-]*olds?|\s*y/?o)\b")
     patterns += [_EMAIL, _PHONE, _USER_ID]
