@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from recrl_lib.shield.replay import Replay
 from recrl_lib.shield.subspaces import Subspace, adapted_layers
 
+Spaces = Mapping[str, Subspace]  # by the key of the layer input
 MODES = ("gradient", "update", "frozen_a", "penalty", "restart")
 PROJECTING = ("gradient", "update", "frozen_a")  # keep A in the null space from the first step on
 REPLAY_LR = 7e-4  # Adam's first rate in ``run_replay``: a quarter of the warm start's
@@ -67,11 +68,7 @@ class Shield:
     """
 
     def __init__(
-        self,
-        model: Any,
-        protected: Mapping[str, Subspace],
-        mode: str = "update",
-        replay: Replay | None = None,
+        self, model: Any, protected: Spaces, mode: str = "update", replay: Replay | None = None
     ):
         if mode not in MODES:
             raise ValueError(f"shield_mode={mode!r}: choose one of {', '.join(MODES)}")
@@ -93,10 +90,8 @@ class Shield:
         frozen = self.mode == "frozen_a"
         needed = {x.name: {id(x.b)} if frozen else {id(x.a), id(x.b)} for x in self._layers}
         if missing := sorted(name for name, adapters in needed.items() if adapters - held):
-            raise ValueError(
-                f"the optimizer does not hold {len(missing)} shielded adapters, "
-                f"the first is {missing[0]}"
-            )
+            first = f"{len(missing)} shielded adapters, the first is {missing[0]}"
+            raise ValueError(f"the optimizer lacks {first}")
         if self.mode in PROJECTING:
             self.project_parameters()
         self._train_a(not frozen)
@@ -131,9 +126,8 @@ class Shield:
     def run_replay(self, steps: int) -> None:
         """After the training: ``steps`` of the replay alone, under the shield's mode.
 
-        Adam's rate falls to 0. Nothing else moves the adapters, so item vectors come nearer to
-        base. ``runs/reference/frontier/settle.csv`` and ``runs/reference/ppo_search.csv`` show what
-        that costs the explanations. Raises ``ValueError`` without a replay.
+        Adam's rate falls to 0. Item vectors come nearer to base; ``settle.csv`` and
+        ``ppo_search.csv`` in ``runs/reference`` show what that costs the explanations.
         """
         from recrl_lib.progress import track
 
@@ -178,7 +172,7 @@ class Shield:
         self.seconds += perf_counter() - start
 
 
-def _layers(model: Any, protected: Mapping[str, Subspace]) -> list[_Layer]:
+def _layers(model: Any, protected: Spaces) -> list[_Layer]:
     """The adapted layers with their subspaces; ``ValueError`` unless they belong together."""
     adapted = adapted_layers(model)
     if not adapted:
@@ -200,7 +194,7 @@ def _layers(model: Any, protected: Mapping[str, Subspace]) -> list[_Layer]:
 
 
 @torch.no_grad()
-def leak(model: Any, protected: Mapping[str, Subspace]) -> float:
+def leak(model: Any, protected: Spaces) -> float:
     """``||dW Q|| / ||dW||`` over all adapted layers (Frobenius, pooled).
 
     0: the protected inputs feel nothing of the update (or dW = 0); 1: all of it.

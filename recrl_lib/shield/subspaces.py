@@ -206,10 +206,8 @@ def protect(
         needed = 1 - allowed / float(along.sum()) if basis in WEIGHTED else energy
         k = rank or (int((along.cumsum(0) / along.sum() < needed).sum()) + 1 if needed > 0 else 0)
         if k >= len(gram):
-            raise ValueError(
-                f"layer input {name}: protecting {k} of {len(gram)} directions leaves nothing to "
-                "learn; lower shield_energy or shield_rank"
-            )
+            what = f"layer input {name}: protecting {k} of {len(gram)} leaves nothing to learn"
+            raise ValueError(f"{what}; lower shield_energy or shield_rank")
         found[name] = Subspace(frame[:, :k].contiguous(), _energy_along(frame, gram))
     return found
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recrl_lib.explainer.item_texts import ItemTexts
 from recrl_lib.shield import GramMatrices, Shield, Subspace, leak, protect
 from recrl_lib.shield.subspaces import item_grams
-from recrl_lib.tests.shield.toy import make, moved, train
+from recrl_lib.tests.shield.toy import make, moved, train, train_shielded
 from recrl_lib.tests.tiny import tiny_explainer
 
 SEALED = 1e-6  # rounding of float32 adapters
@@ -76,9 +76,7 @@ def test_bf16_adapters_leak_no_more_than_their_rounding(seed, energy):
     protected = protect(item_grams(explainer, items)[0], energy=energy)
     for parameter in explainer.adapter_parameters():  # PEFT keeps them in float32
         parameter.data = parameter.data.bfloat16()
-    optimizer = optimizer_of(explainer)
-    Shield(explainer, protected).attach(optimizer)
-    train(explainer, optimizer, 3, seed)
+    train_shielded(explainer, protected)
     assert 0 < leak(explainer, protected) < 8e-3
 
 
@@ -90,19 +88,12 @@ def test_modes_leak_as_they_say_while_attached(mode, sealed):
     train(plain, optimizer_of(plain), 5)
     explainer, _, _ = make()
     protected = protect(grams, energy=0.9)
-    optimizer = optimizer_of(explainer)
-    shield = Shield(explainer, protected, mode).attach(optimizer)
-    start = [a.clone() for a in parameters(explainer, "lora_A")]
-    train(explainer, optimizer, 5)
-    if sealed:
-        assert leak(explainer, protected) <= SEALED
-    else:
-        assert leak(explainer, protected) > 1e-3
+    shield = train_shielded(explainer, protected, 5, mode)
+    assert (leak(explainer, protected) <= SEALED) == sealed
     state = explainer.adapter_state()
     same = [torch.equal(state[k], v) for k, v in plain.adapter_state().items()]
     assert all(same) == (mode == "restart")  # the adapters of a training without a shield
-    unmoved = [torch.equal(a, s) for a, s in zip(parameters(explainer, "lora_A"), start)]
-    assert all(unmoved) == (mode == "frozen_a")
+    assert all(a.requires_grad == (mode != "frozen_a") for a in parameters(explainer, "lora_A"))
     shield.detach()
     assert all(a.requires_grad for a in parameters(explainer, "lora_A"))
     assert mode != "restart" or leak(explainer, protected) <= SEALED
@@ -112,9 +103,7 @@ def test_a_wrong_basis_does_not_protect():
     explainer, _, grams = make()
     protected = protect(grams, energy=0.9)
     wrong = protect(GramMatrices(grams, seed=7), "random", rank=protected["2.output"].rank)
-    optimizer = optimizer_of(explainer)
-    Shield(explainer, wrong).attach(optimizer)
-    train(explainer, optimizer, 5)
+    train_shielded(explainer, wrong, 5)
     assert leak(explainer, wrong) <= SEALED < 0.1 < leak(explainer, protected)
 
 
@@ -122,9 +111,8 @@ def test_with_the_whole_span_protected_items_do_not_move_and_other_texts_do():
     explainer = tiny_explainer(lora_layers=2)
     items = ItemTexts(explainer, ["good film", "bad"])  # three tokens span 3 of 32 directions
     protected = protect(item_grams(explainer, items)[0], rank=3)
-    base, optimizer = items.base_vectors(), optimizer_of(explainer)
-    Shield(explainer, protected).attach(optimizer)
-    train(explainer, optimizer, 10)
+    base = items.base_vectors()
+    train_shielded(explainer, protected, 10)
     ids = torch.tensor([[4, 5, 6, 9]])
     mask = torch.ones_like(ids)
     tuned = explainer.top(explainer.trunk(ids, mask), mask)
@@ -147,7 +135,10 @@ STRANGE = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
         ("shield_penalty above 0", lambda e, p: Shield(e, p).run_replay(1)),
         ("no LoRA layers", lambda e, p: Shield(tiny_explainer(), p)),
         ("choose one of gradient, update", lambda e, p: Shield(e, p, "magic")),
-        ("not hold 8 .* first is layer 1 k_proj", lambda e, p: Shield(e, p).attach(STRANGE)),
+        (
+            "lacks 8 shielded adapters, the first is layer 1 k_proj",
+            lambda e, p: Shield(e, p).attach(STRANGE),
+        ),
     ],
 )
 def test_bad_input_is_named(message, wrong):

@@ -3,7 +3,7 @@
 import torch
 
 from recrl_lib.explainer.item_texts import ItemTexts
-from recrl_lib.shield import Replay
+from recrl_lib.shield import Replay, Shield
 from recrl_lib.shield.subspaces import item_grams
 from recrl_lib.tests.tiny import tiny_explainer
 
@@ -28,6 +28,15 @@ def train(explainer, optimizer, steps: int, seed: int = 0) -> None:
         optimizer.zero_grad()
         (-logp[:, :-1].gather(-1, ids[:, 1:, None]).mean()).backward()
         optimizer.step()
+
+
+def train_shielded(
+    explainer, protected, steps: int = 3, mode: str = "update", replay=None
+) -> Shield:
+    optimizer = torch.optim.Adam(explainer.adapter_parameters(), lr=0.01)
+    shield = Shield(explainer, protected, mode, replay).attach(optimizer)
+    train(explainer, optimizer, steps)
+    return shield
 
 
 def replay_of(explainer, items, weight: float, **more) -> Replay:
