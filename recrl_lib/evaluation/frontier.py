@@ -1,9 +1,8 @@
 """The frontier of learning against ranking moved: one short training and one measurement a point.
 
-The training is supervised: the likelihood of explanations composed from metadata, the signal of the
-warm start, so that a point costs minutes and not PPO's quarter of an hour. What is measured is what
-notebook 06 measures. A seed draws the adapters' first values and the order of the explanations;
-validation users and held-out items are the same for all points.
+The training is supervised: the likelihood of explanations composed from metadata, as in the warm
+start, so that a point costs minutes. What is measured is what notebook 06 measures. A seed draws
+the adapters' first values and the order of the explanations; the rest is the same for all points.
 """
 
 import os
@@ -209,10 +208,9 @@ def run_points(shared: Comparison, points: list[Point]) -> Iterator[dict]:
 
 def idle_cores() -> int:
     """Cores that points may fill: 1 where torch uses them, in a job of a batch, and off Linux."""
-    alone = torch.get_num_threads() > 1 or torch.cuda.is_available()  # a fork loses their threads
-    if alone or sys.platform != "linux" or "RECRL_BATCH" in os.environ:
-        return 1
-    return len(os.sched_getaffinity(0))
+    threads = torch.get_num_threads() > 1 or torch.cuda.is_available()  # a fork loses them
+    alone = threads or sys.platform != "linux" or "RECRL_BATCH" in os.environ
+    return 1 if alone else len(os.sched_getaffinity(0))
 
 
 def _run_point(point: Point) -> dict:
@@ -256,8 +254,8 @@ def with_gains(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row a setting: means over seeds; of the main measures least and most (``_lo``, ``_hi``).
 
-    ``stopped_early``: the overlap of an unshielded training that has learned as much, on lines in
-    ``gain_loss`` from nothing learned and nothing moved through the unshielded points.
+    ``stopped_early``: the overlap of an unshielded training that has learned as much, interpolated
+    in ``gain_loss`` between its points and the untuned model.
     """
     table = with_gains(table)
     setting = [name for name in SETTING if name != "seed"] + ["curve"]

@@ -118,10 +118,9 @@ def activated_lora(explainer: Explainer) -> Iterator[None]:
 def aligned(new: Tensor, old: Tensor, items: np.ndarray, rng: np.random.Generator) -> Tensor:
     """Tuned item vectors ``new`` (I+1, d) mapped back to the base vectors ``old``; row 0 is zero.
 
-    The map is fitted on ``items`` by ridge regression towards the identity, least
-    ``|X M - Y|^2 + ridge tr(X^T X)/d |M - I|^2`` with the centred vectors X and Y: the aligner of
-    bc-emb (Hu et al. 2022, arXiv 2206.03040) in closed form. The ridge is the one with the least
-    error on a fifth of the items that was kept out.
+    Fitted on ``items`` by ridge regression towards the identity, least ``|X M - Y|^2 + ridge
+    tr(X^T X)/d |M - I|^2`` of centred vectors: the aligner of bc-emb (Hu et al. 2022, arXiv
+    2206.03040) in closed form, with the ridge of least error on a fifth that is kept out.
     """
 
     def fit(rows: np.ndarray, ridge: float) -> Tensor:

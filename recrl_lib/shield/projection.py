@@ -95,10 +95,8 @@ class Shield:
         if self.mode in PROJECTING:
             self.project_parameters()
         self._train_a(not frozen)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
+        self._handles = [before(self._before), after(self._after)]
         return self
 
     def detach(self) -> None:
@@ -149,19 +147,18 @@ class Shield:
             layer.a.copy_(layer.off(layer.a))
 
     def _train_a(self, trained: bool) -> None:
-        if self.mode == "frozen_a":
-            for layer in self._layers:
-                layer.a.requires_grad_(trained)
-                layer.a.grad = None
+        for layer in self._layers if self.mode == "frozen_a" else ():
+            layer.a.requires_grad_(trained)
+            layer.a.grad = None
 
     def _before(self, *_) -> None:
         start = perf_counter()
         if self.replay:
             self.replay.add_to([p for x in self._layers for p in (x.a, x.b) if p.requires_grad])
-        for layer in self._layers:
+        for layer in self._layers if self.mode in PROJECTING else ():
             if self.mode == "frozen_a":
                 layer.a.grad = None
-            elif self.mode in PROJECTING and layer.a.grad is not None:
+            elif layer.a.grad is not None:
                 layer.a.grad.copy_(layer.off(layer.a.grad))
         self.seconds += perf_counter() - start
 
@@ -195,10 +192,7 @@ def _layers(model: Any, protected: Spaces) -> list[_Layer]:
 
 @torch.no_grad()
 def leak(model: Any, protected: Spaces) -> float:
-    """``||dW Q|| / ||dW||`` over all adapted layers (Frobenius, pooled).
-
-    0: the protected inputs feel nothing of the update (or dW = 0); 1: all of it.
-    """
+    """``||dW Q|| / ||dW||`` (Frobenius, all layers pooled): what protected inputs feel of dW."""
     inside = total = 0.0
     for layer in _layers(model, protected):
         update = layer.b.double() @ layer.a.double()

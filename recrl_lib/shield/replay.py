@@ -60,10 +60,7 @@ class Replay:
         return self.weight * moved.square().sum(-1).mean() / self._scale
 
     def add_to(self, parameters: list[nn.Parameter]) -> None:
-        """Add the penalty's gradient to the parameters' ``.grad``, between backward and step.
-
-        It joins after the clipping of the training's gradient, and can be the larger of the two.
-        """
+        """Add the penalty's gradient, unclipped, to the ``.grad`` that the next step uses."""
         gradients = torch.autograd.grad(self.loss(), parameters)
         self.norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
         for parameter, gradient in zip(parameters, gradients):
@@ -71,9 +68,9 @@ class Replay:
 
 
 def replay_for(explainer: Explainer, study, params: Params, held: set[int]) -> Replay | None:
-    """The run's replay (``study``: a ``Study``) without ``held`` items; None at shield_penalty 0.
+    """The run's replay without ``held`` items, None at shield_penalty 0. ``study``: a ``Study``.
 
-    Make it once an arm, before a warm start is merged: trunk states stay as they are.
+    Make it before a warm start is merged: trunk states stay as they are.
     """
     from recrl_lib.explainer.item_texts import ItemTexts  # the shield can be used without explainer
 

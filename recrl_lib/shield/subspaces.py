@@ -129,9 +129,8 @@ def sensitivity_grams(
 class Subspace:
     """A protected input subspace of one layer.
 
-    ``basis`` starts an orthonormal frame of the whole input space, the direction to protect first
-    in column 0; ``spectrum`` is the protected texts' energy ``q^T G q`` along each direction of
-    that frame (basis ``activation``: the eigenvalues of G, largest first).
+    ``basis`` starts an orthonormal frame of the whole space, the direction to protect first in
+    column 0; ``spectrum`` is the protected texts' energy ``q^T G q`` along that frame's directions.
     """
 
     basis: Tensor  # Q (d, k), orthonormal columns, float64
@@ -182,10 +181,9 @@ def protect(
 ) -> dict[str, Subspace]:
     """The subspace of every layer input: the fewest directions that hold ``energy``, or ``rank``.
 
-    The energy is that of the protected texts. For basis ``sensitivity`` every layer input may
-    instead leave the same absolute (1 - energy) of the mean weighted trace outside. Raises
-    ``ValueError`` for an unknown basis, missing Gram matrices, one that is not finite, or if
-    nothing is left to learn (k = d).
+    The energy is that of the protected texts. With basis ``sensitivity`` every layer input leaves
+    the same absolute (1 - energy) of the mean weighted trace outside instead. Raises ``ValueError``
+    for an unknown basis, missing or infinite Gram matrices, or if nothing is left to learn (k = d).
     """
     if not isinstance(grams, GramMatrices):
         grams = GramMatrices(grams)
@@ -227,8 +225,7 @@ def contrastive_frame(prompts: Tensor, items: Tensor, *_, ridge: float = 1e-3) -
     """A frame whose last m columns have the most explanation energy per item-text energy.
 
     These solve ``P v = l (G + ridge tr(G)/d I) v`` for the largest l, with P = ``prompts`` and G =
-    ``items``, both (d, d). The QR makes them orthonormal, so that no direction is amplified: in the
-    free space the adapter learns at its usual speed.
+    ``items``, both (d, d). The QR amplifies no direction: adapters learn at their usual speed.
     """
     values, vectors = torch.linalg.eigh(items * (len(items) / items.trace()))
     whiten = (vectors * (values.clamp(min=0) + ridge).rsqrt()) @ vectors.T

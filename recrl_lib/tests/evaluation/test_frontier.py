@@ -45,13 +45,6 @@ def test_loss_and_grams_are_those_of_whole_sequences_whatever_the_padding(shared
         torch.testing.assert_close(gram, whole[name], atol=1e-4, rtol=1e-5)
 
 
-def test_no_steps_move_nothing(shared):
-    row = run_point(shared, Point("none", steps=0))
-    assert row["loss"] == pytest.approx(row["loss_base"]) and row["reward"] == row["reward_base"]
-    assert row["overlap"] == 1 and row["ndcg_change"] == 0
-    assert row["max_abs_score_delta"] == row["item_change_held"] == 0
-
-
 @pytest.mark.parametrize("mode", ["none", "gradient", "update", "frozen_a", "restart"])
 def test_modes_learn_and_their_leak_is_what_they_promise(mode, shared):
     row = run_point(shared, Point(mode, rank=8, steps=10))
@@ -94,10 +87,7 @@ def test_activated_lora_learns_and_moves_no_item_at_all(shared):
     row = run_point(shared, Point("alora", steps=10))
     assert row["loss"] < row["loss_base"]
     assert row["max_abs_score_delta"] == 0 and row["exact"] == 1 and row["item_change_held"] == 0
-    explainer = shared.explainer
-    assert explainer.peft.active_adapter == "default"
-    assert all("alora" not in name for name, _ in explainer.lm.named_parameters())
-    assert all("lora_" in n for n, p in explainer.lm.named_parameters() if p.requires_grad)
+    assert all("alora" not in name for name, _ in shared.explainer.lm.named_parameters())
 
 
 def test_activated_lora_acts_from_the_turn_header_on(shared):
@@ -170,24 +160,20 @@ def test_named_sets_are_distinct_and_complete():
 
 
 def test_summary_by_hand():
-    columns = ["mode", "steps", "seed", "loss", "gain_reward", "overlap"]
+    shown = [
+        ("none", 20, 0, 1.0, 0.9, 0.1),
+        ("none", 20, 1, 1.5, 0.7, 0.3),
+        ("none", 5, 0, 1.5, 0.9, 0.6),
+        ("none", 5, 1, 1.75, 0.7, 0.6),
+        ("update", 20, 0, 1.2, 0.7, 0.9),
+        ("update", 20, 1, 1.5, 0.8, 1.0),
+    ]
+    names = ["mode", "steps", "seed", "loss", "reward", "overlap"]
     table = pd.DataFrame(
-        [
-            ("none", 20, 0, 1.0, 0.4, 0.1),
-            ("none", 20, 1, 1.5, 0.2, 0.3),
-            ("none", 5, 0, 1.5, 0.4, 0.6),
-            ("none", 5, 1, 1.75, 0.2, 0.6),
-            ("update", 20, 0, 1.2, 0.2, 0.9),
-            ("update", 20, 1, 1.5, 0.3, 1.0),
-        ],
-        columns=columns,
-    ).assign(loss_base=2.0, reward_base=0.5, set_same=1.0, top1_same=1.0)
-    table["reward"] = table["reward_base"] + table.pop("gain_reward")
-    points = [Point(row.mode, steps=row.steps, seed=row.seed) for row in table.itertuples()]
-    rest = pd.DataFrame([asdict(point) | {"curve": point.curve} for point in points])
-    free, early, shielded = frontier.summarise(rest.join(table[table.columns[3:]])).to_dict(
-        "records"
+        [asdict(Point()) | {"curve": "c"} | dict(zip(names, row)) for row in shown]
     )
+    table = table.assign(loss_base=2.0, reward_base=0.5, set_same=1.0, top1_same=1.0)
+    free, early, shielded = frontier.summarise(table).to_dict("records")
     assert [free[name] for name in ("gain_loss", "gain_reward", "seeds")] == pytest.approx(
         [1, 1, 2]
     )

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from recrl_lib.params import resolve
-from recrl_lib.shield import Replay, Shield, leak, protect
+from recrl_lib.shield import Replay, leak, protect
 from recrl_lib.shield.replay import replay_for
 from recrl_lib.tests.evaluation.toy import toy_study
-from recrl_lib.tests.shield.toy import make, moved, replay_of, train
+from recrl_lib.tests.shield.toy import make, moved, replay_of, train_shielded
 from recrl_lib.tests.tiny import tune_randomly
 
 
@@ -46,11 +46,9 @@ def test_replay_keeps_items_near_while_training_and_nearer_after_it(mode):
     def trained(weight: float, steps: int = 0) -> tuple[float, float, dict]:
         explainer, items, grams = make()
         base, protected = items.base_vectors(), protect(grams, energy=0.9)
-        optimizer = torch.optim.Adam(explainer.adapter_parameters(), lr=0.01)
-        if weight:
-            replay = replay_of(explainer, items, weight)
-            shield = Shield(explainer, protected, mode, replay).attach(optimizer)
-        train(explainer, optimizer, 20)
+        replay = replay_of(explainer, items, weight) if weight else None
+        used = mode if weight else "restart"  # trains freely
+        shield = train_shielded(explainer, protected, 20, used, replay)
         if steps:
             with pytest.raises(RuntimeError, match="attached already"):
                 shield.run_replay(1)
