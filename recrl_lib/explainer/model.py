@@ -2,10 +2,9 @@
 
 A Llama-type network is run in two parts. Layers below ``cut`` are never tuned, so their output for
 a text (its *trunk states*) is computed once and reused by the reference policy, every PPO epoch and
-every encoding of the items; only the layers from ``cut`` up, which carry the adapters, run again.
-This is exact: the split changes no operation. It is the "hydra" idea of trlX
-(https://github.com/CarperAI/trlx, issue 33). Other architectures run whole: ``cut`` is 0, the trunk
-states are the embeddings, and sampling goes through transformers' ``generate``.
+every encoding of the items; only the layers from ``cut`` up run again. This is exact: the split
+changes no operation (the "hydra" idea of https://github.com/CarperAI/trlx, issue 33). Other
+architectures run whole: ``cut`` is 0, trunk states are embeddings, ``generate`` samples.
 
 Sampling, old, reference and new log-probabilities are all of ``softmax(logits / temperature)``,
 with no other processor (Huang et al. 2024, arXiv 2403.17031).

@@ -85,15 +85,11 @@ def sample(
 
     with torch.no_grad():
         run = _decode if explainer.split else _generate
-        rollout = run(explainer, prompts, settings, choose, value_head or _no_value)
+        rollout = run(explainer, prompts, settings, choose, value_head or torch.zeros_like)
     rollout.ended = ((rollout.response == explainer.eos_id) & rollout.mask).any(-1)
     said = zip(rollout.response, rollout.mask)
     rollout.texts = [decode(explainer, row[keep]) for row, keep in said]
     return rollout
-
-
-def _no_value(hidden: Tensor) -> Tensor:
-    return hidden.new_zeros(*hidden.shape[:-1], 1, dtype=torch.float32)
 
 
 def decode(explainer: Explainer, ids: Tensor) -> str:
@@ -146,8 +142,7 @@ def explain(
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     """Sample a token a row by inverse CDF: logprobs (B, V), uniform (B,) in [0, 1) -> ids (B,).
 
-    Ten times as fast as ``torch.multinomial`` for 32 rows of V = 49,152 on a CPU. The cumulative
-    sum is in float64, so that no probability above 1e-16 is lost.
+    Ten times as fast as ``torch.multinomial`` for 32 rows of V = 49,152 on a CPU; exact to 1e-16.
     """
     cdf = logprobs.double().exp().cumsum(-1)
     ids = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)
@@ -179,7 +174,7 @@ def _decode(
         response[alive, t] = torch.where(going, token, explainer.pad_id)
         mask[alive, t] = going
         logprobs[alive, t] = torch.where(going, _of(token, logp), 0.0)
-        values[alive, t] = torch.where(going, value(h)[:, 0], 0.0)
+        values[alive, t] = torch.where(going, value(h)[:, 0].float(), 0.0)
         ended[alive] |= token == explainer.eos_id
         left = tokens - 1 - t
         if left == 0 or ended.all():
@@ -207,31 +202,26 @@ def _read(
     its padding between the common beginning and the rest.
     """
     device = explainer.device
-    lengths = list(map(len, prompts))
-    common = commonprefix(prompts)[: min(lengths) - 1] if len(prompts) > 1 else []
-    n, width = len(common), max(lengths)
-    ids, mask = left_pad([p[n:] for p in prompts], explainer.pad_id, device)
-    mask = F.pad(mask, (n, 0), value=True)
-    cache = Cache(explainer, 1 if n else len(prompts), room)
-    first = None
-    if n:
-        beginning, ones = torch.tensor([common], device=device), mask[:1, :n]
+    common = commonprefix(prompts)[: min(map(len, prompts)) - 1] if len(prompts) > 1 else []
+    ids, mask = left_pad([p[len(common) :] for p in prompts], explainer.pad_id, device)
+    mask = F.pad(mask, (len(common), 0), value=True)
+    cache = Cache(explainer, 1 if common else len(prompts), room)
+    states = []
+    if common:
+        beginning, ones = torch.tensor([common], device=device), mask[:1, : len(common)]
         first = explainer.trunk(beginning, ones, cache)
         explainer.top(first, ones, cache)
         cache.take(torch.zeros(len(prompts), dtype=torch.long, device=device))
+        states = [first.expand(len(prompts), -1, -1)]
     rest = explainer.trunk(ids, mask, cache)
     h = explainer.top(rest, mask, cache)[:, -1]
-    states = rest.new_zeros(len(prompts), room - 1, rest.shape[-1])
-    for row, length in enumerate(lengths):
-        start = width - length
-        if first is not None:
-            states[row, start : start + n] = first[0]
-        states[row, start + n : width] = rest[row, n - length :]
+    order = mask.long().argsort(dim=1, stable=True)  # padding first
+    states = torch.cat([*states, rest], 1)
+    states = states.gather(1, order[..., None].expand_as(states))
+    states = F.pad(states, (0, 0, 0, room - 1 - states.shape[1]))
     repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
     cache.take(repeat)
-    padding = width - torch.tensor(lengths, device=device)[:, None]
-    prompt_mask = torch.arange(width, device=device) >= padding
-    return h[repeat], prompt_mask[repeat], states[repeat], mask[repeat], cache
+    return h[repeat], mask.gather(1, order)[repeat], states[repeat], mask[repeat], cache
 
 
 class Cache:
@@ -293,5 +283,7 @@ def _generate(
     logprobs = torch.zeros(response.shape, device=ids.device)
     for row in range(len(ids)):  # a row at a time: the logits of a whole batch may not fit
         logprobs[row] = _of(response[row], explainer.log_softmax(hidden[row], settings.temperature))
-    values, logprobs = (x.masked_fill(~mask, 0.0) for x in (value(hidden)[..., 0], logprobs))
+    values, logprobs = (
+        x.masked_fill(~mask, 0.0) for x in (value(hidden)[..., 0].float(), logprobs)
+    )
     return Rollout(prompt_mask, response, mask, logprobs, values, states, mask[:, 0], [])

@@ -8,12 +8,11 @@ How a title is recognised (longest match first, left to right, over words; punct
 * other titles of several words: capitalised as in the catalogue, ``SMALL`` words apart
   ("The Game", not "the game");
 * one word: capitalised, alone (no capitalised neighbour: "Michael Bay" is not "Michael"), and not
-  merely the first word of a sentence, unless what follows shows a title ("Fargo is", '"Heat"',
-  "Twister (1996)").
+  merely the first word of a sentence, unless what follows shows a title ("Fargo is", '"Heat"').
 
-Besides its full form a title answers to its form without a parenthesis, the parenthesis itself, the
-part before a colon (two words or more) and the form without a leading article. A form that fits
-several titles ("Star Trek") means any of them; a genre word is never a title.
+A title answers to its form without a parenthesis, the parenthesis itself, the part before a colon
+(two words or more) and the form without a leading article, too. A form that fits several titles
+("Star Trek") means any of them; a genre word is never a title.
 """
 
 import re
@@ -66,11 +65,11 @@ class Claims(NamedTuple):
     titles: tuple[frozenset[str], ...] = ()  # a mention: the catalogue titles that it may mean
     genres: tuple[str, ...] = ()  # named as in the catalogue
     years: tuple[int, ...] = ()  # four-digit years outside titles
-    # Proper names that are no title, people and invented titles alike: two capitalised words or
-    # more, or one after "by", "liked" and their like, or after a title and "and".
+    # Names that are no title, people and invented titles alike: two capitalised words or more, or
+    # one after "by", "liked" and their like, or after a title and "and".
     people: tuple[str, ...] = ()
-    # How far the words outside titles and genres are running English, in [0, 1]: 1 if a quarter of
-    # them, and three different ones, are function words. A list of true keywords has 0.
+    # How far the words outside titles and genres are running English: 1 if a quarter of them, and
+    # three different ones, are function words. A list of true keywords has 0.
     prose: float = 0.0
 
 
@@ -102,11 +101,9 @@ def distinct_share(tokens: list[str], n: int) -> float:
 
 
 class Catalogue:
-    """The titles and genres a text can name.
+    """The titles and genres a text can name, as in the item table ("The Rock", "Sci-Fi").
 
-    Args:
-        titles: every title of the item table, article first ("The Rock").
-        genres: genre names ("Sci-Fi"); forms such as "comedies" or "science fiction" are known.
+    Forms of the genres such as "comedies" or "science fiction" are known.
     """
 
     def __init__(self, titles: Iterable[str], genres: Iterable[str]):
@@ -118,7 +115,7 @@ class Catalogue:
         self.forms: dict[tuple[str, ...], tuple] = _title_forms(sorted(self.titles))
         for genre in self.genres:
             for form in (genre, genre + "s", *GENRE_FORMS.get(genre, ())):
-                self.forms[_lower(_split(form))] = ((), genre)
+                self.forms[tuple(map(str.lower, _split(form)))] = ((), genre)
         self.forms.pop((), None)
         self.lengths: dict[str, list[int]] = {}  # first word -> lengths of its forms, longest first
         for key in sorted(self.forms, key=len, reverse=True):
@@ -169,27 +166,20 @@ class Catalogue:
         foreign = sum(mention.isdisjoint(genres_of) for mention in others)
         wrong_years = len(said.years) - right_year
         return Verdict(
-            title=title,
-            history=len(named),
-            genres=len(said.genres) - len(false),
-            foreign_titles=foreign,
-            wrong_genres=len(wrong),
-            wrong_years=wrong_years,
-            people=len(said.people),
-            all_history=len(genres_of),
+            title=title, history=len(named), genres=len(said.genres) - len(false),
+            foreign_titles=foreign, wrong_genres=len(wrong), wrong_years=wrong_years,
+            people=len(said.people), all_history=len(genres_of),
             all_genres=len(real_genres(record)),
             supported=title + len(named) + supported + right_year,
             unsupported=foreign + len(wrong) + wrong_years + len(said.people),
-        )
+        )  # fmt: skip
 
     def _facts(self, record: Record) -> tuple[str, set[str], dict[str, list[str]]]:
         """The record's title, its genres, and the genres of each history title."""
         genres_of = dict(zip(record["history_titles"], record["history_genres"], strict=True))
         for title in {record["title"], *genres_of} - self.titles:
-            raise ValueError(
-                f"record of user {record['user']}: title {title!r} is not in the catalogue; "
-                "build it from the same item table"
-            )
+            remedy = "is not in the catalogue; build it from the same item table"
+            raise ValueError(f"record of user {record['user']}: title {title!r} {remedy}")
         return record["title"], set(record["genres"]), genres_of
 
 
@@ -202,10 +192,6 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple("and" if w == "&" else w for w in _TOKEN.findall(text.replace("_", " ")))
 
 
-def _lower(key: Iterable[str]) -> tuple[str, ...]:
-    return tuple(word.lower() for word in key)
-
-
 def _title_forms(titles: list[str]) -> dict[tuple[str, ...], tuple]:
     """Lower-case forms of the titles; a full form has precedence over a shorter one."""
     exact: dict[tuple[str, ...], tuple] = {}
@@ -215,9 +201,10 @@ def _title_forms(titles: list[str]) -> dict[tuple[str, ...], tuple]:
         head = _split(plain.split(":")[0])
         shorter = [_split(inner) for inner in _PAREN.findall(title) if not inner.isdigit()]
         shorter += [_split(_ARTICLE.sub("", plain, count=1)), head if len(head) > 1 else ()]
-        for forms, spelt in ((exact, [_split(title), _split(plain)]), (alias, shorter)):
-            for form in spelt:
-                forms.setdefault(_lower(form), (_capitals(form), set()))[1].add(title)
+        for forms, spellings in ((exact, [_split(title), _split(plain)]), (alias, shorter)):
+            for spelt in spellings:
+                key = tuple(map(str.lower, spelt))
+                forms.setdefault(key, (_capitals(spelt), set()))[1].add(title)
     return {key: (needed, frozenset(named)) for key, (needed, named) in (alias | exact).items()}
 
 
