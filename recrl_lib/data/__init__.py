@@ -3,14 +3,9 @@
 Imports only ``assets``, ``runs``, ``params``, ``progress`` and ``paths``. A loader is
 ``read(folder, skipped) -> Raw``; ``tables.assemble`` filters and numbers what it has read. Titles
 are untrusted text, so loaders pass them through ``sanitise_text``. Bad rows are left out and
-counted by kind, and too many of them stop the run; the kinds::
-
-    cut last line           the file ends in the middle of a row
-    broken gzip             damaged: stops the run, since nobody can count what is lost behind it
-    not UTF-8, bad JSON, bad quoting, wrong number of fields, missing field, unparsable field
-    duplicate               a second row of the same user and item, or of the same item in items
-    item without metadata   an interaction with an item that has no row in the items table
-    user with fewer than 3 events   counted in users; leave-one-out cannot split them
+counted by kind, and too many of them stop the run. A "duplicate" is a second row of a user and
+item, or of an item in items; an "item without metadata" has no row in items; of a "user with fewer
+than 3 events" users are counted.
 """
 
 import hashlib
@@ -74,10 +69,9 @@ def folder_of(name: str, data_dir: str = "") -> Path:
     if name in assets.ORIGINS:
         return assets.origin_folder(name)
     needed = steam.FILE if name == "steam-200k" else "interactions.csv and items.csv (or .parquet)"
-    raise ValueError(
-        f"dataset={name!r} is not fetched: set data_dir to the folder with {needed}, for example "
-        f"make all DATASET={name} DATA_DIR=path"
-    )
+    remedy = f"set data_dir to the folder with {needed}"
+    example = f"make all DATASET={name} DATA_DIR=path"
+    raise ValueError(f"dataset={name!r} is not fetched: {remedy}, for example {example}")
 
 
 def _sha256(path: Path) -> str:

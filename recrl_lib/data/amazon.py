@@ -1,8 +1,8 @@
 """Amazon Books reviews of 2014, 2018 and 2023 (McAuley lab): fantasy and romance books.
 
 Two files of JSON lines, plain or gzip. The metadata say which books are fantasy or romance; of the
-reviews only those of such books are kept. ``FIELDS`` lists what fields are called in the years.
-``categories`` of 2014 are lists in a list, and its lines of metadata are Python literals.
+reviews only those of such books are kept. ``categories`` of 2014 are lists in a list, and its lines
+of metadata are Python literals.
 """
 # pyarrow.compute makes its functions at import, so pyright does not know them.
 # pyright: reportAttributeAccessIssue=false
@@ -12,6 +12,7 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ METADATA = [f"meta_Books.{kind}{suffix}" for kind in ("jsonl", "json") for suffi
 GENRES = {"fantasy", "romance"}  # "Science Fiction & Fantasy" is another category
 # In the nature of the data: people review a book twice; metadata lack books, titles, categories.
 NORMAL = frozenset(("duplicate", "item without metadata", "metadata without a title"))
-FIELDS = {
+FIELDS = {  # what they are called in one year or another
     "user": ("reviewerID", "user_id", pa.string()),
     "item": ("parent_asin", "asin", pa.string()),
     "time": ("unixReviewTime", "timestamp", pa.int64()),  # seconds, milliseconds
@@ -39,9 +40,7 @@ FIELDS = {
 }
 _SCHEMA = pa.schema({name: kind for *names, kind in FIELDS.values() for name in names})
 _PARSE = pj.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore")
-_AUTHOR = re.compile(
-    r"^Visit Amazon's (.*) Page$|\s*\((?:Author|Editor|Illustrator)\).*$", re.DOTALL
-)
+_AUTHOR = re.compile(r"(?s)^Visit Amazon's (.*) Page$|\s*\((?:Author|Editor|Illustrator)\).*$")
 
 
 def read(folder: Path, skipped: Skipped) -> Raw:
@@ -49,27 +48,25 @@ def read(folder: Path, skipped: Skipped) -> Raw:
     path = find(folder, REVIEWS)
     items, known = metadata(find(folder, METADATA), skipped)
     parts = []
-    for number, block in blocks(path, skipped):
-        table = pd.concat(_reviews(block, number, path, skipped), ignore_index=True)
-        index, names = pd.factorize(table["item"])  # each id of the block once
-        ids = pd.Index(names)
-        unknown = ~_contained(known, ids)[index]
-        skipped.add("item without metadata", path, table["line"].to_numpy()[unknown])
-        parts.append(table.loc[ids.isin(items["raw"].to_list())[index]])
+    reviews = (_reviews(text, number, path, skipped) for number, text in blocks(path, skipped))
+    for table in chain.from_iterable(reviews):
+        index, names = pd.factorize(table["item"])  # each id once
+        keys = np.array([raw.encode() for raw in names], bytes)
+        found = known[np.searchsorted(known, keys).clip(max=len(known) - 1)] == keys
+        skipped.add("item without metadata", path, table["line"].to_numpy()[~found[index]])
+        parts.append(table.loc[pd.Index(names).isin(items["raw"].to_list())[index]])
     skipped.check(path)
     if not sum(map(len, parts)):
-        raise ValueError(
-            f"{path}: no review of a fantasy or romance book; do the reviews and the metadata "
-            "belong together?"
-        )
+        lack = f"{path}: no review of a fantasy or romance book"
+        raise ValueError(f"{lack}; do the reviews and the metadata belong together?")
     table = pd.concat(parts, ignore_index=True)
-    wanted = "books in a category fantasy or romance"
-    info = {"n_reviews": skipped.rows[path], "n_books": len(known), "filter": wanted}
+    info = {"n_reviews": skipped.rows[path], "n_books": len(known)}
+    info["filter"] = "books in a category fantasy or romance"
     return Raw(path, table, items, f"Amazon Books reviews, {path.name}", "book", info=info)
 
 
 def _reviews(text: bytes, number: int, path: Path, skipped: Skipped) -> Iterator[pd.DataFrame]:
-    """The usable reviews of ``text``, whose first line is ``number``.
+    """Yield the usable reviews of ``text``, whose first line is ``number``.
 
     Arrow reads a text whole or not at all, so one that it refuses is halved until the odd line is
     alone and can be counted.
@@ -84,7 +81,7 @@ def _reviews(text: bytes, number: int, path: Path, skipped: Skipped) -> Iterator
     skipped.rows[path] += n_lines
     if table is None:
         skipped.add(_kind(text), path, number)
-        table = _SCHEMA.empty_table()
+        return
     columns = {
         name: pc.coalesce(table[a], table[b]).combine_chunks() for name, (a, b, _) in FIELDS.items()
     }
@@ -148,10 +145,8 @@ def metadata(path: Path, skipped: Skipped) -> tuple[pd.DataFrame, np.ndarray]:
 
     items = catalogue(books(), path, skipped)
     if items.empty:
-        raise ValueError(
-            f"{path}: no book of the metadata is in a category called fantasy or romance; is this "
-            "the metadata of Books?"
-        )
+        lack = f"{path}: no book of the metadata is in a category called fantasy or romance"
+        raise ValueError(f"{lack}; is this the metadata of Books?")
     return items, np.unique(np.array(ids))
 
 
@@ -161,22 +156,16 @@ def _records(path: Path, skipped: Skipped) -> Iterator[tuple[int, dict[str, Any]
         skipped.rows[path] += len(lines)
         for n, line in enumerate(lines, number):
             try:
-                record = _literal(line.decode("utf-8"))
-                if not isinstance(record, dict):
-                    raise SyntaxError
-                yield n, record
+                text = line.decode("utf-8")
+                try:
+                    record = json.loads(text)
+                except json.JSONDecodeError:
+                    record = ast.literal_eval(text.strip())  # as in 2014; never evaluated
+                yield n, dict(record.items())
             except UnicodeDecodeError:
                 skipped.add("not UTF-8", path, n)
-            except (ValueError, SyntaxError, RecursionError):
+            except (ValueError, SyntaxError, RecursionError, AttributeError):
                 skipped.add("bad JSON", path, n)
-
-
-def _literal(line: str) -> Any:
-    """A line of JSON, or, as in 2014, a Python literal (read, never evaluated)."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return ast.literal_eval(line.strip())
 
 
 def _categories(record: dict[str, Any]) -> list[str]:
@@ -195,9 +184,3 @@ def _author(record: dict[str, Any]) -> str:
 
 def _plain(text: Any) -> str:
     return sanitise_text(html.unescape(text)) if isinstance(text, str) else ""
-
-
-def _contained(known: np.ndarray, ids: pd.Index) -> np.ndarray:
-    """(n,) bool: which of ``ids`` the sorted bytes ``known`` hold."""
-    keys = np.array([raw.encode() for raw in ids], bytes)
-    return known[np.searchsorted(known, keys).clip(max=len(known) - 1)] == keys

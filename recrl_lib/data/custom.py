@@ -22,15 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recrl_lib.data.reading import Rows, find, parse_texts, usable
-from recrl_lib.data.tables import (
-    Raw,
-    Skipped,
-    catalogue,
-    parse_numbers,
-    parse_times,
-    sanitise_text,
-)
+from recrl_lib.data import tables
+from recrl_lib.data.reading import Rows, find, usable
+from recrl_lib.data.tables import Raw, Skipped, sanitise_text
 
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 WHOLE = r"(?:0|[1-9]\d{0,17})(?:\.0+)?"
@@ -39,11 +33,15 @@ WHOLE = r"(?:0|[1-9]\d{0,17})(?:\.0+)?"
 def _ratings(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Numbers, NaN where blank."""
     blank = pc.equal(texts, "")
-    rating, good = parse_numbers(pc.if_else(blank, "0", texts))
+    rating, good = tables.parse_numbers(pc.if_else(blank, "0", texts))
     return np.where(blank, np.nan, rating), good
 
 
-INTERACTIONS = {"user": parse_texts, "item": parse_texts, "time": parse_times, "rating": _ratings}
+def _ids(texts: pa.Array) -> tuple[list[str], bool]:
+    return texts.to_pylist(), True
+
+
+INTERACTIONS = {"user": _ids, "item": _ids, "time": tables.parse_times, "rating": _ratings}
 ITEMS = ("item", "title", "year", "genres")
 NEEDS = (*INTERACTIONS, *ITEMS[1:])
 
@@ -67,7 +65,7 @@ def read(folder: Path, skipped: Skipped, names: dict[str, str]) -> Raw:
     if "time" not in table:
         table.insert(2, "time", table["line"] * 1000)
         order = "file order: no time column was named"
-    items = catalogue(_items(items_path, skipped, names), items_path, skipped)
+    items = tables.catalogue(_items(items_path, skipped, names), items_path, skipped)
     items["raw"], table["item"] = _numbers([items["raw"], table["item"]])
     (table["user"],) = _numbers([table["user"]])
     return Raw(path, table, items, f"own data, {path.name}", "item", order=order)
@@ -105,10 +103,9 @@ def _numbers(columns: list[Any]) -> list[Any]:
     return [column.astype(np.int64) for column in plain] if same else columns
 
 
-Chunks = Iterator[tuple[np.ndarray, dict[str, pa.Array]]]
-
-
-def _chunks(path: Path, skipped: Skipped, wanted: dict[str, str], optional: set[str]) -> Chunks:
+def _chunks(
+    path: Path, skipped: Skipped, wanted: dict[str, str], optional: set[str]
+) -> Iterator[tuple[np.ndarray, dict[str, pa.Array]]]:
     """Yield (line or row numbers (n,), {need: n texts}); ``wanted``: {need: name of its column}."""
     if path.suffix == ".parquet":
         fields = _parquet(path, wanted, optional)
@@ -169,8 +166,8 @@ def _columns(
             hint = f"set {need}_column to one of these"
             if near:
                 hint = f"did you mean {lower[near[0]]!r}? Set {need}_column={lower[near[0]]}"
-            if need in optional:
-                hint += f", or leave {need}_column empty to do without"
+            without = f", or leave {need}_column empty to do without" * (need in optional)
             lack = f"{path}: no column {name!r} for {need}_column"
-            raise ValueError(f"{lack}; the columns are {', '.join(map(repr, names))}; {hint}")
+            there = ", ".join(map(repr, names))
+            raise ValueError(f"{lack}; the columns are {there}; {hint}{without}")
     return found

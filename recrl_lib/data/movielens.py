@@ -22,7 +22,8 @@ HEADERS = {
     "ml-100k.item": "item_id:token movie_title:token_seq release_year:token class:token_seq",
     "ml-100k.user": "user_id:token age:token gender:token occupation:token zip_code:token",
 }
-ORIGIN = (("u.data", 4, "\t"), ("u.item", 24, "|"), ("u.user", 5, "|"))  # name, width, separator
+# Name, names of as many columns, separator.
+ORIGIN = [("u.data", [""] * 4, "\t"), ("u.item", [""] * 24, "|"), ("u.user", [""] * 5, "|")]
 GENRES = (  # u.item's last 19 columns, in their order
     "unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|Film-Noir"
     "|Horror|Musical|Mystery|Romance|Sci-Fi|Thriller|War|Western"
@@ -51,13 +52,11 @@ def read_100k(folder: Path, skipped: Skipped) -> Raw:
     Raises ``ValueError`` also for a rating by a user without a row.
     """
     form = {"quoted": False}
+    files = [(name, header.split(), "\t") for name, header in HEADERS.items()]
+    source, film = "RecBole atomic files", lambda title, year, genres: (title, year, genres.split())
     if (folder / "u.data").is_file():
-        files = [(name, [""] * width, separator) for name, width, separator in ORIGIN]
-        source, film = "GroupLens", _origin_film
+        files, source, film = ORIGIN, "GroupLens", _origin_film
         form |= {"has_header": False, "encoding": "latin-1"}
-    else:
-        files = [(name, header.split(), "\t") for name, header in HEADERS.items()]
-        source, film = "RecBole atomic files", _atomic_film
     ratings, films, people = (
         Rows(folder / name, skipped, names, separator=separator, **form)
         for name, names, separator in files
@@ -74,10 +73,6 @@ def read_100k(folder: Path, skipped: Skipped) -> Raw:
             "fetch both files again, from one source"
         )
     return Raw(ratings.path, table, items, f"MovieLens 100K, {source}", "film", users)
-
-
-def _atomic_film(title: str, year: str, genres: str) -> tuple[str, str, list[str]]:
-    return title, year, genres.split()
 
 
 def _origin_film(title: str, *fields: str) -> tuple[str, str, list[str]]:

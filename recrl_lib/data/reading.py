@@ -29,13 +29,8 @@ SEPARATORS = (",", ";", "\t")
 Parser = Callable[[pa.Array], tuple[Any, Any]]
 
 
-def parse_texts(texts: pa.Array) -> tuple[list[str], bool]:
-    """The texts as they are."""
-    return texts.to_pylist(), True
-
-
 def parse_titles(texts: pa.Array) -> tuple[list[str], bool]:
-    """The texts, sanitised."""
+    """The texts, sanitised; all are usable."""
     return [sanitise_text(text) for text in texts.to_pylist()], True
 
 
@@ -120,24 +115,16 @@ def _inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 @dataclass
 class Rows:
-    """The rows of a CSV file in chunks of columns; bad rows are counted and left out.
-
-    Args:
-        names: of the columns, which line 1 must have; empty: they are read from line 1.
-        has_header: False if line 1 is data already; ``names`` then says how many columns there are.
-        separator: "" takes the one of ``SEPARATORS`` that divides line 1 most.
-        quoted: whether quotes have a meaning.
-        terminated: the format ends every line, so a last line without newline was cut.
-    """
+    """The rows of a CSV file in chunks of columns; bad rows are counted and left out."""
 
     path: Path
     skipped: Skipped
-    names: Sequence[str] = ()
-    has_header: bool = True
-    separator: str = ","
-    quoted: bool = True
+    names: Sequence[str] = ()  # of the columns, as line 1 must have them; empty: read from line 1
+    has_header: bool = True  # else ``names`` says how many columns there are
+    separator: str = ","  # "": the one of ``SEPARATORS`` that divides line 1 most
+    quoted: bool = True  # whether quotes have a meaning
     encoding: str = "utf-8"
-    terminated: bool = True
+    terminated: bool = True  # the format ends every line, so a last one without newline was cut
 
     def __post_init__(self):
         self._blocks = blocks(self.path, self.skipped, self.quoted)
@@ -168,15 +155,10 @@ class Rows:
 
     def frame(self, parsers: dict[str, Parser]) -> pd.DataFrame:
         """The first columns, named and parsed, and ``line``; see ``usable``."""
-        parts = [
-            usable(
-                {name: (column, parsers[name]) for name, column in zip(parsers, columns)},
-                lines,
-                self.path,
-                self.skipped,
-            )
-            for lines, columns in self
-        ]
+        parts = []
+        for lines, columns in self:
+            named = dict(zip(parsers, zip(columns, parsers.values())))
+            parts.append(usable(named, lines, self.path, self.skipped))
         return pd.concat(parts, ignore_index=True)
 
     def records(self) -> Iterator[tuple]:
@@ -224,16 +206,15 @@ class Rows:
             return "skip"
 
         names = [str(n) for n in range(len(self.names))]
+        size, quote = len(text) + 1, '"' if self.quoted else False
+        parsing = pacsv.ParseOptions(
+            delimiter=self.separator, quote_char=quote, newlines_in_values=self.quoted
+        )
+        parsing.ignore_empty_lines, parsing.invalid_row_handler = False, refuse
         table = pacsv.read_csv(
             pa.BufferReader(text),
-            pacsv.ReadOptions(use_threads=False, block_size=len(text) + 1, column_names=names),
-            pacsv.ParseOptions(
-                delimiter=self.separator,
-                quote_char='"' if self.quoted else False,
-                newlines_in_values=self.quoted,
-                ignore_empty_lines=False,
-                invalid_row_handler=refuse,
-            ),
+            pacsv.ReadOptions(use_threads=False, block_size=size, column_names=names),
+            parsing,
             pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
         )
         return [column.combine_chunks() for column in table.columns], wrong

@@ -31,9 +31,7 @@ class Split:
     def with_valid(self) -> list[np.ndarray]:
         """Histories known when the test item is predicted."""
         known = [np.append(items, last) for items, last in zip(self.train, self.valid)]
-        if not self.between:
-            return known
-        return [np.concatenate(parts) for parts in zip(known, self.between)]
+        return list(map(np.append, known, self.between)) if self.between else known
 
     @property
     def training(self) -> list[np.ndarray]:
@@ -64,19 +62,17 @@ def split(interactions: pd.DataFrame, n_users: int, kind: str) -> Split:
         cuts = [(len(items) - 2, len(items) - 1) for items in sequences]
         lack = f"fewer than {MIN_EVENTS} events"
         remedy = "drop those users first, for example with a 5-core filter"
-    rows = [(items, *cut) for items, cut in zip(sequences, cuts)]
-    wrong = [n for n, (items, a, b) in enumerate(rows[:n_users]) if not 0 < a < b < len(items)]
-    if wrong:
-        raise ValueError(
-            f"interactions: {len(wrong)} of {n_users} users have {lack} (first: user {wrong[0]}); "
-            f"{remedy}"
-        )
+    parts = [(items, *cut) for items, cut in zip(sequences, cuts)]
+    own, others = parts[:n_users], parts[n_users:]
+    if wrong := [user for user, (s, a, b) in enumerate(own) if not 0 < a < b < len(s)]:
+        where = f"{len(wrong)} of {n_users} users have {lack} (first: user {wrong[0]})"
+        raise ValueError(f"interactions: {where}; {remedy}")
     return Split(
-        train=[s[:a] for s, a, _ in rows[:n_users]],
-        valid=np.array([s[a] for s, a, _ in rows[:n_users]]),
-        test=np.array([s[b] for s, _, b in rows[:n_users]]),
-        between=tuple(s[a + 1 : b] for s, a, b in rows[:n_users]),
-        others=tuple(s[:a] for s, a, _ in rows[n_users:] if a),
+        train=[s[:a] for s, a, _ in own],
+        valid=np.array([s[a] for s, a, _ in own]),
+        test=np.array([s[b] for s, _, b in own]),
+        between=tuple(s[a + 1 : b] for s, a, b in own),
+        others=tuple(s[:a] for s, a, _ in others if a),
     )
 
 
@@ -88,10 +84,9 @@ def time_cuts(interactions: pd.DataFrame) -> tuple[int, int]:
 
 
 def evaluable(interactions: pd.DataFrame, n_users: int) -> np.ndarray:
-    """(n_users,) bool: users with an event in each period of the global-time split."""
-    period = np.searchsorted(time_cuts(interactions), interactions["time"])
+    """(n_users,) bool: who has an event in each period of a global-time split."""
     met = np.zeros((n_users, 3), bool)
-    met[interactions["user"], period] = True
+    met[interactions["user"], np.searchsorted(time_cuts(interactions), interactions["time"])] = True
     return met.all(axis=1)
 
 
@@ -102,10 +97,10 @@ def split_users(
     n_ppo, n_validation = round(ppo_share * n_users), round(validation_share * n_users)
     n_heldout = n_users - n_ppo - n_validation
     if min(n_ppo, n_validation, n_heldout) < 1:
+        shares = f"ppo_users={ppo_share} and validation_users={validation_share} of {n_users} users"
         raise ValueError(
-            f"ppo_users={ppo_share} and validation_users={validation_share} of {n_users} users "
-            f"leave one of three groups empty ({n_ppo}, {n_validation}, {max(n_heldout, 0)} held "
-            "out): change the shares, or give more users"
+            f"{shares} leave one of three groups empty ({n_ppo}, {n_validation}, "
+            f"{max(n_heldout, 0)} held out): change the shares, or give more users"
         )
     shuffled = np.random.default_rng(seed).permutation(n_users)
     return tuple(np.sort(part) for part in np.split(shuffled, [n_ppo, n_ppo + n_validation]))

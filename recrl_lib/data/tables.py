@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ SHORT_USER = f"user with fewer than {MIN_EVENTS} events"
 BROKEN = "broken gzip"
 
 _TOKEN = re.compile(r"<\|.*?\|>|<\||\|>|</?(?:s|pad|unk|bos|eos)>")
-# Control characters but white space, surrogates, and what overrides the direction of writing.
-# Joiners stay: Persian words and emoji need them.
+# Control characters but white space, surrogates, and what overrides the direction of writing;
+# joiners stay: Persian words and emoji need them.
 _HIDDEN = re.compile(
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -36,19 +37,14 @@ _NUMBER = {
 }
 
 _COUNT, _ITEM, _TEXT = Column("int64", Check.ge(0)), Column("int64", Check.ge(1)), Column(str)
-_RATING = Column("float64", nullable=True, required=False)
+_COLUMNS = {"user": _COUNT, "item": _ITEM, "time": Column("int64"), "year": _COUNT, "age": _COUNT}
+_COLUMNS["rating"] = Column("float64", nullable=True, required=False)
 INTERACTIONS, ITEMS, USERS = (
-    DataFrameSchema(columns, unique=key, strict=True)
-    for key, columns in (
-        (
-            ["user", "item"],
-            {"user": _COUNT, "item": _ITEM, "time": Column("int64"), "rating": _RATING},
-        ),
-        (
-            ["item"],
-            {"item": _ITEM, "title": _TEXT, "year": _COUNT, "genres": _TEXT, "text": _TEXT},
-        ),
-        (["user"], {"user": _COUNT, "gender": _TEXT, "age": _COUNT}),
+    DataFrameSchema({name: _COLUMNS.get(name, _TEXT) for name in names}, unique=key, strict=True)
+    for key, names in (
+        (["user", "item"], ("user", "item", "time", "rating")),
+        (["item"], ("item", "title", "year", "genres", "text")),
+        (["user"], ("user", "gender", "age")),
     )
 )
 
@@ -102,18 +98,15 @@ class Skipped:
                 "with the rows before the break"
             )
         if not rows:
-            remedy = "fetch it again, or name another folder with data_dir"
-            raise ValueError(f"{path}: no rows; the file is empty: {remedy}")
+            empty = f"{path}: no rows; the file is empty"
+            raise ValueError(f"{empty}: fetch it again, or name another folder with data_dir")
         if bad > self.limit * rows:
-            listed = "; ".join(
-                f"{n} x {kind} (first: {self.first[kind]})"
-                for kind, n in self.counts.items()
-                if kind not in self.normal
-            )
+            kinds = [kind for kind in self.counts if kind not in self.normal]
+            listed = (f"{self.counts[kind]} x {kind} (first: {self.first[kind]})" for kind in kinds)
             raise ValueError(
                 f"{path}: {bad} of {rows} rows are unusable, more than bad_row_limit="
-                f"{self.limit:g} allows: {listed}. Repair those lines, fetch the file again, or "
-                "raise bad_row_limit if you can do without them"
+                f"{self.limit:g} allows: {'; '.join(listed)}. Repair those lines, fetch the file "
+                "again, or raise bad_row_limit if you can do without them"
             )
 
 
@@ -167,10 +160,10 @@ def assemble(
 
     In this order: rows of items without metadata go, and of equal user-item pairs all but the
     first; rows are ordered by time, ties by file order; the latest window whose ``min_core``-core
-    has ``max_interactions`` rows is kept (0: all; ``min_core`` 1: no core filter); users with too
-    few events to be split go (leave-one-out) or move to the end (global-time). Users and items are
-    numbered in the order of their raw ids. Without a core filter, items that nobody met stay.
-    Raises ``ValueError`` if nothing is left.
+    has ``max_interactions`` rows is kept (0: all); users with too few events to be split go
+    (leave-one-out) or move to the end (global-time). Users and items are numbered in the order of
+    their raw ids. Items that nobody met stay if ``min_core`` is 1. Raises ``ValueError`` if nothing
+    is left.
     """
     rows, items = raw.interactions, raw.items.sort_values("raw", ignore_index=True)
     item = pd.Index(items["raw"]).get_indexer(rows["item"].to_list())
@@ -196,8 +189,14 @@ def assemble(
     known = (unknown if raw.users is None else raw.users).set_index("raw")
     users, extra = known.loc[raw_users[used_users]].reset_index(drop=True), {}
     if split == GLOBAL_TIME:
-        table, users, extra["n_unevaluated_users"] = _evaluable_first(table, users)
+        whole = evaluable(table, len(users))  # these users first
+        if not whole.any():
+            lack = "split='global-time': no user has events in all three periods"
+            raise ValueError(f"{lack}; use split='leave-one-out', or data with longer histories")
+        table["user"] = np.argsort(np.argsort(~whole, kind="stable"))[table["user"]]
+        users, extra = users.loc[whole], {"n_unevaluated_users": int((~whole).sum())}
     users.insert(0, "user", np.arange(len(users)))
+    users = users.reset_index(drop=True)
     info = {"source": raw.source, "noun": raw.noun, "n_users": len(users), "n_items": len(items)}
     info |= {"n_interactions": len(table), "order": raw.order, "split": split, "min_core": min_core}
     info |= extra | raw.info | {"skipped": dict(skipped.counts), "skipped_first": skipped.first}
@@ -233,21 +232,6 @@ def _splittable(
     return kept[left[user[kept]] >= MIN_EVENTS]
 
 
-def _evaluable_first(
-    table: pd.DataFrame, users: pd.DataFrame
-) -> tuple[pd.DataFrame, pd.DataFrame, int]:
-    """Users renumbered, those with events in all three periods first; how many others there are."""
-    whole = evaluable(table, len(users))
-    if not whole.any():
-        raise ValueError(
-            "split='global-time': no user has events in all three periods; use "
-            "split='leave-one-out', or data with longer histories"
-        )
-    number = np.argsort(np.argsort(~whole, kind="stable"))
-    table = table.assign(user=number[table["user"]])
-    return table, users.loc[whole].reset_index(drop=True), int((~whole).sum())
-
-
 def k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
     """Positions of the largest set of rows in which each user and each item has ``k`` or more."""
     kept = np.arange(len(user))
@@ -266,11 +250,11 @@ def latest_core(user: np.ndarray, item: np.ndarray, k: int, size: int) -> np.nda
     All rows' core if none has, or for size 0. A longer window's core contains a shorter one's, so
     the window is found by bisection.
     """
-    start, whole = 0, k_core(user, item, k)
+    whole = k_core(user, item, k)
     if not 0 < size < len(whole):
         return whole
-    shorter = range(len(user))
-    start = bisect_right(shorter, -size, key=lambda n: -len(k_core(user[n:], item[n:], k))) - 1
+    starts = range(len(user))
+    start = bisect_right(starts, -size, key=lambda n: -len(k_core(user[n:], item[n:], k))) - 1
     return start + k_core(user[start:], item[start:], k)
 
 
@@ -330,6 +314,4 @@ def parse_numbers(texts: pa.Array, kind: type = np.float64) -> tuple[np.ndarray,
     return numbers.copy(), np.array(good) & np.isfinite(numbers)
 
 
-def parse_integers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """As ``parse_numbers``, for int64."""
-    return parse_numbers(texts, np.int64)
+parse_integers = partial(parse_numbers, kind=np.int64)

@@ -70,8 +70,8 @@ def test_ml_100k_by_hand(tmp_path, end):
         "rating": [4.0, 1.0, 5.0, 2.5, 3.0, 1.0],
     }
     assert data.interactions.dtypes.astype(str).to_dict() == INTS | {"rating": "float64"}
-    assert data.info["skipped"] == {} and data.info["skipped_first"] == {}
-    assert (data.info["n_users"], data.info["n_items"], data.info["n_interactions"]) == (2, 4, 6)
+    sizes = {"n_users": 2, "n_items": 4, "n_interactions": 6, "skipped": {}, "skipped_first": {}}
+    assert sizes.items() <= data.info.items()
     assert data.info["sha256"] == sha256_file(tmp_path / "ml-100k.inter")
     upper = load("ml-100k", tmp_path, item_case="upper").items
     assert upper["text"].tolist() == [text.upper() for text in data.items["text"]]
@@ -85,8 +85,7 @@ def test_times_do_not_pass_through_float32_and_ties_keep_the_order_of_the_file(t
     assert data.interactions["time"].tolist() == sorted(times.values())
     order = np.random.default_rng(0).permutation(500)
     ratings = [f"{u}\t{item}\t4\t{7 - u % 2}" for item in (10, 2, 7) for u in order]
-    users = [f"{u}\t1\tF\t\t" for u in range(500)]
-    data = load("ml-100k", atomic(tmp_path, ratings, users))
+    data = load("ml-100k", atomic(tmp_path, ratings, many(500)[1]))
     odd, even = order[order % 2 == 1], order[order % 2 == 0]
     assert data.interactions["user"].tolist() == [*odd] * 3 + [*even] * 3
 
@@ -207,8 +206,7 @@ def csv(folder, ratings=ML_RATINGS, movies=MOVIES, encoding="utf-8"):
     return write(folder, {n: text.replace("\n", "\r\n") for n, text in files.items()}, encoding)
 
 
-@pytest.mark.parametrize("name", ["ml-25m", "ml-32m", "ml-latest-small"])
-def test_movielens(tmp_path, name):
+def test_movielens(tmp_path, name="ml-25m"):
     data = load(name, csv(tmp_path))
     assert data.items["title"].tolist() == [
         *("Pulp Fiction", "Three Colors: Red (Trois couleurs: Rouge)"),

@@ -23,8 +23,7 @@ def test_leave_one_out_by_hand():
 
 def test_leave_one_out_refuses_short_users():
     rows = frame([(0, 1, 0), (0, 2, 1), (0, 3, 2), (1, 1, 3), (1, 2, 4)])
-    message = r"2 of 3 users have fewer than 3 events \(first: user 1\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"2 of 3 users have fewer than 3 .* \(first: user 1\)"):
         splits.split(rows, 3, "leave-one-out")
 
 

@@ -89,27 +89,17 @@ def test_assembling_by_hand():
     assert data.items["title"].tolist() == ["T7", "T8", "T9"]
 
 
-WHOLE = [(u, i, 3 + u) for u in (1, 2) for i in (7, 8, 9)]
-TAKEN = [(9, 7, 0)] * 3  # one event and two duplicates: a core filter takes the user first
-LEFT = [(8, 7, 1), (8, 8, 1)]  # too few before the filter and after it: counted once
-MADE = [(3, i, 9) for i in (7, 8, 6)]  # of three, the filter takes that with item 6
-
-
-@pytest.mark.parametrize(
-    "rows, count, line",
-    [
-        (TAKEN + LEFT + WHOLE + MADE, 3, 2),
-        (WHOLE + MADE + LEFT, 2, 8),
-        (WHOLE + LEFT + MADE, 2, 8),
-        (WHOLE, 0, 0),
-    ],
-)
-def test_short_users_are_those_of_the_input_and_those_that_the_filters_make(rows, count, line):
-    data = assembled(rows, skipped := Skipped(1.0), (6, 7, 8, 9), min_core=2)
-    assert skipped.counts.get("user with fewer than 3 events", 0) == count
-    first = skipped.first.get("user with fewer than 3 events", "x.csv line 0")
-    assert first == f"x.csv line {line}" and data.info["n_users"] == 2
-    assert data.interactions["item"].tolist() == [1, 2, 3, 1, 2, 3]
+def test_short_users_are_those_of_the_input_and_those_that_the_filters_make():
+    whole = [(u, i, 3 + u) for u in (1, 2) for i in (7, 8, 9)]
+    taken = [(9, 7, 0)] * 3  # one event and two duplicates: a core filter takes the user first
+    left = [(8, 7, 1), (8, 8, 1)]  # too few before the filter and after it: counted once
+    made = [(3, i, 9) for i in (7, 8, 6)]  # of three, the filter takes that with item 6
+    for rows, count, line in ((taken + left + whole + made, 3, 2), (whole + made + left, 2, 8)):
+        data = assembled(rows, skipped := Skipped(1.0), (6, 7, 8, 9), min_core=2)
+        kind = "user with fewer than 3 events"
+        assert (skipped.counts[kind], skipped.first[kind]) == (count, f"x.csv line {line}")
+        assert data.info["n_users"] == 2
+        assert data.interactions["item"].tolist() == [1, 2, 3, 1, 2, 3]
 
 
 def test_without_a_filter_items_that_nobody_met_stay_and_with_one_they_go():
