@@ -5,15 +5,9 @@ import pytest
 from recrl_lib.explainer import prompts
 
 RECORD = dict(
-    user=0,
-    item=1,
-    position=1,
-    title="the",
-    year=0,
-    genres=["good"],
-    history_titles=["red", "blue"],
-    history_genres=[["good"], []],
-)
+    user=0, item=1, position=1, title="the", year=0, genres=["good"],
+    history_titles=["red", "blue"], history_genres=[["good"], []],
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -38,16 +32,9 @@ def test_records_name_the_last_of_the_history_and_the_item_at_the_position():
         items, histories, np.array([[4, 3], [2, 1]]), [(0, 1), (1, 2)], 2, "book"
     )
     assert first == dict(
-        user=0,
-        item=4,
-        position=1,
-        title="d",
-        year=3,
-        genres=["X"],
-        noun="book",
-        history_titles=["b", "c"],
-        history_genres=[[], ["Z"]],
-    )
+        user=0, item=4, position=1, title="d", year=3, genres=["X"], noun="book",
+        history_titles=["b", "c"], history_genres=[[], ["Z"]],
+    )  # fmt: skip
     assert second["item"] == 1 and second["history_titles"] == []
 
 

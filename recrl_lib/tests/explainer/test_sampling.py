@@ -80,13 +80,6 @@ def test_rows_end_at_their_first_eos_and_leave_the_batch_without_a_trace(kind):
     assert_trained_alike(explainer, rollout, 1.5)
 
 
-def test_equal_generators_give_equal_rollouts_and_new_ones_do_not():
-    explainer = tuned("top layer")
-    assert torch.equal(sample(explainer).response, sample(explainer).response)
-    other = sample(explainer, seed=1).response
-    assert not torch.equal(other[:, :3], sample(explainer).response[:, :3])
-
-
 @pytest.mark.parametrize(
     "prompts",
     [CHATS, CHATS[:1], [CHATS[0]] * 3, [[1], [1, 2]], [SYSTEM, SYSTEM + [1]]],
