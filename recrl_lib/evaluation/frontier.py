@@ -127,8 +127,9 @@ def run_point(shared: Comparison, point: Point) -> dict:
         measured = {"leak": leak(explainer, protected), **measure(shared, point)}
     # A mode that projects nothing shows its leak against the subspaces it was not held to.
     held = protected if point.mode in (*projection.PROJECTING, "restart") else {}
-    held = [(s.rank, s.energy, s.holds(grams.prompts[name])) for name, s in held.items()]
-    shares = np.mean(held or [(0, 0, 0)], axis=0).tolist()
+    prompts = grams.prompts or {}
+    inside = [(s.rank, s.energy, s.holds(prompts[name])) for name, s in held.items()]
+    shares = np.mean(inside or [(0, 0, 0)], axis=0).tolist()
     row = {**asdict(point), "curve": point.curve, **measured, "train_cpu_seconds": seconds}
     return row | dict(zip(("rank_mean", "items_inside", "explanations_inside"), shares))
 

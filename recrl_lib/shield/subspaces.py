@@ -116,7 +116,7 @@ def sensitivity_grams(
             users = torch.stack([probes[n] for n in numbers.tolist()]).to(vectors)
             scores = users * (vectors @ readout.to(vectors).T)
             slopes = torch.autograd.grad(scores.sum(), list(outputs.values()))
-            weights = dict.fromkeys(inputs, 0.0)
+            weights: dict[str, Any] = dict.fromkeys(inputs, 0.0)
             for (key, _), slope in zip(outputs, slopes):
                 weights[key] = weights[key] + slope.square().sum(-1)
             for key, weight in weights.items():
