@@ -1,18 +1,14 @@
 """Shielded PPO: reinforcement learning of the explainer's adapters, the shield in the optimizer.
 
 One iteration is ``PPO.step``; notebook 05 calls its pieces one by one. Shapes: B texts, R tokens
-a text. Masks are True on real tokens, the end token included, and every mean is over them.
-Choices where public trainers differ (Huang et al. 2024, arXiv 2403.17031):
+a text; masks are True on real tokens, the end token included. Choices where public trainers differ
+(Huang et al. 2024, arXiv 2403.17031): the score is on the last real token; the k1 KL penalty is in
+the reward, none in the loss; no top-p, top-k or dropout; the value head reads detached states, so
+that the shield sees the policy's gradient alone; losses are sums over the minibatch's token count,
+so that micro-batches change nothing.
 
-- The score is on the last real token; the k1 KL penalty is in the reward, none is in the loss.
-- One temperature, no top-p, top-k or dropout. Old log-probabilities are the sampler's, or in
-  bfloat16 computed anew.
-- The value head reads detached states, so that the shield sees the policy's gradient alone. It
-  starts at the first mean score, else its climb adds noise.
-- Losses are sums over the minibatch's token count, so that micro-batches change nothing.
-- A step is norm clip, replay gradient (unclipped), projection, AdamW without decay.
-- Each of several processes samples its share of the prompts with the random numbers that one
-  process would have drawn; token counts, gradients and means are summed over processes.
+Each of several processes samples its share of the prompts with the random numbers that one process
+would have drawn; token counts, gradients and means are summed over processes.
 """
 
 from collections.abc import Callable
@@ -227,8 +223,8 @@ class PPO:
         self.value_head, self.optimizer = learner(explainer, params)
         self.shield = shield.attach(self.optimizer) if shield else None
         self._replay = shield.replay if shield else None
-        names = ("order", "sampling", "minibatch")
-        self._generators = {k: Generator().manual_seed(seed * 3 + i) for i, k in enumerate(names)}
+        streams = enumerate(("order", "sampling", "minibatch"))
+        self._generators = {name: Generator().manual_seed(seed * 3 + i) for i, name in streams}
         if self._replay:
             self._generators["replay"] = self._replay.generator
         self.queue: list[int] = []  # the prompts to come
@@ -290,9 +286,9 @@ class PPO:
     def _roll_out(self) -> tuple[Rollout, list[dict]]:
         """This process's share of the rollout, and the record of each of its texts."""
         n, samples = self.params.prompts_per_step, self.params.samples_per_prompt
-        drawing = n, len(self.records), self._generators["order"]
-        chosen, self.queue = draw_prompts(self.queue, *drawing)
-        share, sampling = n // self._processes, self._generators["sampling"]
+        order, sampling = self._generators["order"], self._generators["sampling"]
+        chosen, self.queue = draw_prompts(self.queue, n, len(self.records), order)
+        share = n // self._processes
         first = self._rank * share
 
         def skip(prompts: int) -> None:  # the random numbers of the other processes' texts
@@ -313,7 +309,7 @@ class PPO:
         scores |= {f"reward_{name}": column(part) for name, part in parts.items()}
         scores["eos_rate"] = rollout.ended.float()
         scores["score"] = scores["reward"] - self.params.missing_eos_penalty * ~rollout.ended
-        if self.steps_done == 0:
+        if self.steps_done == 0:  # values that had to climb there would add noise
             mean = masked.mean(scores["score"], torch.ones_like(rollout.ended))
             nn.init.constant_(self.value_head.bias, float(mean))
             rollout.values = self.value_head.bias.detach() * rollout.mask

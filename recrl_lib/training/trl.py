@@ -1,8 +1,6 @@
 """Comparison arms: TRL's own RLOO and GRPO beside Shielded PPO.
 
-Held equal to ``ppo.PPO`` at the same parameters and seed: prompts and their order, samples a
-prompt, optimizer steps, temperature and length, AdamW, norm clip before the shield, reward with
-``missing_eos_penalty``, adapters, and "adapter off" as the reference. What differs:
+All else is held equal to ``ppo.PPO`` at the same parameters and seed. What differs:
 
 ======  ===============================================  ================================  =========
         advantage                                        KL                                ratio of
@@ -50,10 +48,11 @@ def train(
     def cut_off(prompts, completions, completion_ids, **_) -> list[float]:
         return [float(ids[-1] != explainer.eos_id) for ids in completion_ids]
 
+    texts = params.prompts_per_step * params.samples_per_prompt
     settings = {
         "seed": seed, "shuffle_dataset": False, "disable_dropout": True,
         "max_steps": params.ppo_steps * params.ppo_epochs * params.minibatches,
-        "per_device_train_batch_size": _texts(params) // params.minibatches,
+        "per_device_train_batch_size": texts // params.minibatches,
         "steps_per_generation": params.minibatches, "num_iterations": params.ppo_epochs,
         "num_generations": params.samples_per_prompt,
         "max_completion_length": params.max_new_tokens,
@@ -68,10 +67,6 @@ def train(
     with torch.random.fork_rng():
         run_trl(params.algorithm.upper(), explainer, prompts, settings, rows, shield, **rewards)
     return rows.rows
-
-
-def _texts(params: Params) -> int:
-    return params.prompts_per_step * params.samples_per_prompt
 
 
 class _Rows(Progress):
@@ -102,11 +97,12 @@ class _Rows(Progress):
     def _row(self) -> dict:
         first, number = self._logs[0], len(self.rows) + 1  # the first step is the one that sampled
         cut_off, length = first["rewards/cut_off/mean"], first["completions/mean_length"]
+        texts = self.params.prompts_per_step * self.params.samples_per_prompt
         names = {"policy_loss": "loss", "clip_fraction": "clip_ratio/region_mean"}
         names |= {"gradient_norm": "grad_norm"}
         return {
             "step": number,
-            "episodes": number * _texts(self.params),
+            "episodes": number * texts,
             "reward": first["reward"] + self.params.missing_eos_penalty * cut_off,
             "score": first["reward"],
             **{f"reward_{part}": first[f"rewards/reward_{part}/mean"] for part in PARTS},

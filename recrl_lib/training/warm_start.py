@@ -73,8 +73,8 @@ def run_trl(
             callbacks=[*([shield.callback()] if shield else []), callback],
             **options,
         )
-        if "ref" in trainer.model.peft_config:  # its copy of a fresh adapter; the reference
-            trainer.model.delete_adapter("ref")  # is "adapter off" without it
+        if "ref" in trainer.model.peft_config:  # without it, "adapter off" is the reference
+            trainer.model.delete_adapter("ref")
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
@@ -96,9 +96,9 @@ def fit(
     steps, batch = params.warm_steps, params.warm_batch
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
     chosen = [records[i] for i in order[: steps * batch].tolist()]
-    answers = [[{"role": "assistant", "content": reference_line(record)}] for record in chosen]
-    prompts = [messages(record) for record in chosen]
-    lines = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
+    answers = ({"role": "assistant", "content": reference_line(record)} for record in chosen)
+    pairs = zip(map(messages, chosen), answers, strict=True)
+    lines = [{"prompt": prompt, "completion": [answer]} for prompt, answer in pairs]
     settings = {
         "seed": seed, "max_steps": steps, "per_device_train_batch_size": batch,
         "learning_rate": params.warm_lr, "max_grad_norm": 1.0, "completion_only_loss": True,

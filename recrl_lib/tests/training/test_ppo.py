@@ -3,14 +3,13 @@ import pytest
 import torch
 
 from recrl_lib.explainer.item_texts import ItemTexts, weights_sha256
-from recrl_lib.explainer.prompts import messages, prompt_ids
-from recrl_lib.explainer.sampling import Settings, response_hidden, sample, token_logprobs
+from recrl_lib.explainer.sampling import response_hidden
 from recrl_lib.shield import projection
 from recrl_lib.shield.replay import Replay
-from recrl_lib.tests.tiny import tiny_explainer, tune_randomly
+from recrl_lib.tests.tiny import tiny_explainer
 from recrl_lib.tests.training.small import PARAMS, RECORDS, TIMES, leak, protect, red
 from recrl_lib.tests.training.small import trainer as trainer_of
-from recrl_lib.training import masked, ppo
+from recrl_lib.training import ppo
 
 LARGE = {"prompts_per_step": 6, "samples_per_prompt": 8, "micro_batch": 24, "learning_rate": 3e-2}
 
@@ -80,48 +79,6 @@ def test_k3_is_never_negative_zero_when_equal_and_estimates_kl():
     estimate, exact = ppo.k3(p[draws], q[draws]), float((p.exp() * (p - q)).sum())
     assert (estimate >= 0).all() and (ppo.k3(p, p) == 0).all()
     assert float(estimate.mean()) == pytest.approx(exact, abs=0.02) and exact > 0.2
-
-
-def test_trimmed_rows_are_scored_as_in_the_whole_rollout():
-    explainer = tiny_explainer(lora_layers=1)
-    tune_randomly(explainer)
-    prompts = [prompt_ids(explainer, messages(r)) for r in RECORDS[:3]]
-    prompts.append(prompts[0][-5:])
-    rollout = sample(explainer, prompts, Settings(8, samples=2), generator())
-    whole = token_logprobs(explainer, rollout, 1.0)
-    for rows in torch.arange(8).split(2):
-        part = ppo.part_of(rollout, rows)
-        got = token_logprobs(explainer, part, 1.0)
-        torch.testing.assert_close(got, whole[rows, : part.mask.shape[1]], atol=1e-6, rtol=0)
-    assert part.prompt_mask.shape[1] == 5 < rollout.prompt_mask.shape[1]
-    assert len(ppo.part_of(rollout, torch.arange(0)).mask) == 0
-
-
-def test_one_iteration_from_the_pieces_is_that_of_the_trainer():
-    """As in notebook 05: same seed, one minibatch and one pass."""
-    params = PARAMS.replace(minibatches=1, ppo_epochs=1, missing_eos_penalty=0.0)
-    expected = trainer_of(params=params)
-    row = expected.step()
-    explainer = tiny_explainer(lora_layers=1)
-    head, optimizer = ppo.learner(explainer, params)
-    chosen = torch.randperm(len(RECORDS), generator=generator(0))[: params.prompts_per_step]
-    records = [RECORDS[i] for i in chosen.tolist()]
-    rollout = ppo.roll_out(explainer, records, params, generator(1), head)
-    score = torch.from_numpy(red(rollout.texts, rollout.texts)[0])
-    torch.nn.init.constant_(head.bias, float(score.mean()))
-    rollout.values = head.bias.detach() * rollout.mask
-    with explainer.reference():
-        reference = ppo.logprobs(explainer, rollout, params)
-    rewards = ppo.token_rewards(score, rollout.logprobs, reference, rollout.mask, params.kl_coef)
-    advantages = ppo.gae(rewards, rollout.values, rollout.mask, params.gae_lambda)
-    white = masked.whiten(advantages, rollout.mask)
-    batch = ppo.Batch(**vars(rollout), advantages=white, returns=advantages + rollout.values)
-    statistics = ppo.optimizer_step(optimizer, explainer, head, batch, params)
-    torch.testing.assert_close(
-        torch.cat([p.flatten() for p in explainer.adapter_parameters()]), weights(expected)[:-33]
-    )
-    for name in ("policy_loss", "entropy", "gradient_norm"):
-        assert statistics[name] == pytest.approx(row[name], abs=1e-5), name
 
 
 # --- the trainer --------------------------------------------------------------------------------

@@ -78,31 +78,15 @@ def test_a_shielded_arm_trains_and_leaves_the_explainer_as_it_should_be(algorith
 
 def test_the_same_prompts_and_the_same_number_of_steps_as_ppo():
     params, asked, steps = PARAMS.replace(ppo_steps=3), [], []
-    trainers = (
-        lambda e, r: ppo.PPO(e, r, RECORDS, params, 5).train(3),
-        lambda e, r: trl.train(e, r, RECORDS, params, 5),
-    )
+    trainers = (lambda *given: ppo.PPO(*given).train(3), trl.train)
     for train in trainers:
         reward, count = Spy(), []
         hook = register_optimizer_step_post_hook(lambda *_, count=count: count.append(1))
         try:
-            train(tiny_explainer(lora_layers=1), reward)
+            train(tiny_explainer(lora_layers=1), reward, RECORDS, params, 5)
         finally:
             hook.remove()
         asked.append(reward.users)
         steps.append(len(count))
     assert asked[0] == asked[1]
     assert steps[0] == steps[1] == 3 * params.ppo_epochs * params.minibatches
-
-
-def test_equal_seeds_equal_adapters_and_too_few_prompts_are_said():
-    params = PARAMS.replace(ppo_steps=1)
-
-    def trained(seed):
-        explainer = tiny_explainer(lora_layers=1)
-        trl.train(explainer, Reward("paper", CATALOGUE), RECORDS, params, seed)
-        return adapters(explainer)
-
-    assert torch.equal(trained(0), trained(0)) and not torch.equal(trained(0), trained(1))
-    with pytest.raises(ValueError, match="only 2 prompts"):
-        trl.train(tiny_explainer(lora_layers=1), Spy(), RECORDS[:2], params, 0)
