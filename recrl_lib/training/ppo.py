@@ -65,7 +65,7 @@ def roll_out(
     """``samples_per_prompt`` texts a record, adjacent, with log-probabilities and values."""
     prompts = [prompt_ids(explainer, messages(record)) for record in records]
     settings = Settings(params.max_new_tokens, params.temperature, params.samples_per_prompt)
-    gpu = explainer.device.type == "cuda"  # on a CPU the sampler packs float32 weights
+    gpu = explainer.device.type == "cuda"  # a CPU samples in float32
     with precision(params, explainer.device) if gpu else nullcontext():
         rollout = sample(explainer, prompts, settings, generator, head)
     if autocasts(params, explainer.device):

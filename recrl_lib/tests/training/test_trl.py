@@ -29,10 +29,9 @@ class Spy(Reward):
         return super().__call__(records, texts)
 
     def as_trl(self):
-        def spied(prompts, completions, completion_ids, user, **columns):
-            self.users.append(user)
+        def spied(prompts, completions, completion_ids, **columns):
             self.texts += completion_ids
-            return functions[0](prompts, completions, completion_ids, user=user, **columns)
+            return functions[0](prompts, completions, completion_ids, **columns)
 
         functions = super().as_trl()
         spied.__name__ = functions[0].__name__
@@ -88,5 +87,5 @@ def test_the_same_prompts_and_the_same_number_of_steps_as_ppo():
             hook.remove()
         asked.append(reward.users)
         steps.append(len(count))
-    assert asked[0] == asked[1]
+    assert asked[0] == asked[1][:: len(PARTS)]  # TRL asks for each part by itself
     assert steps[0] == steps[1] == 3 * params.ppo_epochs * params.minibatches
