@@ -97,14 +97,10 @@ def as_csv(rows: Iterable[Result], audit: bool = False) -> str:
 
 
 def read_results(run: str, stage: str) -> pd.DataFrame:
-    """The table of results that a stage wrote.
+    """The table of results that a stage wrote. ``RuntimeError`` if it is missing or too old.
 
-    Returns:
-        The columns of ``Result``: text (``""`` where empty), then floats (NaN where empty);
-        ``passed`` for the audit only.
-
-    Raises:
-        RuntimeError: The file is missing or lacks a column.
+    The columns of ``Result``: text (``""`` where empty), then floats (NaN where empty); ``passed``
+    for the audit only.
     """
     import pandas as pd
 
@@ -124,8 +120,7 @@ def value(
 ) -> float:
     """The value with this key in a table of results. ``ValueError`` unless there is exactly one."""
     key = dict(zip(KEY, (arm, against, group, measure)))
-    rows = zip(*(table[name] for name in (*KEY, "value")))
-    found = [row[-1] for row in rows if row[:-1] == tuple(key.values())]
+    found = table.loc[(table[list(KEY)] == list(key.values())).all(axis=1), "value"]
     if len(found) != 1:
         raise ValueError(f"{key}: {len(found)} results have this key, one is needed")
-    return float(found[0])
+    return float(found.iloc[0])

@@ -73,10 +73,8 @@ def read_params(run: str) -> Params | None:
         return None
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("not a mapping of names to values")
         return Params(**{**stored, "run": Path(run).name})
-    except (ValueError, yaml.YAMLError) as error:
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{display(path)}: {text}; correct or delete the file") from None
 
@@ -134,11 +132,7 @@ def start(stage: str, namespace: dict[str, Any]) -> StageRun:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that ``"auto"``, ``"cpu"`` or ``"cuda"`` stands for.
-
-    Raises:
-        RuntimeError: CUDA is asked for and torch finds none.
-    """
+    """The device that ``"auto"``, ``"cpu"`` or ``"cuda"`` is; ``RuntimeError`` without CUDA."""
     import torch
 
     found = torch.cuda.is_available()
@@ -195,11 +189,7 @@ class StageRun:
         return path
 
     def input(self, name: str, folder: str = "artifacts") -> Path:
-        """Path of a file of the run to read.
-
-        Raises:
-            RuntimeError: It is missing, or not what the stage that wrote it recorded.
-        """
+        """Path of a file to read. ``RuntimeError`` if it is not what a stage recorded."""
         relative = f"{folder}/{name}"
         path = self.folder / relative
         if relative in self._outputs:  # reading back what this stage has written itself
@@ -254,15 +244,11 @@ class StageRun:
     # Results
 
     def result(self, measure: str, value: float, **columns: Any) -> None:
-        """Add one row to the stage's table of results; ``columns`` as in ``measures.Result``.
-
-        Raises:
-            ValueError: A number is not finite, or arm, against, group and measure are taken.
-        """
+        """Add one row to the stage's table of results; ``columns`` as in ``measures.Result``."""
         self.results([{"measure": measure, "value": value, **columns}])
 
     def results(self, rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> None:
-        """Add rows to the table of results: mappings, or a table, with columns of ``Result``."""
+        """Add rows with columns of ``Result``. ``ValueError`` if one is not valid, or repeated."""
         import pandas as pd
 
         for given in rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows:
@@ -280,11 +266,7 @@ class StageRun:
         write_atomic(self.output(f"{name or self.name}.csv", "curves"), text)
 
     def finish(self) -> None:
-        """Write the results and the stage's entry in the manifest.
-
-        Raises:
-            ValueError: Results that the stage must have, or files that it announced, are missing.
-        """
+        """Write results and manifest. ``ValueError`` if what the stage must write is missing."""
         rows = self._results.values()
         lacking = [f"no result {name}" for name in measures.missing(self.name, rows)]
         lacking += [f"not written: {p}" for p in self._outputs if not (self.folder / p).is_file()]
@@ -305,7 +287,7 @@ class StageRun:
         before = read_manifest(self.params.run)
         stages = before["stages"] | {self.name: entry}
         manifest = {
-            **{name: before[name] for name in before.keys() & {"derived_from"}},
+            **({"derived_from": before["derived_from"]} if "derived_from" in before else {}),
             "run": self.params.run,
             **commit,
             **machine(self.device),

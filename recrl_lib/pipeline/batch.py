@@ -37,7 +37,6 @@ from recrl_lib.pipeline.execute import KERNEL_DIED, last_line, one_line
 from recrl_lib.pipeline.tasks import MakeParser, run_command, with_needs
 
 GRIDS = paths.LIBRARY / "batches"
-TRIES = 2  # a job whose kernel or process died is started again, once
 GRACE = 15.0  # seconds that a job has to end its kernel before it is killed
 
 
@@ -133,11 +132,9 @@ class Job:
                 _link(runs.run_folder(self.base) / file, runs.run_folder(self.run) / file, sha)
         made = present if present["stages"] else base
         own = {"run": self.run, "seed": self.params.seed, "derived_from": {"run": self.base}}
-        manifest = made | own | {"stages": present["stages"] | shared}
-        if manifest != present or runs.read_params(self.run) != self.params:
-            runs.write_params(self.params)
-            text = json.dumps(manifest, indent=1) + "\n"
-            runs.write_atomic(runs.run_folder(self.run) / "manifest.json", text)
+        text = json.dumps(made | own | {"stages": present["stages"] | shared}, indent=1) + "\n"
+        runs.write_params(self.params)
+        runs.write_atomic(runs.run_folder(self.run) / "manifest.json", text)
 
 
 def _link(source: Path, target: Path, sha: str) -> None:
@@ -209,9 +206,8 @@ def _unfinished(jobs: list[Job]) -> list[str]:
     """What base runs lack, since every job would execute it: a line for each of them."""
     problems = []
     for job in {job.base: job for job in jobs}.values():
-        base, needed = runs.read_params(job.base), set(job.stages) - set(job.targets)
-        lacking = [s for s in job.stages if s in needed and not (base and runs.up_to_date(s, base))]
-        if lacking:
+        base, needed = runs.read_params(job.base), [s for s in job.stages if s not in job.targets]
+        if lacking := [s for s in needed if base is None or not runs.up_to_date(s, base)]:
             remedy = f"make all RUN={job.base} SEED={job.params.seed} first, with its profile"
             what = f"stages {', '.join(lacking)} are missing or out of date"
             problems.append(f"base run {job.base!r}: {what}; {remedy}")
@@ -221,17 +217,15 @@ def _unfinished(jobs: list[Job]) -> list[str]:
 Submit = Callable[[list[str], Path, dict[str, str]], Future]
 
 
-def run_process(
-    argv: list[str], log: Path, environment: dict[str, str], active: list | None = None
-) -> int:
-    """Run a job's process, which prints into ``log``; return its exit code.
+def run_process(argv: list[str], log: Path, environment: dict[str, str], active: list) -> int:
+    """Run a job's process, which prints into ``log`` and is put into ``active``; its exit code.
 
-    It is started again if its kernel died or a signal ended it. It exits when its stdin is closed:
-    a pipe that this process holds, so that it does not outlive it. The pipe is kept in ``active``.
+    It is started again, once, if its kernel died or a signal ended it. It exits when its stdin is
+    closed: a pipe that this process holds, so that it does not outlive it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    code, active = KERNEL_DIED, [] if active is None else active
-    for _ in range(TRIES):
+    code = KERNEL_DIED
+    for _ in range(2):
         with open(log, "ab") as file:
             process = subprocess.Popen(
                 argv, stdin=subprocess.PIPE, stdout=file, stderr=file, cwd=paths.ROOT,
@@ -295,7 +289,7 @@ def on_ray(address: str | None, gpus: float, cpus: float) -> Iterator[Submit]:
     placed = []
 
     def submit(*arguments: Any) -> Future:
-        placed.append(task.remote(*arguments))
+        placed.append(task.remote(*arguments, []))
         return placed[-1].future()
 
     try:
@@ -308,17 +302,15 @@ def on_ray(address: str | None, gpus: float, cpus: float) -> Iterator[Submit]:
 
 def command(job: Job) -> list[str]:
     """What a job's process executes."""
-    module = [sys.executable, "-m", "recrl_lib.pipeline.tasks"]
-    return [*module, "job", "--attended", "--run", job.run, "--stages", *job.targets]
+    module = [sys.executable, "-m", "recrl_lib.pipeline.tasks", "job", "--attended"]
+    return [*module, "--run", job.run, "--stages", *job.targets]
 
 
 def run_jobs(name: str, jobs: list[Job], submit: Submit) -> dict[str, str]:
     """Run ``jobs`` and say how each ended. Returns why jobs failed, by run."""
     failed: dict[str, str] = {}
-    waiting = {}
-    for job in jobs:
-        tracked = {"RECRL_BATCH": name, "RECRL_ARM": job.arm}
-        waiting[submit(command(job), job.log, tracked)] = job
+    tracked = {job.run: {"RECRL_BATCH": name, "RECRL_ARM": job.arm} for job in jobs}
+    waiting = {submit(command(job), job.log, tracked[job.run]): job for job in jobs}
     out, hidden = sys.stdout, not sys.stdout.isatty()
     with tqdm(total=len(jobs), desc=name, unit="job", file=out, disable=hidden) as bar:
         while waiting:

@@ -2,8 +2,7 @@
 
 ``python -m recrl_lib.pipeline.bench [SECTION ...]``; all sections by default. Times are CPU-seconds
 of one process (wall seconds on a GPU), so that other work on the machine weighs less. Ratios carry
-over to other machines, seconds do not. The table is printed and kept in ``runs/bench/bench.csv``:
-work, against (empty for an absolute value), value, unit.
+over to other machines, seconds do not. The table is printed and kept in ``runs/bench/bench.csv``.
 """
 
 import argparse
@@ -156,23 +155,18 @@ def peer_task(bench: Bench) -> dict:
         "model": str(assets.smollm2_folder()),
         "prompts": [ids for ids in bench.prompts for _ in range(SAMPLES)],
         "ppo": {
-            "total_episodes": rows * STEPS,
-            "per_device_train_batch_size": rows // p.minibatches,
-            "gradient_accumulation_steps": p.minibatches,
-            "num_mini_batches": p.minibatches,
-            "num_ppo_epochs": p.ppo_epochs,
-            "local_rollout_forward_batch_size": rows,
-            "response_length": TOKENS,
-            "temperature": p.temperature,
+            "total_episodes": rows * STEPS, "per_device_train_batch_size": rows // p.minibatches,
+            "gradient_accumulation_steps": p.minibatches, "num_mini_batches": p.minibatches,
+            "num_ppo_epochs": p.ppo_epochs, "local_rollout_forward_batch_size": rows,
+            "response_length": TOKENS, "temperature": p.temperature,
             "learning_rate": p.learning_rate,
         },
         "lora": {
-            "r": p.lora_rank,
-            "lora_alpha": p.lora_alpha,
+            "r": p.lora_rank, "lora_alpha": p.lora_alpha,
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
             "layers_to_transform": list(range(reader.cut, reader.n_layers)),
         },
-    }
+    }  # fmt: skip
 
 
 def peer_environment(folder: Path) -> str:

@@ -39,15 +39,14 @@ def check_notebooks(stages: tuple[Stage, ...]) -> None:
     for stage in stages:
         try:
             cells = runs.read_notebook(paths.NOTEBOOKS / stage.notebook)["cells"]
+            text = "\n".join(runs.source(c) for c in cells if "parameters" in runs.tags(c))
+            declared = set(re.findall(r"^(\w+) *=", text, re.MULTILINE))
+            if wrong := ", ".join(sorted(declared ^ set(owned_by(stage.name)))):
+                fault = f"the cell tagged 'parameters' lacks {wrong}, or should not declare it"
+                remedy = f"its text is params.parameters_cell({stage.name!r})"
+                raise ValueError(f"notebooks/{stage.notebook}: {fault}; {remedy}")
         except ValueError as error:
             problems.append(str(error))
-            continue
-        declaring = "\n".join(runs.source(c) for c in cells if "parameters" in runs.tags(c))
-        declared = re.findall(r"^(\w+) *=", declaring, re.MULTILINE)
-        if wrong := ", ".join(sorted(set(declared) ^ set(owned_by(stage.name)))):
-            fault = f"the cell tagged 'parameters' lacks {wrong}, or should not declare it"
-            remedy = f"its text is params.parameters_cell({stage.name!r})"
-            problems.append(f"notebooks/{stage.notebook}: {fault}; {remedy}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -204,10 +203,9 @@ def _refuse_stderr(output: Path) -> None:
 
 
 def publish(only: int | None = None) -> int:
-    """Execute notebooks with their own defaults and store them with outputs; return the exit code.
+    """Execute notebooks with their own defaults, store them without metadata; the exit code.
 
-    All, from an empty default run, as ``make test`` does; or the one numbered ``only``, in the run
-    as it is. What changes at each execution, the metadata, is not stored.
+    All, from an empty default run, or the one numbered ``only``, in that run as it is.
     """
     run, stages = Params().run, tuple(s for s in STAGES if only in (None, s.number))
     if not stages:

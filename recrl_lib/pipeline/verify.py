@@ -25,7 +25,7 @@ from torch import Tensor
 from recrl_lib import assets, measures, paths, runs, study
 from recrl_lib.evaluation import audit, clicks, ranking_change, results
 from recrl_lib.explainer.model import INPUT_OF_PROJECTION
-from recrl_lib.params import stage_named
+from recrl_lib.params import Params, stage_named
 from recrl_lib.ranker import metrics
 from recrl_lib.ranker.ranking import target_ranks
 from recrl_lib.scoring import judge, reward
@@ -48,10 +48,8 @@ class FinishedRun:
     """A finished run, read only. ``RuntimeError`` where a file is missing or has been changed."""
 
     def __init__(self, run: str, encoder=None):
-        params = runs.read_params(run)
-        assert params is not None, f"runs/{run} has no params.yaml"
-        self.params = params
-        self.stage = runs.StageRun(stage_named("report"), params, torch.device("cpu"), key="")
+        self.params = runs.read_params(run) or Params()
+        self.stage = runs.StageRun(stage_named("report"), self.params, torch.device("cpu"), key="")
         self.study = study.load(self.stage)
         self.encoder = encoder or judge.SentenceEncoder(assets.minilm_folder())
 
@@ -202,22 +200,18 @@ def changed_files(run: str) -> list[str]:
     return sorted(changed)
 
 
-def unfinished(run: str) -> list[str]:
-    """Those stages with numbers to recompute that the run has not finished."""
-    return [stage for stage in RECOMPUTED if stage not in runs.read_manifest(run)["stages"]]
-
-
 def recompute(run: str, encoder=None) -> pd.DataFrame:
     """Every number of the finished stages that can be computed again: ``compare``, and the stage.
 
     ``encoder``: as ``judge.SentenceEncoder``, which is the default. ``RuntimeError`` if an artifact
     is not intact, or the evaluation has not finished; a run of a batch may lack the audit.
     """
-    absent = unfinished(run)
-    if missing := [stage for stage in absent if stage != "audit"]:
-        raise RuntimeError(f"run {run!r} has not finished {', '.join(missing)}: make all RUN={run}")
+    present = [stage for stage in RECOMPUTED if stage in runs.read_manifest(run)["stages"]]
+    if missing := RECOMPUTED.keys() - {"audit", *present}:
+        absent = ", ".join(sorted(missing))
+        raise RuntimeError(f"run {run!r} has not finished {absent}: make all RUN={run}")
     finished, checks = FinishedRun(run, encoder), []
-    for stage in [name for name in RECOMPUTED if name not in absent]:
+    for stage in present:
         expected, stored = pd.concat(RECOMPUTED[stage](finished)), runs.read_results(run, stage)
         relative = 0.0 if stage == "data" else RELATIVE
         found = compare(stored, expected, finished.params.bootstrap, relative)
@@ -254,8 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", required=True)
     run = parser.parse_args(argv).run
     try:
-        recomputed, published = recompute(run), against_reference(run)
-        changed, absent = changed_files(run), unfinished(run)
+        recomputed, published, changed = recompute(run), against_reference(run), changed_files(run)
     except (RuntimeError, ValueError) as error:
         print(f"FAILED {error}", file=sys.stderr)
         return 1
@@ -270,8 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     for row in wrong.itertuples():
         key = f"arm={row.arm} against={row.against} group={row.group} {row.column}"
         print(f"DIFFERS {row.stage}: {row.measure} ({key}): {row.stored}, not {row.expected}")
-    if absent:
-        print(f"not finished, not looked at: {', '.join(absent)}")
+    if "audit" not in set(recomputed["stage"]):
+        print("not finished, not looked at: audit")
     compared = "not" if published is None else len(published)
     print(
         f"run {run}: {len(recomputed)} numbers recomputed, {compared} compared with "

@@ -140,21 +140,17 @@ def test_of_a_notebook_only_the_code_matters(toy, cell, change, expected):
 
 def test_git_state(tmp_path, monkeypatch):
     def git(*arguments):
-        identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
-        command = ["git", "-C", tmp_path, *identity, *arguments]
+        command = ["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
         subprocess.run(command, check=True, capture_output=True)
 
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     assert provenance.git_state() == (None, None)
     git("init")
-    assert provenance.git_state() == (None, None)
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
-    git("commit", "-m", "first")
+    git("commit", "--allow-empty", "-m", "first")
     commit, dirty = provenance.git_state()
     assert commit is not None and len(commit) == 40 and dirty is False
-    (tmp_path / "file").write_text("2")
-    assert provenance.git_state() == (commit, True)
     (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_text("2")
+    assert provenance.git_state() == (commit, True)
     monkeypatch.setattr(paths, "ROOT", tmp_path / "inner")
     assert provenance.git_state() == (None, None)

@@ -2,17 +2,14 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 import time
 
 import pytest
 
-from recrl_lib import paths, runs
+from recrl_lib import runs
 from recrl_lib.params import STAGES
 from recrl_lib.pipeline import execute
-from recrl_lib.tests.conftest import code, markdown, notebook
 
 ENVIRONMENT = STAGES[0]
 
@@ -115,21 +112,3 @@ def test_publish_refuses_a_notebook_that_fails_or_warns(house, body, words, caps
     assert execute.publish(only=0) == 1
     assert words in capsys.readouterr().out.splitlines()[-1]
     assert path.read_bytes() == before
-
-
-def test_nbval_fails_when_a_stored_number_is_edited(tmp_path):
-    """The command of ``make test`` on two toy notebooks; what is stored in one is edited."""
-    for name, stored in {"00_right": "4\n", "01_edited": "5\n"}.items():
-        cell = code("print(2 + 2)", "nbval-check-output", output=stored, count=1)
-        (tmp_path / f"{name}.ipynb").write_text(json.dumps(notebook(markdown("# Toy"), cell)))
-    flags = ["--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *flags],
-        cwd=paths.ROOT,
-        env=os.environ | {"RECRL_PROGRESS": "off"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout.splitlines()[-1]
-    assert "01_edited.ipynb::Cell 0" in done.stdout and "00_right.ipynb::Cell 0" not in done.stdout
-    assert done.stderr == ""

@@ -1,6 +1,5 @@
 """The stages of a run: refused before they start, skipped, resumed; and the words of make."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,11 +8,11 @@ import time
 
 import pytest
 
-from recrl_lib import paths, runs
+from recrl_lib import runs
 from recrl_lib.params import PIPELINE, PROFILES, STAGES, Params, resolve
 from recrl_lib.pipeline import tasks
 from recrl_lib.runs import write_atomic
-from recrl_lib.tests.conftest import BASE, finish
+from recrl_lib.tests.conftest import BASE
 
 ENVIRONMENT, DATA = STAGES[:2]
 TOY = """
@@ -47,9 +46,6 @@ def sleeper(marker) -> str:
     """A cell that writes its process's number to ``marker`` and sleeps."""
     note = f"open({str(marker)!r}, 'w').write(str(os.getpid()))"
     return f"import os, time\n{note}\ntime.sleep(60)"
-
-
-# -------------------------------------------------------------------------- before anything runs
 
 
 @pytest.mark.parametrize(
@@ -104,9 +100,6 @@ def test_settings_get_their_types_and_reach_the_run(house, monkeypatch):
     assert tasks.main(["all", "--run", "smoke", "--to", "ranker", "--force"]) == 0
     expected = resolve("smoke", run="smoke-seed2", seed=2, ppo_steps=3, kl_coef=1e-3, llm="a=b")
     assert given == [(expected, PIPELINE, False), (resolve("smoke", run="smoke"), STAGES[:3], True)]
-
-
-# --------------------------------------------------------------------------------------- running
 
 
 def test_a_stage_is_kept_until_something_changes_and_a_failure_stops_the_rest(house, capfd):
@@ -178,34 +171,6 @@ def test_being_stopped_ends_the_kernel_and_says_where(house):
     assert out.splitlines()[-1].startswith("INTERRUPTED stage 1/1 environment after 00:")
     with pytest.raises(ProcessLookupError):
         os.kill(int(marker.read_text()), 0)
-
-
-def test_own_tables_go_through_notebook_01_by_the_command_line(house, capsys):
-    """The real notebook, on tables whose columns have names of their own."""
-    own = house.root / "shop"
-    own.mkdir()
-    rows = [
-        f"{n % 70},article-{(n // 70 * 4 + n % 70) % 30},{1.7e9 + n:.0f},\n" for n in range(560)
-    ]
-    (own / "interactions.csv").write_text("customer,sku,when,stars\n" + "".join(rows))
-    items = "".join(f"article-{n},Article {n}\n" for n in range(30))
-    (own / "items.csv").write_text("sku,name\n" + items)
-    moved = runs.read_notebook(house.write("environment"))["cells"][2]
-    finish("environment", Params(run="mine"))
-    real = runs.read_notebook(paths.ROOT / "notebooks" / "01_data.ipynb")
-    place = next(n for n, cell in enumerate(real["cells"]) if "parameters" in runs.tags(cell))
-    real["cells"].insert(place + 1, moved | {"id": "moved"})
-    write_atomic(house.notebooks / "01_data.ipynb", json.dumps(real))
-    columns = ["user=customer", "item=sku", "time=when", "rating=stars", "title=name"]
-    settings = ["dataset=csv", f"data_dir={own}", *(c.replace("=", "_column=") for c in columns)]
-    given = ["all", "--profile", "smoke", "--run", "mine", "--to", "data", "--set", *settings]
-    assert tasks.main(given) == 0, capsys.readouterr().out
-    assert "stage 1/2 environment: unchanged, kept" in capsys.readouterr().out
-    assert runs.read_params("mine").title_column == "name"
-    assert runs.up_to_date("data", runs.read_params("mine"))
-
-
-# --------------------------------------------------------------------------------------- results
 
 
 def test_the_headline_has_a_row_an_arm_and_the_report_is_rendered_once(house, monkeypatch):
