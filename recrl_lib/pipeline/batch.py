@@ -132,9 +132,11 @@ class Job:
                 _link(runs.run_folder(self.base) / file, runs.run_folder(self.run) / file, sha)
         made = present if present["stages"] else base
         own = {"run": self.run, "seed": self.params.seed, "derived_from": {"run": self.base}}
-        text = json.dumps(made | own | {"stages": present["stages"] | shared}, indent=1) + "\n"
-        runs.write_params(self.params)
-        runs.write_atomic(runs.run_folder(self.run) / "manifest.json", text)
+        manifest = made | own | {"stages": present["stages"] | shared}
+        if manifest != present or runs.read_params(self.run) != self.params:
+            runs.write_params(self.params)
+            text = json.dumps(manifest, indent=1) + "\n"
+            runs.write_atomic(runs.run_folder(self.run) / "manifest.json", text)
 
 
 def _link(source: Path, target: Path, sha: str) -> None:
@@ -145,11 +147,12 @@ def _link(source: Path, target: Path, sha: str) -> None:
     if target.is_file() and (target.samefile(source) or runs.sha256_file(target) == sha):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        os.link(source, target)
+        os.link(source, temporary)
     except OSError:  # another file system
-        shutil.copyfile(source, target)
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
 
 
 def load(name: str, base: str | None = None, seeds: list[int] | None = None) -> list[Job]:
@@ -164,10 +167,9 @@ def load(name: str, base: str | None = None, seeds: list[int] | None = None) -> 
     source = runs.read_params(base)
     if source is None:
         raise ValueError(f"{where}: base: runs/{base} does not exist; make all RUN={base} first")
-    jobs: dict[str, Job] = {}
-    problems, unused = [], list(grid.skip)
+    jobs, problems, unused = {}, [], list(grid.skip)
     for (arm, changes), seed in itertools.product(grid.combinations(), seeds or grid.seeds):
-        facts = {**changes, "arm": arm, "seed": seed}
+        facts = changes | {"arm": arm, "seed": seed}
         if hits := [skip for skip in grid.skip if skip.items() <= facts.items()]:
             unused = [skip for skip in unused if skip not in hits]
             continue

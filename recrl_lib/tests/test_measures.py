@@ -42,11 +42,8 @@ def test_one_value_is_taken_or_none():
     "row, words",
     [
         ({"value": float("nan")}, "value: .*finite"),
-        ({"value": None}, "value: .*number"),
         ({}, "value: .*required"),
         ({"value": "much"}, "value: .*number"),
-        ({"value": [1]}, "value: .*number"),
-        ({"value": np.ones(2)}, "value: .*number"),
         ({"value": 1, "low": float("inf")}, "low: .*finite"),
         ({"value": 1, "n": 1.5}, "n: .*integer"),
         ({"value": 1, "lo": 0}, "lo: "),
