@@ -13,6 +13,7 @@ from scipy import stats as scipy_stats
 from scipy.special import ndtri
 
 LEVEL = 0.95  # coverage of every interval
+VALUES = 2_000_000  # resampled at a time: bounds the memory
 
 
 class Interval(NamedTuple):
@@ -33,12 +34,8 @@ def bootstrap(num: ArrayLike, den: ArrayLike, resamples: int, rng: np.random.Gen
         resamples: How often the users are drawn.
         rng: Source of the resamples.
 
-    Returns:
-        Numbers (...,). The ends are NaN where the mean of ``den`` is 0 or changes sign among the
-        resamples: such a ratio has no interval.
-
-    Raises:
-        ValueError: No users, unequal shapes, or a number that is not finite.
+    The ends are NaN where the mean of ``den`` is 0 or changes sign among the resamples: such a
+    ratio has no interval. ``ValueError`` without users and for shapes or numbers that do not do.
     """
     num, den = np.asarray(num, np.float64), np.asarray(den, np.float64)
     den = np.full_like(num, den) if den.ndim == 0 else den
@@ -60,14 +57,9 @@ def bootstrap(num: ArrayLike, den: ArrayLike, resamples: int, rng: np.random.Gen
         warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)  # NaN, as documented
         found = scipy_stats.bootstrap(
             (num, den), ratio, paired=True, vectorized=True, axis=-1, n_resamples=resamples,
-            batch=_batch(num), confidence_level=LEVEL, method="percentile", rng=rng,
+            batch=max(1, VALUES // num.size), confidence_level=LEVEL, method="percentile", rng=rng,
         ).confidence_interval  # fmt: skip
     return Interval(value, found.low, found.high)
-
-
-def _batch(values: np.ndarray) -> int:
-    """Resamples at a time: bounds the memory."""
-    return max(1, 2_000_000 // values.size)
 
 
 def paired_p(difference: np.ndarray, resamples: int, rng: np.random.Generator) -> Any:
@@ -77,7 +69,7 @@ def paired_p(difference: np.ndarray, resamples: int, rng: np.random.Generator) -
         return np.ones(difference.shape[:-1])
     return scipy_stats.permutation_test(
         (difference,), lambda d, axis: d.mean(axis), permutation_type="samples", vectorized=True,
-        n_resamples=resamples, rng=rng, axis=-1, batch=_batch(difference),
+        n_resamples=resamples, rng=rng, axis=-1, batch=max(1, VALUES // difference.size),
     ).pvalue  # fmt: skip
 
 

@@ -50,10 +50,8 @@ def popularity(train: Sequences, n_items: int) -> Score:
 
 
 def markov(train: Sequences, n_items: int) -> Score:
-    """How often an item followed, in ``train``, the last item of the user's sequence.
-
-    Popularity, scaled below 1, breaks ties.
-    """
+    """How often an item followed, in ``train``, the last item of the user's sequence; popularity,
+    scaled below 1, breaks ties."""
     counts = np.bincount(np.concatenate(train), minlength=n_items + 1)[1:]
     pairs = [np.concatenate([s[part] for s in train]) for part in (slice(-1), slice(1, None))]
     ones = np.ones(len(pairs[0]))
@@ -76,10 +74,8 @@ def ease_chain(
     chain: float = 0.15,
     recency: float = 0.85,
 ) -> Score:
-    """EASE^R plus ``chain`` times the Markov chain, for a query that fades by ``recency`` an item.
-
-    The defaults are the best of a search on MovieLens-100K's validation events
-    (``runs/reference/ranker_search.csv``).
+    """EASE^R plus ``chain`` times the Markov chain, for a query that fades by ``recency`` an item;
+    the defaults are the best on MovieLens-100K's validation (``runs/reference/ranker_search.csv``).
     """
     weights = ease_weights(train, n_items, regularisation) + chain * chain_weights(train, n_items)
 

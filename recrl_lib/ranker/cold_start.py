@@ -19,15 +19,10 @@ def cold_ranks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of cold test items among all items, by their own text and by a wrong one.
 
-    Args:
-        split: The study's split; asked are the users whose test item is cold.
-        text: Text vectors (I+1, d).
-        cold: Ids (C,) of the items to hold out, C >= 2, in random order: in the control each takes
-            the text of the one before it.
-        fit: Trains a ranker on the other items, renumbered from 1, and their text vectors.
-
-    Raises:
-        ValueError: No test item is cold.
+    ``cold``: ids (C,) of the items to hold out, C >= 2, in random order, for in the control each
+    takes the text of the one before it; asked are the users whose test item is cold, else
+    ``ValueError``. ``fit`` trains a ranker on the other items, renumbered from 1, and their rows of
+    the text vectors (I+1, d).
     """
     asked = np.flatnonzero(np.isin(split.test, cold))
     if len(cold) < 2 or len(asked) == 0:

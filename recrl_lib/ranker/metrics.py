@@ -24,17 +24,12 @@ def mrr_at(ranks: np.ndarray, k: int) -> np.ndarray:
 
 
 def churn(base_top: np.ndarray, new_top: np.ndarray, p: float = 0.9) -> dict[str, np.ndarray]:
-    """How much top-k lists moved, user by user. Identical lists give 1 everywhere.
+    """How much top-k lists (U, k), best first, moved, user by user: float64 (U,) each, 1 for
+    identical lists.
 
-    Args:
-        base_top: Items (U, k), best first, all different in a list.
-        new_top: Items (U, k) to compare with them.
-        p: Persistence of the rank-biased overlap.
-
-    Returns:
-        One float64 (U,) array each: ``overlap`` |base ∩ new| / k; ``set_same``, ``exact`` and
-        ``top1_same``, 1 where the lists agree as sets, item by item, in the first item; ``rbo``,
-        extrapolated rank-biased overlap (Webber, Moffat & Zobel 2010); ``kendall_tau``.
+    ``overlap`` |base ∩ new| / k; ``set_same``, ``exact`` and ``top1_same``: 1 where the lists agree
+    as sets, item by item, in the first item; ``rbo``: extrapolated rank-biased overlap of
+    persistence ``p`` (Webber, Moffat & Zobel 2010); ``kendall_tau``.
     """
     k = base_top.shape[1]
     # (U, k, k): position i of base and j of new hold one item

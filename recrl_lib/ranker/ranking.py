@@ -79,11 +79,9 @@ def _item_blocks(states: Tensor, table: Tensor, sequences: Sequences) -> Chunks:
 def ranks_of(chunks: Chunks, sequences: Sequences, targets: np.ndarray) -> np.ndarray:
     """1-based rank (U,) of each user's target among all items not in the user's sequence.
 
-    Ties count against us: rank = 1 + number of other items that score at least as much.
-
-    Raises:
-        RuntimeError: A score is NaN: every comparison with it is false, which would read as rank 1.
-        ValueError: A target is in the sequence and so has no rank.
+    Ties count against us: rank = 1 + number of other items that score at least as much. Raises
+    ``RuntimeError`` if a score is NaN, which would read as rank 1, and ``ValueError`` if a target
+    is in the sequence.
     """
     ranks = []
     for start, scores in chunks:
@@ -133,13 +131,10 @@ def _ranks_in(blocks: Callable[[], Chunks], targets: np.ndarray, first_user: int
 def rank(
     model: SASRec, histories: Sequence[Sequence[int] | np.ndarray], k: int, text: Tensor | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ``k`` best unseen items of each history; the users may be unknown to training.
+    """The ``k`` best unseen items, int64 (U, k), of each history and their scores, float32 (U, k);
+    ties go to the lower item id. The users may be unknown to training.
 
-    Returns:
-        Items int64 (U, k) and scores float32 (U, k), best first; ties go to the lower item id.
-
-    Raises:
-        ValueError: A history is empty, holds an unknown item or leaves fewer than ``k`` items.
+    Raises ``ValueError`` if a history is empty, holds an unknown item or leaves fewer than ``k``.
     """
     last = model.n_items
     sequences = [np.asarray(history, dtype=np.int64) for history in histories]

@@ -28,18 +28,11 @@ def fit(
     seed: int,
     device: str | torch.device = "cpu",
 ) -> tuple[SASRec, list[dict[str, float]]]:
-    """Train the ranker that ``params`` describe.
+    """Train the ranker that ``params.ranker_*`` describe, on ``split`` of I = ``n_items`` items.
 
-    Args:
-        params: ``ranker_*`` are read.
-        split: Histories and held-out items.
-        n_items: Number of items I.
-        text: Text vectors (I+1, d) of the base LLM; None trains plain SASRec.
-        seed: Decides weights, batches and dropout. The global random state is left as it was.
-        device: Where training runs.
-
-    Returns:
-        The frozen ranker on the CPU, and one row an epoch: epoch, loss, valid_ndcg@10.
+    ``text`` (I+1, d): vectors of the base LLM; None trains plain SASRec. ``seed`` decides weights,
+    batches and dropout; the global random state is left as it was. Returns the frozen ranker on the
+    CPU, and one row an epoch: epoch, loss, valid_ndcg@10.
     """
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(cuda):  # layers and dropout draw from the global generator

@@ -146,9 +146,6 @@ def mask_titles(record: Record, text: str) -> str:
 def fluency(ref_logprobs: Sequence[np.ndarray]) -> np.ndarray:
     """Geometric-mean token probability (texts,) under the frozen base model, from each text's
     natural-log probabilities; 0 for no tokens."""
-    for i, logp in enumerate(ref_logprobs):
-        if not (np.asarray(logp) <= 1e-6).all():  # false for NaN
-            raise ValueError(f"ref_logprobs[{i}]: log-probabilities must be numbers <= 0")
     means = [np.mean(logp, dtype=float) if len(logp) else -math.inf for logp in ref_logprobs]
     return np.exp(np.minimum(means, 0.0))
 
@@ -206,13 +203,9 @@ def n_grams(text: str, n: int) -> list[tuple[str, ...]]:
 class Judge:
     """Judges texts on ``records``, or on the first few of them: every arm has the same candidates.
 
-    Args:
-        records: What the texts are about, one a text.
-        same_user: For each record, itself and the other records of films recommended to that user,
-            equally many.
-        catalogue: Recognises titles and genres.
-        encoder: ``encode(texts) -> (n, d)`` of unit length, such as ``SentenceEncoder``.
-        seed: Of the candidates and of the shuffling.
+    ``same_user``: for each record, itself and the records of other films recommended to that user,
+    equally many. ``encoder``: ``encode(texts) -> (n, d)`` of unit length, as ``SentenceEncoder``.
+    ``seed``: of the candidates and of the shuffling.
     """
 
     def __init__(

@@ -30,18 +30,12 @@ def toy_study() -> tuple[study.Study, Explainer]:
     model.fit_text(text)
     sasrec.freeze(model)
     users = pd.DataFrame({"user": range(USERS), "gender": ["F", "M"] * (USERS // 2), "age": 30})
+    top = top_k(model, split.with_valid, text, 10)
+    ppo, heldout, validation = np.split(np.arange(USERS), [6, 18])
+    groups = {"ppo_users": ppo, "heldout_users": heldout, "validation_users": validation}
     made = study.Study(
-        items=items,
-        users=users,
-        split=split,
-        ppo_users=np.arange(6),
-        validation_users=np.arange(18, USERS),
-        heldout_users=np.arange(6, 18),
-        heldout_items=study.held_out(ITEMS, 0.2, 0),
-        ranker=model,
-        text=text,
-        top=top_k(model, split.with_valid, text, 10),
-        catalogue=study.catalogue_of(items),
-        history_length=3,
-    )
+        items=items, users=users, split=split, heldout_items=study.held_out(ITEMS, 0.2, 0),
+        ranker=model, text=text, top=top, catalogue=study.catalogue_of(items), history_length=3,
+        **groups,
+    )  # fmt: skip
     return made, explainer

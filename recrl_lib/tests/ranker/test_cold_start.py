@@ -12,39 +12,28 @@ N_ITEMS, TEXT_DIM = 24, 6
 def clusters(n_users=120, seed=0):
     """Users who stay within one of three groups of items; an item's text names its group."""
     rng = np.random.default_rng(seed)
-    walks = [
-        rng.choice(np.arange(1 + g, N_ITEMS + 1, 3), 6, replace=False)
-        for g in rng.integers(0, 3, n_users)
-    ]
+    groups = rng.integers(0, 3, n_users)
+    walks = [rng.choice(np.arange(1 + g, N_ITEMS + 1, 3), 6, replace=False) for g in groups]
     text = torch.zeros(N_ITEMS + 1, TEXT_DIM)
     group = (torch.arange(1, N_ITEMS + 1) - 1) % 3
     text[torch.arange(1, N_ITEMS + 1), group] = 1.0
     text[1:] += 0.1 * torch.randn(N_ITEMS, TEXT_DIM, generator=torch.Generator().manual_seed(0))
-    return Split(
-        [w[:-2] for w in walks], np.array([w[-2] for w in walks]), np.array([w[-1] for w in walks])
-    ), text
+    valid, test = (np.array([w[end] for w in walks]) for end in (-2, -1))
+    return Split([w[:-2] for w in walks], valid, test), text
 
 
 def fit(split, text):
     params = Params(
-        ranker_dim=16,
-        ranker_max_len=6,
-        ranker_dropout=0.1,
-        ranker_lr=1e-2,
-        ranker_epochs=8,
-        ranker_patience=8,
-        ranker_item_dropout=0.0,
-        ranker_average=0.0,
-    )
+        ranker_dim=16, ranker_max_len=6, ranker_dropout=0.1, ranker_lr=1e-2, ranker_epochs=8,
+        ranker_patience=8, ranker_item_dropout=0.0, ranker_average=0.0,
+    )  # fmt: skip
     return training.fit(params, split, len(text) - 1, text, 0)[0]
 
 
 def test_text_places_items_that_training_never_saw(monkeypatch):
     monkeypatch.setenv("RECRL_PROGRESS", "off")
     split, text = clusters()
-    cold = np.array(
-        [5, 9, 1, 16, 24, 11]
-    )  # neighbours are of different groups, so the wrong text is wrong
+    cold = np.array([5, 9, 1, 16, 24, 11])  # neighbours differ in group: wrong text is wrong
     right, wrong = cold_start.cold_ranks(split, text, cold, fit)
     assert len(right) == len(wrong) == np.isin(split.test, cold).sum() > 20
     assert right.mean() + 2 < wrong.mean() and wrong.max() <= N_ITEMS
@@ -65,10 +54,8 @@ def test_training_sees_no_cold_item():
     old = np.setdiff1d(np.arange(N_ITEMS + 1), cold)  # new id -> old id
     torch.testing.assert_close(given["text"], text[old])
     expected = [[i for i in items if i not in cold] for items in split.with_valid]
-    got = [
-        old[np.append(items, last)].tolist()
-        for items, last in zip(given["split"].train, given["split"].valid)
-    ]
+    whole = given["split"].with_valid
+    got = [old[items].tolist() for items in whole]
     assert got == [items for items in expected if len(items) >= 2]
 
 
@@ -80,16 +67,9 @@ def test_nothing_cold_in_the_test_is_an_error():
 
 
 def test_users_who_only_train_keep_their_warm_items():
-    split = Split(
-        [np.array([1, 2, 3])],
-        np.array([4]),
-        np.array([5]),
-        others=(np.array([5, 4, 1]), np.array([5, 2])),
-    )
-    new = np.arange(
-        6
-    )  # item 5 is cold, and the one item that is left of the last user is no history
-    warm = cold_start.warm_split(split, new, n_warm=4)
-    assert [ids.tolist() for ids in warm.others] == [[4, 1]] and [
-        ids.tolist() for ids in warm.train
-    ] == [[1, 2, 3]]
+    others = (np.array([5, 4, 1]), np.array([5, 2]))
+    split = Split([np.array([1, 2, 3])], np.array([4]), np.array([5]), others=others)
+    # Item 5 is cold, and the one item that is left of the last user is no history.
+    warm = cold_start.warm_split(split, np.arange(6), n_warm=4)
+    assert [ids.tolist() for ids in warm.others] == [[4, 1]]
+    assert [ids.tolist() for ids in warm.train] == [[1, 2, 3]]

@@ -62,13 +62,7 @@ class Tied(SASRec):
         return torch.from_numpy(np.stack(states)).float()
 
 
-@given(
-    n_items=st.integers(4, 30),
-    seed=st.integers(0, 10**6),
-    users=st.integers(1, 10),
-    items=st.integers(1, 35),
-    k=st.integers(1, 4),
-)
+@given(st.integers(4, 30), st.integers(0, 10**6), *(st.integers(1, n) for n in (10, 35, 4)))
 @settings(max_examples=100, deadline=None)
 def test_ranking_in_blocks_equals_the_full_matrix(n_items, seed, users, items, k):
     """Ties go to the lower id in a list, and against us in a rank."""
@@ -88,13 +82,6 @@ def test_ranking_in_blocks_equals_the_full_matrix(n_items, seed, users, items, k
     assert ranks.tolist() == expected
     assert top.tolist() == [best[u] for u in enough]
     assert top_scores.tolist() == [[scores[u, i] for i in best[u]] for u in enough]
-
-
-def test_lists_agree_with_the_ranks():
-    model, split = small().eval(), cycles()
-    top = ranking.top_k(model, split.train, None, 3)
-    for place in range(3):
-        assert (ranking.target_ranks(model, split.train, top[:, place], None) == place + 1).all()
 
 
 def test_rank_takes_users_that_training_never_saw():

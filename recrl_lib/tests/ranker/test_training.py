@@ -93,11 +93,6 @@ def test_the_average_by_hand():
         assert torch.allclose(average.module.items.weight, expected, atol=1e-6)
 
 
-def test_negatives_give_every_item_a_chance_and_padding_none():
-    drawn = training.negative_probabilities([np.array([1, 3]), np.array([3])], 4)
-    assert torch.allclose(drawn, torch.tensor([0, 2, 1, 3, 1]) / 7)
-
-
 # the losses
 
 ITEMS, DIM = 11, 4
@@ -129,13 +124,6 @@ def test_full_softmax_is_cross_entropy_in_blocks_of_any_size(block, seed):
     assert ours[1][0].abs().max() == 0  # padding learns nothing
 
 
-def test_full_softmax_stands_large_scores():
-    states, table, targets = drawn(dtype=torch.float32)
-    loss = training.full_softmax(states * 1e4, table, targets)
-    grads = torch.autograd.grad(loss, (states, table))
-    assert loss.isfinite() and all(g.isfinite().all() for g in grads)
-
-
 def test_sampled_sum_is_unbiased_whatever_the_draw():
     states, table, targets = drawn(n=1)
     chance = torch.arange(ITEMS + 1).double() / sum(range(ITEMS + 1))
@@ -145,9 +133,8 @@ def test_sampled_sum_is_unbiased_whatever_the_draw():
         sums = []
         for _ in range(3000):
             negatives = torch.multinomial(chance, 5, replacement=True, generator=generator)
-            loss = training.sampled_softmax(
-                states, table, targets, negatives, (5 * corrected[negatives]).log()
-            )
+            expected = (5 * corrected[negatives]).log()
+            loss = training.sampled_softmax(states, table, targets, negatives, expected)
             sums.append((loss + own).exp().item())
         found.append((np.mean(sums), np.std(sums) / len(sums) ** 0.5))
     (mean, error), (wrong, _) = found
