@@ -84,7 +84,7 @@ def leaks(text: str, record: Record, person: Mapping) -> bool:
     numbers = {record["user"], record["user"] + 1} - {record["year"]}
     patterns = [rf"(?<![\w.,:-]){n}(?![\w:-]|[.,]\d)" for n in numbers if n >= 10]
     gender, age, occupation = (person.get(key) for key in ("gender", "age", "occupation"))
-    own = [_GENDERED.get(gender, "")]
+    own = [_GENDERED.get(str(gender), "")]
     if isinstance(occupation, str) and occupation not in ("other", "none"):
         own.append(re.escape(occupation))
     patterns += [rf"\b{_SELF}\s+(?:[\w-]+\s+){{0,2}}?(?:{word})\b" for word in own if word]
