@@ -60,8 +60,8 @@ def read(folder: Path, skipped: Skipped) -> Raw:
         lack = f"{path}: no review of a fantasy or romance book"
         raise ValueError(f"{lack}; do the reviews and the metadata belong together?")
     table = pd.concat(parts, ignore_index=True)
-    info = {"n_reviews": skipped.rows[path], "n_books": len(known)}
-    info["filter"] = "books in a category fantasy or romance"
+    counts = {"n_reviews": skipped.rows[path], "n_books": len(known)}
+    info = counts | {"filter": "books in a category fantasy or romance"}
     return Raw(path, table, items, f"Amazon Books reviews, {path.name}", "book", info=info)
 
 

@@ -8,6 +8,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,7 @@ def read_100k(folder: Path, skipped: Skipped) -> Raw:
 
     Raises ``ValueError`` also for a rating by a user without a row.
     """
-    form = {"quoted": False}
+    form: dict[str, Any] = {"quoted": False}
     files = [(name, header.split(), "\t") for name, header in HEADERS.items()]
     source, film = "RecBole atomic files", lambda title, year, genres: (title, year, genres.split())
     if (folder / "u.data").is_file():

@@ -87,7 +87,7 @@ def evaluable(interactions: pd.DataFrame, n_users: int) -> np.ndarray:
     """(n_users,) bool: who has an event in each period of a global-time split."""
     met = np.zeros((n_users, 3), bool)
     met[interactions["user"], np.searchsorted(time_cuts(interactions), interactions["time"])] = True
-    return met.all(axis=1)
+    return np.all(met, axis=1)
 
 
 def split_users(

@@ -53,6 +53,9 @@ class Point:
     replay_steps: int = 0  # steps of the replay alone after the training
 
     def __post_init__(self):
+        if self.study.text is None:
+            raise ValueError("text='none': a frontier needs a ranker that reads item texts")
+        self.text = self.study.text
         if self.mode not in MODES:
             raise ValueError(f"frontier: mode {self.mode!r}; choose one of {', '.join(MODES)}")
         if self.replay_steps and (not self.penalty or self.mode not in projection.MODES):
@@ -100,6 +103,9 @@ class Comparison:
     n_boot: int = 10_000
 
     def __post_init__(self):
+        if self.study.text is None:
+            raise ValueError("text='none': a frontier needs a ranker that reads item texts")
+        self.text = self.study.text
         self.seen = set(range(1, self.items.n_items + 1)) - self.held
         self.ranking, _ = ranking_change.ranking_table(self.study, self.study.text)
         with self.explainer.reference():
@@ -119,7 +125,7 @@ def run_point(shared: Comparison, point: Point) -> dict:
     with activated_lora(explainer) if point.mode == "alora" else nullcontext():
         shield = None
         if point.mode in projection.MODES:
-            reader = explainer, shared.items, shared.study.text, readout_of(shared.study.ranker)
+            reader = explainer, shared.items, shared.text, readout_of(shared.study.ranker)
             weight, seed, seen = point.penalty, point.seed, shared.seen
             replay = Replay(*reader, weight, seed, seen) if weight else None
             shield = Shield(explainer, protected, point.mode, replay)
@@ -168,7 +174,7 @@ def measure(shared: Comparison, point: Point) -> dict:
     vectors = shared.items.vectors()  # no offsets are given: activated LoRA stays out
     if point.mode == "align":
         rng = np.random.default_rng(point.seed)
-        vectors = aligned(vectors, study.text, np.array(sorted(shared.seen)), rng)
+        vectors = aligned(vectors, shared.text, np.array(sorted(shared.seen)), rng)
     table, top = ranking_change.ranking_table(study, vectors)
     before = shared.ranking["ndcg"]
     change = stats.bootstrap(table["ndcg"] - before, 1, shared.n_boot, np.random.default_rng(0))

@@ -257,7 +257,7 @@ def tests(
 ) -> pd.DataFrame:
     """p-values of eight questions (random signs), ``<measure>_p``, and after Holm's correction over
     all of them, ``<measure>_p_holm``, as rows of results."""
-    tables = dict.fromkeys(HEADLINE, scored) | {"ndcg@10": ranking.rename(columns=RANKING)}
+    tables = {name: scored for name in HEADLINE} | {"ndcg@10": ranking.rename(columns=RANKING)}
     keys, p = [(arm, name) for arm in TEXT_ARMS[1:] for name in tables], []
     for arm, name in keys:
         of_arm = tables[name].groupby("arm")[name]

@@ -80,8 +80,9 @@ def sample(
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(explainer.device)
 
     def choose(logprobs: Tensor, rows: Any, position: int) -> Tensor:
-        greedy = uniforms is None
-        return logprobs.argmax(-1) if greedy else draw(logprobs, uniforms[rows, position])
+        if uniforms is None:
+            return logprobs.argmax(-1)
+        return draw(logprobs, uniforms[rows, position])
 
     with torch.no_grad():
         run = _decode if explainer.split else _generate

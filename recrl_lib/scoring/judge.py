@@ -271,7 +271,7 @@ class Judge:
         order = np.random.default_rng(self.seed).permutation(len(texts))
         others = np.empty_like(order)
         others[order] = np.roll(order, 1)  # one cycle through all: nobody keeps their own
-        return self.paired([texts[i] for i in others])
+        return self.paired([str(texts[int(i)]) for i in others])
 
     def corpus(self, texts: Sequence[str]) -> dict[str, float]:
         """Measures of the texts as a whole: share that claims anything; FCR, DIV and USR of Li,
