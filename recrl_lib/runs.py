@@ -12,6 +12,7 @@ import os
 import random
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself must survive a power cut
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        with suppress(OSError):  # some network volumes cannot sync a folder
+            os.fsync(folder)
+        os.close(folder)
 
 
 def run_folder(run: str) -> Path:
