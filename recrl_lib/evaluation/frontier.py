@@ -53,9 +53,6 @@ class Point:
     replay_steps: int = 0  # steps of the replay alone after the training
 
     def __post_init__(self):
-        if self.study.text is None:
-            raise ValueError("text='none': a frontier needs a ranker that reads item texts")
-        self.text = self.study.text
         if self.mode not in MODES:
             raise ValueError(f"frontier: mode {self.mode!r}; choose one of {', '.join(MODES)}")
         if self.replay_steps and (not self.penalty or self.mode not in projection.MODES):
