@@ -1,4 +1,6 @@
-"""Running the study: papermill, resume, batches, verification, published runs, benchmarks.
+"""Running the study.
 
+Owns the execution of notebooks by papermill, the stages as tasks, batches of derived runs, the
+verification of a finished run, published runs and the report, and the bench.
 May import every other package; none imports it.
 """

@@ -1,5 +1,6 @@
-"""The frozen ranker: SASRec, its training, ranking of all items, baselines, cold start, ranking
-metrics.
+"""The frozen ranker.
 
-May import: data, explainer, and what they import.
+Owns SASRec with item texts, its training, the ranking of all items in bounded memory, rankers
+without gradient training, cold start, and metrics of a ranking.
+May import: data, explainer, assets, runs, params, paths.
 """

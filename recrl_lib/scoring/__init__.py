@@ -1,4 +1,6 @@
-"""What a text says and what it is worth: claims, training reward, composed lines, and the judge.
+"""What a text says, and what it is worth.
 
-May import: data, explainer, and what they import.
+Owns the reading of claims, the training reward, the composed lines and controls, and the judge,
+which nothing that trains may import.
+May import: data, explainer, assets, runs, params, paths.
 """

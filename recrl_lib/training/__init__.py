@@ -1,4 +1,6 @@
-"""Training of the arms: warm start, Shielded PPO, TRL's RLOO and GRPO, checkpoints, diagnostics.
+"""Training of the arms.
 
-May import: study, ranker, scoring, shield, and what they import.
+Owns the warm start, Shielded PPO, TRL's RLOO and GRPO under the same shield, checkpoints, and the
+statistics that a step logs.
+May import: study, ranker, scoring (not its judge), shield, and what they import.
 """
