@@ -116,7 +116,9 @@ def results(run: str) -> str:
 
 def headline(run: str) -> str:
     """The main table as text, one row an arm, from ``metrics/evaluation.csv``."""
-    table = runs.read_results(run, "evaluation").query("group == 'all' and against == ''")
+    table = runs.read_results(run, "evaluation").query("group == 'all'")
+    lift = (table["measure"] == "ctr_lift") & (table["against"] == "base")  # a ratio to the base
+    table = table[lift | (table["against"] == "")].drop(columns="against")
     by_arm = table.pivot(index="arm", columns="measure").loc[list(runs.ARMS)]
     shown = by_arm["value"][HEADLINE].map("{:.4g}".format)
     low, high = (by_arm[end]["ctr_lift"].map("{:.3f}".format) for end in ("low", "high"))
