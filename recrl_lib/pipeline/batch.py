@@ -244,7 +244,7 @@ def run_process(argv: list[str], log: Path, environment: dict[str, str], active:
 def local(workers: int) -> Iterator[Submit]:
     """Processes on this machine, ``workers`` at a time. All have ended when the context is left.
 
-    Threads start them and not joblib, whose workers could not be told to end a job with its kernel.
+    Threads start them and not joblib, whose workers have no way to end a job with its kernel.
     """
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if workers > 1 else {}
     active: list[subprocess.Popen] = []

@@ -37,7 +37,7 @@ def train(
     shield: Shield | None = None,
     log: Log | None = None,
 ) -> list[dict]:
-    """Tune the adapters for ``ppo_steps`` iterations; a row of statistics each, told to ``log``."""
+    """Tune the adapters for ``ppo_steps`` iterations; a row of statistics each goes to ``log``."""
     generator, prompts, queue = torch.Generator().manual_seed(seed * 3), [], []
     for _ in range(params.ppo_steps):
         drawn, queue = draw_prompts(queue, params.prompts_per_step, len(records), generator)
