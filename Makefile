@@ -70,7 +70,7 @@ lint: $(STAMP)
 lab: $(STAMP)
 	$(PY) -m jupyter lab --LabApp.default_url=/lab/tree/notebooks $(LAB_ARGS)
 
-## time the parts that cost the most
+## our PPO beside TRL's PPOTrainer: episodes per CPU-second, peak memory
 bench: $(STAMP)
 	$(PY) -m recrl_lib.pipeline.bench
 

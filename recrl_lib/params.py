@@ -5,7 +5,7 @@ declares the common parameters and those its stage owns, in a cell written by ``
 A stage reads the parameters of earlier stages from ``runs/<run>/params.yaml``.
 """
 
-from collections.abc import Callable
+import re
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -49,7 +49,6 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 STAGES = tuple(Stage(n, name, needs) for n, (name, needs) in enumerate(_NEEDS.items()))
 PIPELINE = STAGES[:-1]  # what `make all` runs: all but "explore"
-COMMON = "common"
 
 
 def stage_named(name: str) -> Stage:
@@ -199,15 +198,42 @@ class Params(
     """All parameters, read as ``params.kl_coef``; ``ValueError`` in one line if one is bad."""
 
     def __init__(self, **values: Any) -> None:
-        check_names(values, "parameters")
+        check_names(values)
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ValueError(_plain(error)) from None
-        for name, remedy, holds in RULES:
-            if not holds(self):
-                text = remedy.format(p=self)
-                raise ValueError(f"parameter {name}={getattr(self, name)!r}: {text}")
+            first = error.errors()[0]
+            text = re.sub(r"^\w+ should", "must", first["msg"])
+            raise ValueError(f"parameter {first['loc'][0]}={first['input']!r}: {text}") from None
+        for name, holds, remedy in self._rules():
+            if not holds:
+                raise ValueError(f"parameter {name}={getattr(self, name)!r}: {remedy}")
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        """What must hold between parameters: the one to name, whether it holds, the remedy."""
+        ppo, penalty = self.algorithm == "ppo", self.shield_penalty
+        prompts, samples = self.prompts_per_step, self.samples_per_prompt
+        weights = (self.weight_length, self.weight_relevance, self.weight_coherence)
+        only_ppo = (self.lr_schedule, self.kl_target, self.stop_kl, self.processes)
+        return [
+            ("run", self.run != "reference",
+             "that folder holds the published runs; choose another name"),
+            ("ranker_dim", self.ranker_dim % self.ranker_heads == 0,
+             f"must be a multiple of ranker_heads={self.ranker_heads}"),
+            ("weight_length", sum(weights) > 0,
+             "weight_length, weight_relevance or weight_coherence must be above 0"),
+            ("shield_penalty", penalty > 0 or self.shield_mode != "penalty",
+             "shield_mode='penalty' has nothing else; give it a weight, 100.0 say"),
+            ("shield_replay_steps", penalty > 0 or self.shield_replay_steps == 0,
+             "nothing to replay by; give shield_penalty a weight, 1000.0 say"),
+            ("minibatches", prompts * samples % self.minibatches == 0,
+             f"must divide prompts_per_step x samples_per_prompt = {prompts} x {samples}"),
+            ("processes", prompts % self.processes == 0, f"must divide prompts_per_step={prompts}"),
+            ("algorithm", ppo or only_ppo == ("constant", 0.0, 0.0, 1),
+             "lr_schedule, kl_target, stop_kl and processes work with 'ppo' only"),
+            ("dtype", ppo or self.dtype != "bfloat16",
+             f"{self.algorithm!r} trains in float32; use 'auto' or 'float32'"),
+        ]  # fmt: skip
 
     def replace(self, **changes: Any) -> "Params":
         """The same parameters with some ``changes``, validated again."""
@@ -219,50 +245,10 @@ class Params(
 
 
 _OWNERS: dict[str, type[StageParams]] = {
-    COMMON: CommonParams, "data": DataParams, "ranker": RankerParams, "explainer": ExplainerParams,
+    "data": DataParams, "ranker": RankerParams, "explainer": ExplainerParams,
     "shield": ShieldParams, "shielded_ppo": PPOParams, "evaluation": EvaluationParams,
     "ablations": AblationsParams, "explore": ExploreParams,
 }  # fmt: skip
-
-
-# What must hold between parameters: the one to name, the remedy, the rule.
-RULES: tuple[tuple[str, str, Callable[[Params], bool]], ...] = (
-    ("run", "that folder holds the published runs; choose another name",
-     lambda p: p.run != "reference"),
-    ("ranker_dim", "must be a multiple of ranker_heads={p.ranker_heads}",
-     lambda p: p.ranker_dim % p.ranker_heads == 0),
-    ("weight_length", "weight_length, weight_relevance or weight_coherence must be above 0",
-     lambda p: p.weight_length + p.weight_relevance + p.weight_coherence > 0),
-    ("shield_penalty", "shield_mode='penalty' has nothing else; give it a weight, 100.0 say",
-     lambda p: p.shield_penalty > 0 or p.shield_mode != "penalty"),
-    ("shield_replay_steps", "nothing to replay by; give shield_penalty a weight, 1000.0 say",
-     lambda p: p.shield_penalty > 0 or p.shield_replay_steps == 0),
-    ("minibatches", "must divide prompts_per_step x samples_per_prompt = "
-     "{p.prompts_per_step} x {p.samples_per_prompt}",
-     lambda p: p.prompts_per_step * p.samples_per_prompt % p.minibatches == 0),
-    ("processes", "must divide prompts_per_step={p.prompts_per_step}",
-     lambda p: p.prompts_per_step % p.processes == 0),
-    ("algorithm", "lr_schedule, kl_target, stop_kl and processes work with 'ppo' only",
-     lambda p: p.algorithm == "ppo"
-     or (p.lr_schedule, p.kl_target, p.stop_kl, p.processes) == ("constant", 0.0, 0.0, 1)),
-    ("dtype", "{p.algorithm!r} trains in float32; use 'auto' or 'float32'",
-     lambda p: p.algorithm == "ppo" or p.dtype != "bfloat16"),
-)  # fmt: skip
-
-
-def _plain(error: ValidationError) -> str:
-    """The first problem that pydantic found, as one line."""
-    problem = error.errors()[0]
-    name, value, limits = str(problem["loc"][0]), problem["input"], problem.get("ctx", {})
-    kind = type(Params.model_fields[name].default)
-    text = {
-        "literal_error": f"choose one of {', '.join(map(repr, choices(name)))}",
-        "greater_than_equal": f"must be at least {limits.get('ge')}",
-        "less_than_equal": f"must be at most {limits.get('le')}",
-        "finite_number": "must be a finite number",
-        "string_pattern_mismatch": "use letters, digits and '_', '-' or (in a run's name) '.'",
-    }.get(problem["type"], f"must be {kind.__name__}, not {type(value).__name__}")
-    return f"parameter {name}={value!r}: {text}"
 
 
 def choices(name: str) -> tuple[str, ...]:
@@ -278,22 +264,21 @@ def owned_by(stage: str) -> list[str]:
 
 def parameters_cell(stage: str) -> str:
     """Source of the parameters cell of a stage's notebook: lines ``name = default  # help``."""
-
-    def line(name: str) -> str:
+    lines = []
+    for name in owned_by(stage):
         field = Params.model_fields[name]
         default = f'"{field.default}"' if isinstance(field.default, str) else repr(field.default)
         options = f" ({' | '.join(choices(name))})" if choices(name) else ""
-        return f"{name} = {default}  # {field.description}{options}"
+        lines.append(f"{name} = {default}  # {field.description}{options}")
+    return "\n".join(lines)
 
-    return "\n".join(map(line, owned_by(stage)))
 
-
-def check_names(given: dict, where: str) -> None:
+def check_names(given: dict) -> None:
     """Raise ``ValueError`` for a name that is no parameter, with the nearest one that is."""
     for name in given.keys() - Params.model_fields.keys():
-        near = ", ".join(get_close_matches(name, list(Params.model_fields), n=1))
-        hint = f"did you mean {near}?" if near else f"parameters: {', '.join(Params.model_fields)}"
-        raise ValueError(f"{where}: unknown parameter {name!r}; {hint}")
+        near = get_close_matches(name, Params.model_fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(Params.model_fields)}"
+        raise ValueError(f"unknown parameter {name!r}; {hint}")
 
 
 _FILE = paths.LIBRARY / "profiles.yaml"
@@ -304,13 +289,12 @@ def resolve(profile: str, **overrides: Any) -> Params:
     """The parameters of ``profile`` with ``overrides`` on top."""
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
-    check_names(overrides, f"profile {profile}")
     return Params(**{**PROFILES[profile], **overrides})
 
 
 def parse_value(name: str, text: str) -> bool | int | float | str:
     """``text`` from a command line as the type of parameter ``name``. Raises ``ValueError``."""
-    check_names({name: text}, "command line")
+    check_names({name: text})
     kind = type(Params.model_fields[name].default)
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)

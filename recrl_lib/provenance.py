@@ -27,12 +27,9 @@ _VERSIONED = (
 )  # fmt: skip
 # Files of the library, other than code, that decide what a stage writes.
 LIBRARY_FILES = {
-    "data": ("assets.yaml",),
-    "shield": ("grids.yaml",),
-    "evaluation": ("profiles.yaml",),
-    "audit": ("policy.yaml",),
-    "report": ("policy.yaml", "profiles.yaml"),
-}
+    "data": ("assets.yaml",), "shield": ("grids.yaml",), "evaluation": ("profiles.yaml",),
+    "audit": ("policy.yaml",), "report": ("policy.yaml", "profiles.yaml"),
+}  # fmt: skip
 
 
 def sha256_file(path: Path) -> str:
@@ -78,14 +75,14 @@ def stage_key(stage: str, params: Params, known: dict[str, str] | None = None) -
         return known[stage]
     spec, skip = stage_named(stage), {"parameters", "injected-parameters"}
     cells = read_notebook(paths.NOTEBOOKS / spec.notebook)["cells"]
-    code = [c for c in cells if c["cell_type"] == "code" and not skip & set(tags(c))]
+    code = [source(c) for c in cells if c["cell_type"] == "code" and not skip & set(tags(c))]
     try:
-        modules = library_closure([source(cell) for cell in code])
+        modules = library_closure(code)
     except (SyntaxError, SourceSyntaxError) as error:
         what = f"notebooks/{spec.notebook} or a module it imports"
         raise ValueError(f"{what} is not valid Python: {error}") from None
     content = {
-        "cells": [source(cell) for cell in code],
+        "cells": code,
         "modules": modules,
         "files": _files_read(stage, params),
         "versions": versions() if stage == "environment" else {},
@@ -122,19 +119,19 @@ def library_closure(cells: list[str]) -> dict[str, str]:
     for file in sorted(paths.LIBRARY.rglob("*.py")):
         parts = (PACKAGE, *file.relative_to(paths.LIBRARY).with_suffix("").parts)
         files[".".join(parts).removesuffix(".__init__")] = file
-    graph = _graph(PACKAGE, tuple((str(f), f.stat().st_mtime_ns) for f in files.values()))
-    found: set[str] = set()
-    todo = {name for cell in cells for name in _imported(cell)} & files.keys()
-    while todo:
+    graph = _graph(PACKAGE, tuple((file, file.stat().st_mtime_ns) for file in files.values()))
+    found: dict[str, str] = {}
+    todo = {name for cell in cells for name in _imported(cell)}
+    while todo := todo & files.keys() - found.keys():
         module = todo.pop()
-        found.add(module)
-        parent = module.rpartition(".")[0]  # importing a.b runs a/__init__.py too
-        todo |= ({parent} & files.keys() | graph.find_modules_directly_imported_by(module)) - found
-    return {name: _digest(files[name].read_text(encoding="utf-8")) for name in sorted(found)}
+        found[module] = _digest(files[module].read_text(encoding="utf-8"))
+        # Importing a.b runs a/__init__.py too.
+        todo |= {module.rpartition(".")[0], *graph.find_modules_directly_imported_by(module)}
+    return found
 
 
 @cache
-def _graph(package: str, files: tuple[tuple[str, int], ...]) -> Any:
+def _graph(package: str, files: tuple[tuple[Path, int], ...]) -> Any:
     """The import graph; ``files`` (names, times of change) make it new after an edit."""
     return grimp.build_graph(package, cache_dir=None)
 
@@ -151,7 +148,7 @@ def _digest(text: str) -> str:
 
 def _imported(cell: str) -> set[str]:
     """Dotted names that a cell may import: modules, or attributes of modules."""
-    if cell.startswith("%%") and not cell.startswith(("%%time", "%%capture")):
+    if re.match(r"%%(?!time|capture)", cell):
         return set()  # a cell in another language
     try:
         tree = ast.parse(cell)
@@ -198,7 +195,7 @@ def machine(device: "torch.device") -> dict[str, Any]:
 
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.is_file() else ""
-    model = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    model = re.search(r"model name\s*: (.*)", text)
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return {
         "versions": {"python": platform.python_version(), **versions()},

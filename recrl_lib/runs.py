@@ -12,7 +12,6 @@ import os
 import random
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +26,6 @@ from recrl_lib.measures import value as value
 from recrl_lib.params import PIPELINE, STAGES, Params, Stage, owned_by, stage_named
 from recrl_lib.provenance import batch_files as batch_files
 from recrl_lib.provenance import display, git_state, machine, sha256_file, stage_key
-from recrl_lib.provenance import read_notebook as read_notebook
-from recrl_lib.provenance import source as source
-from recrl_lib.provenance import tags as tags
 
 if TYPE_CHECKING:  # imported where used: what can be skipped is decided without waiting for torch
     import pandas as pd
@@ -48,11 +44,6 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself must survive a power cut
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        with suppress(OSError):  # some network volumes cannot sync a folder
-            os.fsync(folder)
-        os.close(folder)
 
 
 def run_folder(run: str) -> Path:
@@ -94,13 +85,17 @@ def write_params(params: Params) -> None:
 def up_to_date(stage: str, params: Params) -> bool:
     """Whether a stage has finished with its present key and all its files are as recorded."""
     entry = read_manifest(params.run)["stages"].get(stage)
-    if entry is None or entry["status"] != "finished" or entry["key"] != stage_key(stage, params):
+    if entry is None or entry["key"] != stage_key(stage, params):
         return False
     if stage == "report" and not any((paths.FIGURES / params.run).glob("*.svg")):
         return False  # its figures lie outside the run folder
-    recorded = (entry["inputs"] | entry["outputs"]).items()
-    files = {run_folder(params.run) / name: sha for name, sha in recorded}
-    return all(file.is_file() and sha256_file(file) == sha for file, sha in files.items())
+    return not changed_files(params.run, entry["inputs"] | entry["outputs"])
+
+
+def changed_files(run: str, recorded: Mapping[str, str]) -> list[str]:
+    """Files of the run that are missing or do not have the sha256 that was ``recorded``."""
+    files = {name: run_folder(run) / name for name in recorded}
+    return [n for n, f in files.items() if not f.is_file() or sha256_file(f) != recorded[n]]
 
 
 def start(stage: str, namespace: dict[str, Any]) -> StageRun:
@@ -122,12 +117,12 @@ def start(stage: str, namespace: dict[str, Any]) -> StageRun:
     reader = spec not in PIPELINE  # only looks at a run: takes its seed, changes nothing
     if reader and stored:
         given["seed"] = stored.seed
-    params = (stored or Params()).replace(**given)
-    if stored and stored.seed != params.seed and read_manifest(run)["stages"]:
+    params, finished = (stored or Params()).replace(**given), read_manifest(run)["stages"]
+    if stored and stored.seed != params.seed and finished:
         problem = f"run {run!r} has seed {stored.seed}, not {params.seed}"
         raise ValueError(f"{problem}: give that seed its own run")
     for need in spec.needs:
-        if read_manifest(run)["stages"].get(need, {}).get("status") != "finished":
+        if need not in finished:
             first = f"run notebooks/{stage_named(need).notebook} with run={run!r} first"
             raise RuntimeError(f"stage {stage!r} needs {need!r}, which has not finished: {first}")
     device, key = resolve_device(params.device), stage_key(stage, params)
@@ -143,8 +138,7 @@ def resolve_device(name: str) -> torch.device:
 
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
-        remedy = "use 'cpu', or check the driver"
-        raise RuntimeError(f"parameter device='cuda': torch finds no CUDA device; {remedy}")
+        raise RuntimeError("parameter device='cuda': torch finds no CUDA device; use 'cpu'")
     return torch.device("cuda" if found and name != "cpu" else "cpu")
 
 
@@ -186,29 +180,27 @@ class StageRun:
     def output(self, name: str, folder: str = "artifacts") -> Path:
         """Path of a file that this stage writes, below ``folder`` of the run."""
         relative = f"{folder}/{name}"
-        owner = self._owner(relative)
+        path, owner = self.folder / relative, self._owner(relative)
         if owner not in (None, self.name):
             raise ValueError(f"stage {self.name!r} must not write {relative}: stage {owner!r} does")
         self._outputs.add(relative)
-        path = self.folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def input(self, name: str, folder: str = "artifacts") -> Path:
         """Path of a file to read. ``RuntimeError`` if it is not what a stage recorded."""
         relative = f"{folder}/{name}"
-        path = self.folder / relative
+        path, owner = self.folder / relative, self._owner(relative)
         if relative in self._outputs:  # reading back what this stage has written itself
             return path
-        owner, rerun = self._owner(relative), "no finished stage of this run wrote it"
+        remedy = "no finished stage of this run wrote it"
         if owner:
-            rerun = f"run notebooks/{stage_named(owner).notebook}"
+            remedy = f"run notebooks/{stage_named(owner).notebook} again"
         if not path.is_file():
-            raise RuntimeError(f"{display(path)} is missing: {rerun}")
+            raise RuntimeError(f"{display(path)} is missing: {remedy}")
         sha = self._inputs[relative] = sha256_file(path)
         if owner and sha != read_manifest(self.params.run)["stages"][owner]["outputs"][relative]:
-            problem = f"{display(path)} has changed since stage {owner!r} finished"
-            raise RuntimeError(f"{problem}: {rerun} again")
+            raise RuntimeError(f"{display(path)} has changed since {owner!r} finished: {remedy}")
         return path
 
     def _owner(self, relative: str) -> str | None:
@@ -290,14 +282,9 @@ class StageRun:
             "inputs": dict(sorted(self._inputs.items())),
             "outputs": {name: sha256_file(self.folder / name) for name in sorted(self._outputs)},
         }
-        before = read_manifest(self.params.run)
-        stages = before["stages"] | {self.name: entry}
-        manifest = {
-            **({"derived_from": before["derived_from"]} if "derived_from" in before else {}),
-            "run": self.params.run,
-            **commit,
-            **machine(self.device),
-            "seed": self.params.seed,
-            "stages": {spec.name: stages[spec.name] for spec in STAGES if spec.name in stages},
-        }
-        write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        manifest = read_manifest(self.params.run)
+        stages = manifest.pop("stages") | {self.name: entry}
+        own = {"run": self.params.run, **commit, **machine(self.device), "seed": self.params.seed}
+        in_order = {spec.name: stages[spec.name] for spec in STAGES if spec.name in stages}
+        text = json.dumps(manifest | own | {"stages": in_order}, indent=1)
+        write_atomic(self.folder / "manifest.json", text + "\n")

@@ -35,8 +35,7 @@ class Study:
 
     def records(self, users: Iterable[int], positions: Iterable[int]) -> list[dict]:
         """One record a user, about the item at the given place (from 1) of the user's top 10."""
-        history = self.split.with_valid
-        asked = zip(users, positions, strict=False)
+        history, asked = self.split.with_valid, zip(users, positions)
         return build_records(self.items, history, self.top, asked, self.history_length, self.noun)
 
     def training_records(self) -> list[dict]:

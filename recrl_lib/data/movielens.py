@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from recrl_lib.data import tables
-from recrl_lib.data.reading import Rows
+from recrl_lib.data.reading import Rows, parsed
 from recrl_lib.data.tables import Raw, Skipped, parse_integers, sanitise_text
 
 CSV = {"ratings.csv": "userId movieId rating timestamp", "movies.csv": "movieId title genres"}
@@ -63,12 +62,13 @@ def read_100k(folder: Path, skipped: Skipped) -> Raw:
         for name, names, separator in files
     )
     items = _films(films, film, untitled="Unknown")
-    rows = ((_int(raw), gender, _int(age)) for _, raw, age, gender, *_ in people.records())
+    rows = ((_int(raw), gender, _int(age)) for _, raw, age, gender, *_ in people)
     users = pd.DataFrame(rows, columns=["raw", "gender", "age"]).drop_duplicates("raw")
+    skipped.check(people.path)
     table = _ratings(ratings)
-    unknown = np.flatnonzero(~table["user"].isin(users["raw"]))
+    unknown = table.loc[~table["user"].isin(users["raw"]), ["user", "line"]]
     if len(unknown):
-        user, line = table.loc[unknown[0], ["user", "line"]].astype(int)
+        user, line = unknown.iloc[0]
         raise ValueError(
             f"{ratings.path} line {line}: user_id {user} has no row in {people.path.name}; "
             "fetch both files again, from one source"
@@ -81,17 +81,17 @@ def _origin_film(title: str, *fields: str) -> tuple[str, str, list[str]]:
 
 
 def _ratings(rows: Rows) -> pd.DataFrame:
-    """The table of user, item, rating, time and line."""
-    kinds = {"user": parse_integers, "item": parse_integers, "rating": tables.parse_numbers}
+    """The table of user, item, time, rating and line."""
     # Times stay int64: as float32 neighbouring seconds collapse and the order is lost.
-    table = rows.frame(kinds | {"time": parse_integers})
+    parsers = dict.fromkeys(("user", "item", "rating", "time"), parse_integers)
+    table = parsed(rows, parsers | {"rating": tables.parse_numbers}, rows.path, rows.skipped)
     table["time"] = tables.milliseconds(table["time"])
     return table[["user", "item", "time", "rating", "line"]]
 
 
 def _films(rows: Rows, film: Film, untitled: str = "") -> pd.DataFrame:
     def films():
-        for line, raw, *fields in rows.records():
+        for line, raw, *fields in rows:
             text, year, genres = film(*fields)
             title, year_at_end = title_and_year(sanitise_text(text))
             title = untitled if untitled and title in MISSING else title

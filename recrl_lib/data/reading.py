@@ -1,51 +1,30 @@
-"""Large and dirty text files: blocks of whole lines, plain or gzip; CSV rows with line numbers."""
-# pyarrow.compute makes its functions at import, so pyright does not know them.
-# pyright: reportAttributeAccessIssue=false
+"""Large and dirty text files: lines, plain or gzip; rows of CSV; columns parsed from texts."""
 
 import codecs
 import csv
+import gzip
+import io
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 
-from recrl_lib.data.tables import BROKEN, Skipped, sanitise_text
+from recrl_lib.data.tables import BROKEN, Skipped
 from recrl_lib.progress import track
 
-BLOCK = 2**22  # bytes of text parsed at once
 PIECE = 2**18  # bytes read from disk at once
-SEPARATORS = (",", ";", "\t")
+CHUNK = 2**17  # rows parsed at once
+SEPARATORS = ",;\t"
+NOT_UTF8, CUT, BLANK = "not UTF-8", "cut last line", "blank"
+_ESCAPED = re.compile("[\udc80-\udcff]")  # what Python's surrogateescape makes of stray bytes
 
 # Of a column of texts: (the values, bool: which are usable).
-Parser = Callable[[pa.Array], tuple[Any, Any]]
-
-
-def parse_titles(texts: pa.Array) -> tuple[list[str], bool]:
-    """The texts, sanitised; all are usable."""
-    return [sanitise_text(text) for text in texts.to_pylist()], True
-
-
-def usable(
-    columns: dict[str, tuple[pa.Array, Parser]], lines: np.ndarray, path: Path, skipped: Skipped
-) -> pd.DataFrame:
-    """The parsed columns and ``line``; rows that lack a text or cannot be parsed are counted."""
-    parsed = {name: parse(texts) for name, (texts, parse) in columns.items()}
-    table = pd.DataFrame({name: values for name, (values, _) in parsed.items()} | {"line": lines})
-    missing, good = (table == "").any(axis=1).to_numpy(), np.ones(len(table), bool)
-    for _, parsable in parsed.values():
-        good &= np.asarray(parsable)
-    skipped.add("missing field", path, lines[missing])
-    skipped.add("unparsable field", path, lines[~missing & ~good])
-    return table.loc[~missing & good]
+Parser = Callable[[pd.Series], tuple[Any, Any]]
 
 
 def find(folder: Path, names: Sequence[str], only: bool = False) -> Path:
@@ -58,64 +37,78 @@ def find(folder: Path, names: Sequence[str], only: bool = False) -> Path:
     return found[0]
 
 
-def blocks(path: Path, skipped: Skipped, quoted: bool = False) -> Iterator[tuple[int, bytes]]:
-    """Yield (number of the first line, text) of successive blocks of whole lines.
+def parsed(
+    rows: Iterable[tuple], parsers: dict[str, Parser | None], path: Path, skipped: Skipped
+) -> pd.DataFrame:
+    """``line`` and a column for each of ``parsers`` (None: texts) from rows (line, text, ...).
 
-    With ``quoted`` no block ends inside a quoted field; a quote that is never closed joins a few
-    blocks only. Only the last block can end without a newline. Where a gzip file breaks off, the
-    lines before the break are yielded and the break is counted. Raises ``FileNotFoundError``.
+    Rows that lack a text or cannot be parsed are counted and left out. ``ValueError`` if they are
+    too many.
+    """
+    rows, parts = iter(rows), []
+    chunks = iter(lambda: list(islice(rows, CHUNK)), [])  # texts take much memory
+    for chunk in chain([[]], chunks):  # the empty one: there may be no rows
+        table = pd.DataFrame(chunk, columns=["line", *parsers])
+        table = table.astype(dict.fromkeys(parsers, "str") | {"line": "int64"})
+        good = pd.Series(True, table.index)
+        for name, parse in parsers.items():
+            if parse:
+                table[name], usable = parse(table[name])
+                good &= usable
+        missing = (table == "").any(axis=1)
+        skipped.add("missing field", path, table["line"][missing])
+        skipped.add("unparsable field", path, table["line"][~missing & ~good])
+        parts.append(table[good & ~missing])
+    skipped.check(path)
+    return pd.concat(parts, ignore_index=True)
+
+
+def lines(path: Path, skipped: Skipped, encoding: str = "utf-8") -> Iterator[str]:
+    """Yield the lines of a file, plain or gzip; with a byte order mark it may be UTF-16.
+
+    Where a gzip file breaks off, the lines before the break are yielded and the break is counted.
+    Bytes that cannot be decoded are kept so that ``is_damaged`` finds them. Raises
+    ``FileNotFoundError``.
     """
     if not path.is_file():
         where = "put it there, or name another folder with data_dir"
         raise FileNotFoundError(f"{path} is missing; {where}")
-    rest, number = b"", 1
-    try:
-        for data in _content(path):
-            rest += data
-            end = rest.rfind(b"\n") + 1 if len(rest) >= BLOCK else 0
-            is_open = quoted and rest.count(b'"', 0, end) % 2 and len(rest) <= 4 * BLOCK
-            if end and not is_open:
-                yield number, rest[:end]
-                number += rest.count(b"\n", 0, end)
-                rest = rest[end:]
-    except (zlib.error, EOFError):
-        rest = rest[: rest.rfind(b"\n") + 1]
-        skipped.add(BROKEN, path, number + rest.count(b"\n"))
-    if rest:
-        yield number, rest
+    number = 1
+    with io.BufferedReader(_Shown(path), PIECE) as file:
+        try:
+            content = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+            if content.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                encoding = "utf-16"
+            for line in io.TextIOWrapper(content, encoding, "surrogateescape", newline="\n"):
+                yield line
+                number += 1
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            skipped.add(BROKEN, path, number)
 
 
-def _content(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, gzip unpacked, and UTF-16 with a byte order mark as UTF-8."""
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
+def is_damaged(text: str) -> bool:
+    """Whether ``text`` has bytes that could not be decoded."""
+    return not text.isascii() and _ESCAPED.search(text) is not None
+
+
+class _Shown(io.FileIO):
+    """A file that shows how much of it has been read."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
         n_pieces = -(-path.stat().st_size // PIECE)
-        pieces = track(iter(partial(file.read, PIECE), b""), f"reading {path.name}", n_pieces)
-        content = filter(None, _inflate(pieces) if packed else pieces)
-        first = next(content, b"")
-        content = chain([first], content)
-        if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            content = (text.encode() for text in codecs.iterdecode(content, "utf-16"))
-        yield from content
+        self._pieces = track(range(1, n_pieces + 1), f"reading {path.name}", n_pieces)
+        self._shown = 0
 
-
-# Not Arrow's CompressedInputStream: it shows no progress, and loses the whole block before a break.
-def _inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The content of a gzip file of one or more members. Raises ``zlib.error`` or ``EOFError``."""
-    engine = None
-    for data in pieces:
-        while data := data if engine else data.lstrip(b"\0"):  # members may be followed by padding
-            engine = engine or zlib.decompressobj(wbits=31)
-            yield engine.decompress(data)
-            data, engine = engine.unused_data, None if engine.eof else engine
-    if engine:
-        raise EOFError
+    def readinto(self, buffer: Any) -> int:
+        while self.tell() > self._shown * PIECE:
+            self._shown = next(self._pieces, self._shown + 1)
+        return super().readinto(buffer)
 
 
 @dataclass
 class Rows:
-    """The rows of a CSV file in chunks of columns; bad rows are counted and left out."""
+    """Iterates over (line number, \\*fields) of the rows of a CSV file; bad ones are counted."""
 
     path: Path
     skipped: Skipped
@@ -127,94 +120,58 @@ class Rows:
     terminated: bool = True  # the format ends every line, so a last one without newline was cut
 
     def __post_init__(self):
-        self._blocks = blocks(self.path, self.skipped, self.quoted)
+        self._lines = lines(self.path, self.skipped, self.encoding)
         if not self.has_header:
             return
-        number, text = next(self._blocks, (1, b""))
-        first, _, rest = text.partition(b"\n")
-        self._blocks = chain([(number + 1, rest)] if rest else [], self._blocks)
-        line = first.decode("utf-8", "replace").removeprefix("\ufeff").strip("\r")
-        if not line:
+        text = next(self._lines, "").removeprefix("\ufeff").strip("\r\n")
+        if not text:
             self.skipped.check(self.path)
-        quoting = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
-        choices = self.separator or SEPARATORS
-        rows = [next(csv.reader([line], delimiter=s, quoting=quoting), []) for s in choices]
-        found, self.separator = max(zip(rows, choices), key=lambda pair: len(pair[0]))
-        found = [name.strip() for name in found]
+        self.separator = self.separator or max(SEPARATORS, key=text.count)
+        found = [name.strip() for name in next(self._reader([text]), [])]
         if self.names and found != list(self.names):
             wanted = f"{self.path} line 1: the columns must be {', '.join(self.names)}"
             there = ", ".join(found)
             raise ValueError(f"{wanted}; they are {there}: this is another file, or a damaged one")
         self.names = found
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, list[pa.Array]]]:
-        """Yield (line numbers (n,), columns of n texts) of the good rows; check the limit."""
-        for number, text in self._blocks:
-            yield self._parse(number, text)
-        self.skipped.check(self.path)
+    def __iter__(self) -> Iterator[tuple]:
+        taken: list[str] = []  # the lines of the present row
 
-    def frame(self, parsers: dict[str, Parser]) -> pd.DataFrame:
-        """The first columns, named and parsed, and ``line``; see ``usable``."""
-        parts = []
-        for lines, columns in self:
-            named = dict(zip(parsers, zip(columns, parsers.values())))
-            parts.append(usable(named, lines, self.path, self.skipped))
-        return pd.concat(parts, ignore_index=True)
+        def texts() -> Iterator[str]:
+            for text in self._lines:
+                taken.append(text)
+                yield text
 
-    def records(self) -> Iterator[tuple]:
-        """(line, *fields) of every good row."""
-        for lines, columns in self:
-            yield from zip(lines.tolist(), *(column.to_pylist() for column in columns))
+        reader, number, n_rows = self._reader(texts(), strict=True), 1 + self.has_header, 0
+        while True:
+            taken.clear()
+            try:
+                fields = next(reader)
+                kind = self._flaw(fields, taken)
+            except csv.Error:
+                kind = "bad quoting"
+            except StopIteration:
+                break
+            if not kind:
+                n_rows += 1
+                yield number, *fields
+            elif kind != BLANK:
+                n_rows += len(taken)
+                self.skipped.add(kind, self.path, number, len(taken))
+            number += len(taken)
+        self.skipped.rows[self.path] += n_rows
 
-    def _parse(self, number: int, text: bytes) -> tuple[np.ndarray, list[pa.Array]]:
-        """The good rows of ``text``, whose first line is line ``number`` of the file."""
-        cut = not text.endswith(b"\n")
-        text += b"\n" * cut
-        try:
-            text, damaged = text if text.isascii() else text.decode(self.encoding).encode(), False
-        except UnicodeDecodeError:
-            text, damaged = text.decode(self.encoding, "replace").encode(), True
-        columns, wrong = self._arrow(text)
-        # All rows in file order: what is bad about each ("": nothing), and how many lines it has.
-        kinds = np.full(len(columns[0]) + len(wrong), "", object)
-        spans = np.ones(len(kinds), np.int64)
-        kinds[list(wrong)], spans[list(wrong)] = "wrong number of fields", list(wrong.values())
-        parsed = kinds == ""
-        row = pc.binary_join_element_wise(*columns, "")
-        spans[parsed] += pc.count_substring(row, "\n").to_numpy()
-        undecodable = damaged & np.array(pc.match_substring(row, "\ufffd"))
-        kinds[parsed] = np.select([pc.equal(row, ""), undecodable], ["blank", "not UTF-8"], "")
-        if spans.sum() > text.count(b"\n"):  # a quote is open at the end of the text
-            kinds[-1], spans[-1] = "bad quoting", spans[-1] - 1
-        elif cut and (self.terminated or kinds[-1]):
-            kinds[-1] = "cut last line"
-        starts = number + np.cumsum(spans) - spans
-        good = kinds == ""
-        for kind in dict.fromkeys(kinds[~good & (kinds != "blank")]):  # an empty line is no row
-            bad = kinds == kind
-            self.skipped.add(kind, self.path, starts[bad], n := int(spans[bad].sum()))
-            self.skipped.rows[self.path] += n
-        self.skipped.rows[self.path] += int(good.sum())
-        return starts[good], [column.filter(good[parsed]) for column in columns]
+    def _reader(self, texts: Iterable[str], strict: bool = False) -> Iterator[list[str]]:
+        quoting = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
+        return csv.reader(texts, delimiter=self.separator, quoting=quoting, strict=strict)
 
-    def _arrow(self, text: bytes) -> tuple[list[pa.Array], dict[int, int]]:
-        """(the columns, {place of a row with too few or many fields: its number of lines})."""
-        wrong: dict[int, int] = {}
-
-        def refuse(row: pacsv.InvalidRow) -> str:
-            wrong[row.number - 1] = row.text.count("\n") + 1
-            return "skip"
-
-        names = [str(n) for n in range(len(self.names))]
-        size, quote = len(text) + 1, '"' if self.quoted else False
-        parsing = pacsv.ParseOptions(
-            delimiter=self.separator, quote_char=quote, newlines_in_values=self.quoted
-        )
-        parsing.ignore_empty_lines, parsing.invalid_row_handler = False, refuse
-        table = pacsv.read_csv(
-            pa.BufferReader(text),
-            pacsv.ReadOptions(use_threads=False, block_size=size, column_names=names),
-            parsing,
-            pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-        )
-        return [column.combine_chunks() for column in table.columns], wrong
+    def _flaw(self, fields: list[str], taken: list[str]) -> str:
+        """What is bad about the row in these lines; empty for nothing."""
+        kind = ""
+        if fields and len(fields) != len(self.names):
+            kind = "wrong number of fields"
+        elif not any(fields):
+            kind = BLANK
+        elif any(map(is_damaged, taken)):
+            kind = NOT_UTF8
+        return CUT if taken[-1][-1] != "\n" and (kind or self.terminated) else kind

@@ -14,16 +14,13 @@ SHARES = 0.8, 0.9  # of all events, up to the two cuts of the global-time split
 
 @dataclass(frozen=True)
 class Split:
-    """What each user has for training, validation and test, in time order.
+    """Items (int64) of each user for training, validation and test, in time order."""
 
-    ``train``: one int64 array a user; ``valid``, ``test``: int64 (U,). Only a global-time split has
-    the other two: ``between``, one array a user, the events after the validation item and before
-    the test period; ``others``, histories of users who are not evaluated, for training alone.
-    """
-
-    train: list[np.ndarray]
-    valid: np.ndarray
-    test: np.ndarray
+    train: list[np.ndarray]  # one array a user
+    valid: np.ndarray  # (U,)
+    test: np.ndarray  # (U,)
+    # Only of a global-time split: what a user met after the validation item and before the test
+    # period; and histories of users who are not evaluated, for training alone.
     between: tuple[np.ndarray, ...] = ()
     others: tuple[np.ndarray, ...] = ()
 
@@ -43,11 +40,9 @@ def split(interactions: pd.DataFrame, n_users: int, kind: str) -> Split:
     """The split called ``kind`` of users 0..n_users-1; order is by time, ties by row.
 
     leave-one-out: the last item of each user is for test, the one before for validation.
-    global-time: two moments cut everybody's events. A user's validation item is the first after the
-    first cut, the test item the first after the second, so nothing that anybody did after a cut is
-    known before it. Users from ``n_users`` on only train, with what they did up to the first cut.
-    Raises ``ValueError`` when one of the ``n_users`` lacks an event for training, validation or
-    test.
+    global-time: the validation item is a user's first after the first of ``time_cuts``, the test
+    item the first after the second. Users from ``n_users`` on only train, on what they did up to
+    the first cut. Raises ``ValueError`` when one of the ``n_users`` lacks one of the three parts.
     """
     user, time = interactions["user"].to_numpy(), interactions["time"].to_numpy()
     order = np.lexsort((time, user))  # stable: ties stay in file order
@@ -55,7 +50,8 @@ def split(interactions: pd.DataFrame, n_users: int, kind: str) -> Split:
     items = interactions["item"].to_numpy(dtype=np.int64)
     sequences, times = np.split(items[order], ends), np.split(time[order], ends)
     if kind == GLOBAL_TIME:
-        cuts = [np.searchsorted(t, time_cuts(interactions), "right") for t in times]
+        moments = time_cuts(interactions)
+        cuts = [np.searchsorted(t, moments, "right") for t in times]
         lack = "no event in one of the three periods"
         remedy = "load the data with split='global-time', which puts such users last"
     else:
@@ -98,10 +94,9 @@ def split_users(
     n_heldout = n_users - n_ppo - n_validation
     if min(n_ppo, n_validation, n_heldout) < 1:
         shares = f"ppo_users={ppo_share} and validation_users={validation_share} of {n_users} users"
-        raise ValueError(
-            f"{shares} leave one of three groups empty ({n_ppo}, {n_validation}, "
-            f"{max(n_heldout, 0)} held out): change the shares, or give more users"
-        )
+        groups = f"({n_ppo}, {n_validation}, {max(n_heldout, 0)} held out)"
+        remedy = "change the shares, or give more users"
+        raise ValueError(f"{shares} leave one of three groups empty {groups}: {remedy}")
     shuffled = np.random.default_rng(seed).permutation(n_users)
     return tuple(np.sort(part) for part in np.split(shuffled, [n_ppo, n_ppo + n_validation]))
 
@@ -111,20 +106,18 @@ def check_enough(
 ) -> None:
     """Raise ``ValueError`` naming the remedy if later stages would lack users or new items."""
     has_frontier = params.frontier_points != "none" and params.text != "none"
-    of_frontier = ("frontier_users",) if has_frontier else ()
-    for group, there, change, wanted in (
-        ("held out", n_heldout, "lower ppo_users", ("eval_users", "explain_users")),
-        ("kept for validation", n_validation, "raise validation_users", of_frontier),
+    of_frontier = ["frontier_users"] if has_frontier else []
+    for there, group, remedy, names in (
+        (n_heldout, "held out", "lower ppo_users", ["eval_users", "explain_users"]),
+        (n_validation, "kept for validation", "raise validation_users", of_frontier),
     ):
-        if short := [name for name in wanted if getattr(params, name) > there]:
-            lower = " ".join(f"{name}={there}" for name in short)
-            remedy = f"make all SET='{lower}', or {change}" if there > 1 else change
+        if short := [name for name in names if getattr(params, name) > there]:
             lack = f"{short[0]} is {getattr(params, short[0])}, but only {there} users are {group}"
+            if there > 1:
+                remedy = f"make all SET='{' '.join(f'{n}={there}' for n in short)}', or {remedy}"
             raise ValueError(f"{lack}: {remedy}")
     unseen = n_items - np.array([len(items) for items in split.with_valid])
     if (few := unseen < TOP_K).any():
-        raise ValueError(
-            f"{few.sum()} users have met all but fewer than {TOP_K} of {n_items} items (first: "
-            f"user {few.argmax()}, {unseen[few.argmax()]} left), so there is no top ten to "
-            "recommend: lower min_core, or give more items"
-        )
+        first = f"first: user {few.argmax()}, {unseen[few.argmax()]} left"
+        lack = f"{few.sum()} users have met all but fewer than {TOP_K} of {n_items} items ({first})"
+        raise ValueError(f"{lack}: lower min_core, or give more items")

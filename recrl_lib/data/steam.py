@@ -3,30 +3,32 @@
 The order of rows stands in for time. A user's games are listed together, so a global-time split
 fails. A game bought and played has two rows, and counts once; its rating is the hours played.
 """
-# pyarrow.compute makes its functions at import, so pyright does not know them.
-# pyright: reportAttributeAccessIssue=false
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from recrl_lib.data.reading import Rows, parse_titles
-from recrl_lib.data.tables import Raw, Skipped, catalogue, parse_integers, parse_numbers
+from recrl_lib.data.reading import Rows, parsed
+from recrl_lib.data.tables import (
+    Raw,
+    Skipped,
+    catalogue,
+    parse_integers,
+    parse_numbers,
+    sanitise_text,
+)
 
 FILE = "steam-200k.csv"
-COLUMNS = {
+PARSERS = {
     "user": parse_integers,
-    "item": parse_titles,
-    "what": lambda texts: (texts.to_pylist(), pc.is_in(texts, pa.array(["purchase", "play"]))),
-    "rating": parse_numbers,  # hours; a fifth column is always 0
+    "item": lambda texts: (texts.map(sanitise_text), True),
+    "what": lambda texts: (texts, texts.isin(["purchase", "play"])),
+    "rating": parse_numbers,  # hours
 }
 
 
 def read(folder: Path, skipped: Skipped) -> Raw:
     """The rows of ``steam-200k.csv``."""
-    rows = Rows(folder / FILE, skipped, [*COLUMNS, "0"], has_header=False)
-    table = rows.frame(COLUMNS)
+    rows = Rows(folder / FILE, skipped, [*PARSERS, "0"], has_header=False)
+    table = parsed((row[:-1] for row in rows), PARSERS, rows.path, skipped)
     twice = table.duplicated(["user", "item", "what"])
     skipped.add("duplicate", rows.path, table.loc[twice, "line"])
     table = table.loc[~twice]

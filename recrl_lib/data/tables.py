@@ -2,8 +2,6 @@
 
 A loader reads its files into ``Raw``; ``assemble`` does the rest, the same for every format.
 """
-# pyarrow.compute makes its functions at import, so pyright does not know them.
-# pyright: reportAttributeAccessIssue=false
 
 import re
 from bisect import bisect_right
@@ -16,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 from pandera.pandas import Check, Column, DataFrameSchema
 
 from recrl_lib.data.splits import GLOBAL_TIME, MIN_EVENTS, evaluable
@@ -32,31 +28,28 @@ _HIDDEN = re.compile(
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _NUMBER = {
-    np.int64: r"^-?(\d{1,18}|[0-8]\d{18})$",
-    np.float64: r"^-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$",
+    np.int64: r"-?([0-9]{1,18}|[0-8][0-9]{18})",
+    np.float64: r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?",
 }
 
-_COUNT, _ITEM, _TEXT = Column("int64", Check.ge(0)), Column("int64", Check.ge(1)), Column(str)
-_COLUMNS = {"user": _COUNT, "item": _ITEM, "time": Column("int64"), "year": _COUNT, "age": _COUNT}
-_COLUMNS["rating"] = Column("float64", nullable=True, required=False)
+_COUNT, _ITEM, _TIME = (Column("int64", Check.ge(low)) for low in (0, 1, -(2**63)))
+_TEXT, _RATING = Column(str), Column("float64", nullable=True, required=False)
 INTERACTIONS, ITEMS, USERS = (
-    DataFrameSchema({name: _COLUMNS.get(name, _TEXT) for name in names}, unique=key, strict=True)
-    for key, names in (
-        (["user", "item"], ("user", "item", "time", "rating")),
-        (["item"], ("item", "title", "year", "genres", "text")),
-        (["user"], ("user", "gender", "age")),
+    DataFrameSchema(columns, unique=key, strict=True)
+    for key, columns in (
+        (["user", "item"], {"user": _COUNT, "item": _ITEM, "time": _TIME, "rating": _RATING}),
+        ("item", {"item": _ITEM, "year": _COUNT, "title": _TEXT, "genres": _TEXT, "text": _TEXT}),
+        ("user", {"user": _COUNT, "gender": _TEXT, "age": _COUNT}),
     )
 )
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The three tables, and ``info`` for ``dataset.json``.
+    """The three tables, described in ``recrl_lib``, and ``info`` for ``dataset.json``.
 
-    ``interactions``: user, item, time (seconds), rating if there is one, in time order. ``items``:
-    item, title, year (0: unknown), genres ("A|B"), text. ``users``: user, gender, age. Users are
-    0..U-1, items 1..I. With a global-time split, users without an event in each of the three
-    periods (``n_unevaluated_users``) follow the others in the interactions, and only train.
+    With a global-time split, interactions of users without an event in each of the three periods
+    (``n_unevaluated_users``) have numbers from U on: such users only train.
     """
 
     interactions: pd.DataFrame
@@ -67,23 +60,19 @@ class Dataset:
 
 @dataclass
 class Skipped:
-    """Counts what was left out, by kind, with the first example of each.
+    """Counts what was left out, by kind, with the first example of each."""
 
-    ``limit``: largest share of a file's rows that may be bad. ``normal``: kinds that are in the
-    nature of the format (a second review of the same book); they do not count against the limit.
-    """
-
-    limit: float = 0.01
-    normal: frozenset[str] = frozenset((SHORT_USER,))
+    limit: float = 0.01  # largest share of a file's rows that may be bad
+    normal: frozenset[str] = frozenset((SHORT_USER,))  # kinds that do not count against it
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
     bad: Counter[Path] = field(default_factory=Counter)
     rows: Counter[Path] = field(default_factory=Counter)  # good or bad
 
-    def add(self, kind: str, path: Path, lines: Any, n: int = 0) -> None:
-        """Count the rows in ``lines`` (a number or an array, 1-based); ``n``: if they are more."""
+    def add(self, kind: str, path: Path, lines: Any, n: int | None = None) -> None:
+        """Count ``n`` rows (None: as many as lines) in ``lines``, a number or an array, 1-based."""
         lines = np.atleast_1d(lines)
-        if n := n or len(lines):
+        if n := len(lines) if n is None else n:
             self.counts[kind] += n
             self.first.setdefault(kind, f"{path.name} line {lines.min()}")
             self.bad[path] += n * (kind not in self.normal)
@@ -93,9 +82,8 @@ class Skipped:
         rows, bad = self.rows[path], self.bad[path]
         if BROKEN in self.counts and self.limit < 1:  # nobody can count what is lost
             raise ValueError(
-                f"{path.parent / self.first[BROKEN]}: the gzip file breaks off here or is damaged, "
-                "and all that follows is lost: fetch it again, or set bad_row_limit=1 to go on "
-                "with the rows before the break"
+                f"{path.parent / self.first[BROKEN]}: the gzip file breaks off here or is damaged: "
+                "fetch it again, or set bad_row_limit=1 to go on with the rows before the break"
             )
         if not rows:
             empty = f"{path}: no rows; the file is empty"
@@ -156,38 +144,33 @@ def item_text(title: str, year: int, genres: str, author: str = "") -> str:
 def assemble(
     raw: Raw, skipped: Skipped, *, split: str, min_core: int, max_interactions: int
 ) -> Dataset:
-    """The data set from what a loader has read.
+    """The data set from what a loader has read. Raises ``ValueError`` if nothing is left.
 
-    In this order: rows of items without metadata go, and of equal user-item pairs all but the
-    first; rows are ordered by time, ties by file order; the latest window whose ``min_core``-core
-    has ``max_interactions`` rows is kept (0: all); users with too few events to be split go
-    (leave-one-out) or move to the end (global-time). Users and items are numbered in the order of
-    their raw ids. Items that nobody met stay if ``min_core`` is 1. Raises ``ValueError`` if nothing
-    is left.
+    Rows of unknown items and repeated pairs go; the others are ordered by time, ties by file order.
+    The latest window whose ``min_core``-core has ``max_interactions`` rows is kept (0: all). Users
+    with too few events to be split go (leave-one-out) or come last (global-time). Numbers follow
+    the order of raw ids. Items that nobody met stay if ``min_core`` is 1.
     """
-    rows, items = raw.interactions, raw.items.sort_values("raw", ignore_index=True)
-    item = pd.Index(items["raw"]).get_indexer(rows["item"].to_list())
-    user, raw_users = pd.factorize(rows["user"], sort=True)
-    usable = _usable(raw, user, item, skipped)
-    kept = usable[latest_core(user[usable], item[usable], min_core, max_interactions)]
+    items = raw.items.sort_values("raw", ignore_index=True)
+    user, raw_users = pd.factorize(raw.interactions["user"], sort=True)
+    item = pd.Index(items["raw"]).get_indexer(raw.interactions["item"].to_list())
+    rows = _usable(raw.interactions.assign(user=user, item=item), raw.path, skipped)
+    core = latest_core(rows["user"].to_numpy(), rows["item"].to_numpy(), min_core, max_interactions)
+    table = rows.iloc[core]
     if split != GLOBAL_TIME:
-        kept = _splittable(raw, user, usable, kept, skipped)
-    if not len(kept):
+        table = _splittable(table, rows, raw.path, skipped)
+    if table.empty:
         raise ValueError(
             f"{raw.path}: no interaction is left after the filters (min_core={min_core}); "
             "lower min_core, or give more data"
         )
-    used_users, user = np.unique(user[kept], return_inverse=True)
-    used_items = np.unique(item[kept]) if min_core > 1 else np.arange(len(items))
-    item = np.searchsorted(used_items, item[kept]) + 1
-    seconds = rows["time"].to_numpy()[kept] // 1000
-    table = rows.iloc[kept].drop(columns="line").assign(user=user, item=item, time=seconds)
-    table = table.reset_index(drop=True)
-    items = items.loc[used_items].drop(columns="raw").reset_index(drop=True)
-    items.insert(0, "item", np.arange(1, len(items) + 1))
+    used_users, user = np.unique(table["user"], return_inverse=True)
+    used_items = np.unique(table["item"]) if min_core > 1 else np.arange(len(items))
+    item = np.searchsorted(used_items, table["item"]) + 1
+    table = table.drop(columns="line").assign(user=user, item=item, time=table["time"] // 1000)
     unknown = pd.DataFrame({"raw": raw_users, "gender": "", "age": 0})
     known = (unknown if raw.users is None else raw.users).set_index("raw")
-    users, extra = known.loc[raw_users[used_users]].reset_index(drop=True), {}
+    users, extra = known.loc[raw_users[used_users]], {}
     if split == GLOBAL_TIME:
         whole = evaluable(table, len(users))  # these users first
         if not whole.any():
@@ -195,51 +178,47 @@ def assemble(
             raise ValueError(f"{lack}; use split='leave-one-out', or data with longer histories")
         table["user"] = np.argsort(np.argsort(~whole, kind="stable"))[table["user"]]
         users, extra = users.loc[whole], {"n_unevaluated_users": int((~whole).sum())}
-    users.insert(0, "user", np.arange(len(users)))
+    items = items.loc[used_items].drop(columns="raw").reset_index(drop=True)
+    items.insert(0, "item", items.index + 1)
     users = users.reset_index(drop=True)
+    users.insert(0, "user", users.index)
     info = {"source": raw.source, "noun": raw.noun, "n_users": len(users), "n_items": len(items)}
     info |= {"n_interactions": len(table), "order": raw.order, "split": split, "min_core": min_core}
     info |= extra | raw.info | {"skipped": dict(skipped.counts), "skipped_first": skipped.first}
     info["skipped_bad"] = sorted(skipped.counts.keys() - skipped.normal)
-    return Dataset(INTERACTIONS.validate(table), ITEMS.validate(items), USERS.validate(users), info)
+    table = INTERACTIONS.validate(table.reset_index(drop=True))
+    return Dataset(table, ITEMS.validate(items), USERS.validate(users), info)
 
 
-def _usable(raw: Raw, user: np.ndarray, item: np.ndarray, skipped: Skipped) -> np.ndarray:
-    """Positions, in time order, of rows whose item is known (not -1), of equal pairs the first."""
-    lines, known = raw.interactions["line"].to_numpy(), item >= 0
-    pairs = pd.Series(np.where(known, user * np.int64(len(raw.items)) + item, -1))
-    repeated = known & pairs.duplicated().to_numpy()
-    skipped.add("item without metadata", raw.path, lines[~known])
-    skipped.add("duplicate", raw.path, lines[repeated])
-    skipped.check(raw.path)
-    kept = np.flatnonzero(known & ~repeated)
-    return kept[np.argsort(raw.interactions["time"].to_numpy()[kept], kind="stable")]
+def _usable(rows: pd.DataFrame, path: Path, skipped: Skipped) -> pd.DataFrame:
+    """The rows whose item is known (not -1), of equal pairs the first, in time order."""
+    known = rows["item"] >= 0
+    repeated = known & rows.duplicated(["user", "item"])
+    skipped.add("item without metadata", path, rows["line"][~known])
+    skipped.add("duplicate", path, rows["line"][repeated])
+    skipped.check(path)
+    return rows[known & ~repeated].sort_values("time", kind="stable", ignore_index=True)
 
 
 def _splittable(
-    raw: Raw, user: np.ndarray, usable: np.ndarray, kept: np.ndarray, skipped: Skipped
-) -> np.ndarray:
-    """Those of the ``kept`` rows whose user has enough events for leave-one-out.
+    kept: pd.DataFrame, usable: pd.DataFrame, path: Path, skipped: Skipped
+) -> pd.DataFrame:
+    """The ``kept`` rows of users with enough events for leave-one-out; the others are counted.
 
-    Counted are users with too few ``usable`` rows, and those to whom the filters left too few.
+    Those are users with too few ``usable`` rows, and those to whom the filters left too few.
     """
-    size = user.max(initial=0) + 1
-    given, left = (np.bincount(user[rows], minlength=size) for rows in (usable, kept))
-    short = ((given > 0) & (given < MIN_EVENTS)) | ((left > 0) & (left < MIN_EVENTS))
-    if short.any():
-        first = raw.interactions["line"].to_numpy()[usable[short[user[usable]]]].min()
-        skipped.add(SHORT_USER, raw.path, first, int(short.sum()))
-    return kept[left[user[kept]] >= MIN_EVENTS]
+    counts = (rows["user"].value_counts() for rows in (usable, kept))
+    short = set().union(*(n.index[n < MIN_EVENTS] for n in counts))
+    skipped.add(SHORT_USER, path, usable.loc[usable["user"].isin(short), "line"], len(short))
+    return kept[~kept["user"].isin(short)]
 
 
 def k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
     """Positions of the largest set of rows in which each user and each item has ``k`` or more."""
-    kept = np.arange(len(user))
-    while len(kept):
+    kept, enough = np.arange(len(user)), np.array([False])
+    while len(kept) and not enough.all():
         counts = (np.bincount(ids[kept])[ids[kept]] for ids in (user, item))
         enough = np.minimum(*counts) >= k
-        if enough.all():
-            break
         kept = kept[enough]
     return kept
 
@@ -247,55 +226,46 @@ def k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
 def latest_core(user: np.ndarray, item: np.ndarray, k: int, size: int) -> np.ndarray:
     """Positions of the k-core of the shortest window of last rows whose core has ``size`` rows.
 
-    All rows' core if none has, or for size 0. A longer window's core contains a shorter one's, so
-    the window is found by bisection.
+    All rows' core if none has, or for size 0.
     """
     whole = k_core(user, item, k)
     if not 0 < size < len(whole):
         return whole
-    starts = range(len(user))
+    starts = range(len(user))  # a longer window's core contains a shorter one's
     start = bisect_right(starts, -size, key=lambda n: -len(k_core(user[n:], item[n:], k))) - 1
     return start + k_core(user[start:], item[start:], k)
 
 
 def sanitise_text(text: str) -> str:
-    """``text`` as one plain line without control characters and chat-template tokens.
-
-    Repeated until nothing changes, since cutting a token out can join the halves of another.
-    """
-    while True:
-        plain = " ".join(_TOKEN.sub("", _HIDDEN.sub("", text)).split())
-        if plain == text:
-            return text
-        text = plain
+    """``text`` as one plain line without control characters and chat-template tokens."""
+    plain = ""
+    while plain != text:  # cutting a token out can join the halves of another
+        plain, text = text, " ".join(_TOKEN.sub("", _HIDDEN.sub("", text)).split())
+    return text
 
 
 def milliseconds(values: Any) -> np.ndarray:
-    """Unix times as int64 milliseconds; the size of each tells its unit (s, ms, µs or ns).
-
-    The borders are 1e11, 1e14 and 1e17: 1e11 s is the year 5138, 1e11 ms March 1973.
-    """
+    """Unix times as int64 milliseconds; the size of each tells its unit (s, ms, µs or ns)."""
     values = np.asarray(values, np.int64)
-    size = np.abs(values.astype(np.float64))
+    size = np.abs(values.astype(np.float64))  # 1e11 s is the year 5138, 1e11 ms March 1973
     choices = [values * 1000, values, values // 1000]
     return np.select([size < 1e11, size < 1e14, size < 1e17], choices, values // 1_000_000)
 
 
-def parse_times(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+def parse_times(texts: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """(int64 milliseconds since 1970 (UTC), bool: whether it is a time) of a column of texts.
 
     A time is a Unix time in any unit, an ISO 8601 date, or as in "01 7, 2015".
     """
-    time, good = parse_integers(texts)
-    time, rest = milliseconds(time), ~good
+    whole, good = parse_integers(texts)
+    time, rest = milliseconds(whole), ~good
     if rest.any():
-        texts = texts.filter(rest)
+        texts = texts[rest].str.strip()
         number, finite = parse_numbers(texts)
         finite &= np.abs(number) < 2**63
         number[~finite] = 0
-        days = texts.to_pandas().str.strip()
         moment, other = (
-            pd.to_datetime(days, format=form, utc=True, errors="coerce").dt.as_unit("ms")
+            pd.to_datetime(texts, format=form, utc=True, errors="coerce").dt.as_unit("ms")
             for form in ("ISO8601", "%m %d, %Y")
         )
         moment = moment.fillna(other)
@@ -306,12 +276,12 @@ def parse_times(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return time, good
 
 
-def parse_numbers(texts: pa.Array, kind: type = np.float64) -> tuple[np.ndarray, np.ndarray]:
+def parse_numbers(texts: pd.Series, kind: type = np.float64) -> tuple[np.ndarray, np.ndarray]:
     """(numbers of ``kind``, bool: whether it is a finite number) of a column of texts."""
-    texts = pc.utf8_trim_whitespace(texts)
-    good = pc.match_substring_regex(texts, _NUMBER[kind])
-    numbers = pc.if_else(good, texts, "0").cast(pa.from_numpy_dtype(kind)).to_numpy()
-    return numbers.copy(), np.array(good) & np.isfinite(numbers)
+    texts = texts.str.strip()
+    good = texts.str.fullmatch(_NUMBER[kind]).to_numpy(bool)
+    numbers = texts.where(good, "0").to_numpy(kind)
+    return numbers, good & np.isfinite(numbers)
 
 
 parse_integers = partial(parse_numbers, kind=np.int64)

@@ -1,12 +1,9 @@
 """RQ4: the finished runs of a batch side by side.
 
 An arm is a policy under one setting: ``main`` and every other arm of the grid is the shielded
-policy of its runs, ``no_projection`` the unshielded policy that runs of ``main`` train too.
-Where the batch has no ``main`` at the base run's seed, the base run is it. At one seed, arms
-explain the same items to the same users, so differences are paired.
-
-Intervals are over seeds and users resampled together (``stats.crossed_mean``): of one seed they are
-over users alone, of three still too narrow. With a dozen arms, one in twenty excludes 0 by chance.
+policy of its runs, ``no_projection`` the unshielded policy that runs of ``main`` train too. Arms of
+one seed explain the same items to the same users, so differences are paired. Intervals are over
+seeds and users resampled together: of one seed over users alone, of three still too narrow.
 """
 
 import re
@@ -26,48 +23,41 @@ OF_RUN = (("ctr_lift", "base"), ("top10_overlap", ""), ("ndcg@10", ""), ("max_ab
 
 
 def collect(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """The explanations and the evaluation's results of the base run and its batch.
-
-    Both have the columns ``run`` and ``seed``, and the batch's name of the policy as ``arm``. Third
-    are the runs left out as unfinished or stale.
-    """
-    prefix = f"{params.run}-{params.batch}-"
+    """The explanations and the evaluation's results of a batch, and the runs left out as unfinished
+    or stale. Both tables have the columns ``run`` and ``seed``, and the batch's name of the policy
+    as ``arm``. Where no run of ``main`` has the base run's seed, the base run is it."""
     chosen, left_out = [], []
     for run in sorted({path.split("/")[0] for path in runs.batch_files(params)}):
         stored = runs.read_params(run)
-        arm = re.fullmatch(r"(.+)-seed\d+", run.removeprefix(prefix))
+        arm = re.fullmatch(r"(.+)-seed\d+", run.removeprefix(f"{params.run}-{params.batch}-"))
         if stored is None or arm is None or not runs.up_to_date("evaluation", stored):
             left_out.append(run)
         else:
             chosen.append((run, arm[1], stored.seed))
     if not any(arm == MAIN and seed == params.seed for _, arm, seed in chosen):
         chosen.insert(0, (params.run, MAIN, params.seed))
-    tables: tuple[list, list] = ([], [])
+    all_texts, all_results = [], []
     for run, arm, seed in chosen:
         texts = pd.read_parquet(runs.run_folder(run) / "artifacts" / "explanations.parquet")
         # An arm may be tuned for another sum of the parts: all are compared by the study's weights.
         parts = (texts[f"reward_{part}"].astype(float) for part in reward.PARTS)
         texts["reward"] = sum(w * part for w, part in zip(reward.WEIGHTS, parts, strict=True))
         policies = {"shielded": arm} | ({"unshielded": NO_PROJECTION} if arm == MAIN else {})
-        for table, found in zip((texts, runs.read_results(run, "evaluation")), tables):
+        results = runs.read_results(run, "evaluation")
+        for found, table in ((all_texts, texts), (all_results, results)):
             found.append(table.assign(run=run, seed=seed, arm=table["arm"].map(policies)))
-    texts, results = (pd.concat(found).dropna(subset="arm") for found in tables)
+    texts, results = (pd.concat(found).dropna(subset="arm") for found in (all_texts, all_results))
     return texts, results, left_out
 
 
 def compare(
     texts: pd.DataFrame, results: pd.DataFrame, n_boot: int, rng: np.random.Generator
 ) -> pd.DataFrame:
-    """The arms as results, ``main`` first: ``PAIRED``, also against ``main``, and ``OF_RUN``.
-
-    Columns are those of ``runs.read_results``. With several seeds the groups ``lowest_seed`` and
-    ``highest_seed`` hold the least and the greatest mean of a seed. An arm that shares no user with
-    ``main`` has no difference to it. ``ValueError`` without ``main``.
-    """
+    """The arms as results, ``main`` first: ``PAIRED``, also against ``main``, and ``OF_RUN``. With
+    several seeds the groups ``lowest_seed`` and ``highest_seed`` hold the least and the greatest
+    mean of a seed. An arm that shares no user with ``main`` has no difference to it."""
     texts = texts.set_index(["seed", "user", "item"])  # what pairs the arms
     by_arm = {arm: said[PAIRED].astype(float) for arm, said in texts.groupby("arm")}
-    if MAIN not in by_arm:
-        raise ValueError(f"no run of the arm {MAIN!r} is finished: run make batch with that arm")
     rows = []
     for arm in sorted(by_arm, key=lambda name: (name != MAIN, name != NO_PROJECTION, name)):
         own = by_arm[arm]

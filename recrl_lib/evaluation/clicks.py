@@ -5,11 +5,10 @@ probability
 
     p = sigmoid(bias + alpha z(s_ui) + beta q + b_u + gamma / log2(1 + k)),   b_u ~ N(0, user_std^2)
 
-where z(s_ui) is the *base* ranker's score, standardised over the items that u has not seen, q in
-[0, 1] the judge's quality (never the reward), and alpha, beta, gamma, bias and user_std are
-parameters (``sim_*``). All arms share the draw of b_u, so that nothing but the text differs between
-them. The lift of an arm is the ratio of its mean p to the base arm's: expected clicks, which have
-the mean of sampled clicks and less variance.
+where z(s_ui) is the *base* ranker's score, standardised over the items that u has not seen, and q
+in [0, 1] the judge's quality (never the reward). All arms share the draw of b_u, so that nothing
+but the text differs between them. The lift of an arm is the ratio of its mean p to the base arm's:
+expected clicks, which have the mean of sampled clicks and less variance.
 """
 
 from dataclasses import dataclass
@@ -26,48 +25,29 @@ from recrl_lib.params import Params
 class ClickModel:
     """Weights in logits: score, quality, intercept, spread of the users' own bias, position."""
 
-    alpha: float = 0.5
-    beta: float = 2.0
-    bias: float = -2.0
-    user_std: float = 0.5
-    position_weight: float = 0.5
-
-    def __post_init__(self):
-        weights = [self.alpha, self.beta, self.bias, self.user_std, self.position_weight]
-        if not np.isfinite(weights).all() or self.user_std < 0:
-            raise ValueError(f"{self}: weights must be finite and user_std not negative")
+    alpha: float
+    beta: float
+    bias: float
+    user_std: float
+    position_weight: float
 
     @classmethod
     def of(cls, params: Params) -> Self:
         """The model that a run's ``sim_*`` parameters state."""
-        names = ("sim_alpha", "sim_beta", "sim_bias", "sim_user_std", "sim_position")
-        return cls(*(getattr(params, name) for name in names))
+        weights = (params.sim_alpha, params.sim_beta, params.sim_bias)
+        return cls(*weights, params.sim_user_std, params.sim_position)
 
     def probabilities(
         self, score: ArrayLike, quality: ArrayLike, position: ArrayLike, user_noise: np.ndarray
     ) -> np.ndarray:
-        """Click probability (n,) of each user.
-
-        Args:
-            score: The ranker's, standardised (n,).
-            quality: In [0, 1], (n,).
-            position: In the list, from 1, (n,).
-            user_noise: Standard normal (n,), the same in every arm; ``user_std`` scales it.
-
-        Raises:
-            ValueError: Names the argument that is out of range or of another length.
-        """
-        given = {"score": score, "quality": quality, "position": position}
-        given = {name: np.asarray(values, np.float64) for name, values in given.items()}
-        bounds = {"score": (-np.inf, np.inf), "quality": (0, 1), "position": (1, np.inf)}
-        for name, values in given.items():
-            low, high = bounds[name]
-            inside = np.isfinite(values) & (values >= low) & (values <= high)
-            if values.shape != user_noise.shape or not inside.all():
-                wanted = f"one finite number in [{low}, {high}] for each of {len(user_noise)} users"
-                raise ValueError(f"click model: {name} must be {wanted}")
-        discount = self.position_weight / np.log2(1 + given["position"])
-        weighted = self.alpha * given["score"] + self.beta * given["quality"]
+        """Click probability (n,) of each user, from a standardised score, a quality in [0, 1], a
+        position from 1, and standard normal noise, the same in every arm: (n,) each."""
+        score, quality, position = (np.asarray(x, np.float64) for x in (score, quality, position))
+        known = np.isfinite(score) & (quality >= 0) & (quality <= 1) & (position >= 1)
+        if not known.all():
+            raise ValueError("click model: scores finite, quality in [0, 1], positions from 1")
+        weighted = self.alpha * score + self.beta * quality
+        discount = self.position_weight / np.log2(1 + position)
         return expit(self.bias + weighted + self.user_std * user_noise + discount)
 
 

@@ -1,12 +1,12 @@
 """Verdicts: fixed rules that turn a run's tables of results into findings, the bad news included.
 
-``findings`` answers the study's questions, ``not_shown`` lists what must not be concluded, and
-``target_table`` holds the shield against its target. Notebook 09 shows them. Every rule reads the
-tables of ``runs.read_results`` and names the file it read, so that no verdict is typed by hand.
+``findings`` answers the study's questions, ``target_table`` holds the shield against its target,
+``not_shown`` lists what must not be concluded. Every rule reads the tables of ``runs.read_results``
+and names the file it read, so that no verdict is typed by hand. Notebook 09 shows them.
 """
 
-import itertools
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -53,11 +53,8 @@ def words(rows: pd.DataFrame, spec: str = ".3f") -> str:
 
 def side(rows: pd.DataFrame, null: float = 0.0) -> str:
     """ "up", "down" or "undecided": on which side of ``null`` the interval of the one row lies."""
-    low, high = rows.iloc[0]["low"], rows.iloc[0]["high"]
+    low, high = rows["low"].item(), rows["high"].item()
     return "up" if low > null else "down" if high < null else "undecided"
-
-
-# --- findings --------------------------------------------------------------------------------
 
 
 RULES = (  # question, measure, against, group; the answer is where the whole interval lies
@@ -71,30 +68,15 @@ RULES = (  # question, measure, against, group; the answer is where the whole in
     ("Do the texts read more fluently to the base model ({arm})?", "fluency", "base", "all"),
     ("Do simulated clicks rise ({arm})?", "ctr_lift", "base", "all"),
 )
-SEPARATE = "Separate towers: are scores bit-identical after tuning?"
-SHARED_MOVED = "Shared backbone: did tuning without a shield move the ranking?"
-NEEDED = "Does it need a shield to hold the ranking exactly?"
-GAIN_KEPT = "How much of the gain in reward was kept under the shield?"
-CONTROLS = "Do all texts composed to fool the measures lose to the policy ({arm})?"
-FEW = "too few users to say"
 ANSWERS = {"up": "yes", "down": "no, it fell", "undecided": "not shown"}
+FEW = "too few users to say"
+SHOWN = ("yes", "yes, exactly", "yes, every top 10 is the same")
 
 
 def findings(evaluation: pd.DataFrame) -> list[Finding]:
     """The study's questions, answered from the results of stage ``evaluation``."""
-    equal = runs.value(evaluation, "scores_equal", "separate") == 1
-    moved = runs.value(evaluation, "max_abs_score_delta", "unshielded") > 0
-    exact = "sha256 over all users × items " + ("equal" if equal else "differs")
-    copy = f"a second copy of the adapted weights does, as arm separate: {exact}"
-    free, held = (_ranking_words(evaluation, arm) for arm in SHARED)
-    found = [
-        Finding(SEPARATE, "yes" if equal else "no", exact),
-        Finding(SHARED_MOVED, "yes" if moved else "no", free),
-        Finding("Did the shield hold the ranking?", _held(evaluation), held),
-        Finding(NEEDED, "no" if equal else "not shown", copy),
-        Finding(GAIN_KEPT, *_gain_kept(evaluation)),
-    ]
-    for (question, measure, against, group), arm in itertools.product(RULES, SHARED):
+    found = _of_the_ranking(evaluation)
+    for (question, measure, against, group), arm in product(RULES, SHARED):
         against = against.format(arm=arm)
         rows = rows_of(evaluation, measure, arm, against, group)
         if len(rows):
@@ -108,11 +90,33 @@ def findings(evaluation: pd.DataFrame) -> list[Finding]:
             users = rows_of(evaluation, "reward", arm, f"control_{min(beaten)}").iloc[0]["n"]
             equal = [name.replace("_", " ") for name, below in beaten.items() if not below]
             answer = "not shown" if equal else FEW if users < LEAST_USERS else "yes"
-            text = f"of {len(beaten)}, not below it by a whole interval: "
-            found.append(
-                Finding(CONTROLS.format(arm=arm), answer, text + (", ".join(equal) or "none"))
-            )
+            question = f"Do all texts composed to fool the measures lose to the policy ({arm})?"
+            evidence = f"of {len(beaten)}, not below it by a whole interval: "
+            found.append(Finding(question, answer, evidence + (", ".join(equal) or "none")))
     return found
+
+
+def _of_the_ranking(table: pd.DataFrame) -> list[Finding]:
+    """What became of the ranking in each arm, and of the gain in reward."""
+    equal = runs.value(table, "scores_equal", "separate") == 1
+    moved = runs.value(table, "max_abs_score_delta", "unshielded") > 0
+    exact = "sha256 over all users × items " + ("equal" if equal else "differs")
+    copy = f"a second copy of the adapted weights does, as arm separate: {exact}"
+    kept = []
+    for arm in SHARED:
+        overlap, same = (runs.value(table, m, arm) for m in ("top10_overlap", "top10_exact"))
+        lost = f"{share(1 - overlap)} of top-10 places replaced, {share(same)} of lists the same"
+        change = words(rows_of(table, "ndcg@10", arm, "base"), "+.4f")
+        kept.append(f"{lost} in order; change of NDCG@10 {change}")
+    (free, held), needed = kept, "no" if equal else "not shown"
+    yes = {True: "yes", False: "no"}
+    return [
+        Finding("Separate towers: are scores bit-identical after tuning?", yes[equal], exact),
+        Finding("Shared backbone: did tuning without a shield move the ranking?", yes[moved], free),
+        Finding("Did the shield hold the ranking?", _held(table), held),
+        Finding("Does it need a shield to hold the ranking exactly?", needed, copy),
+        Finding("How much of the gain in reward was kept under the shield?", *_gain_kept(table)),
+    ]
 
 
 def _held(table: pd.DataFrame) -> str:
@@ -126,13 +130,6 @@ def _held(table: pd.DataFrame) -> str:
     return "nearly" if held >= KEPT else "in part"
 
 
-def _ranking_words(table: pd.DataFrame, arm: str) -> str:
-    overlap, exact = (runs.value(table, m, arm) for m in ("top10_overlap", "top10_exact"))
-    change = words(rows_of(table, "ndcg@10", arm, "base"), "+.4f")
-    kept = f"{share(1 - overlap)} of top-10 places replaced, {share(exact)} of lists the same"
-    return f"{kept} in order; change of NDCG@10 {change}"
-
-
 def _gain_kept(table: pd.DataFrame) -> tuple[str, str]:
     """A share of a gain means something only where there is a gain."""
     free, held = (rows_of(table, "reward", arm, "base") for arm in SHARED)
@@ -140,34 +137,28 @@ def _gain_kept(table: pd.DataFrame) -> tuple[str, str]:
     if side(free) != "up":
         return "cannot be said", f"{gains}: no gain to keep a share of"
     interval = words(rows_of(table, "gain_kept", "shielded", "unshielded"))
-    kept = share(held.iloc[0]["value"] / free.iloc[0]["value"])
+    kept = share(held["value"].item() / free["value"].item())
     return kept, f"{gains}; share {interval or 'without an interval'}"
 
 
-# --- the target of the shield ----------------------------------------------------------------
-
 KEPT, NDCG = 0.99, 0.01
-TARGETS = (  # what, measure, group, least
-    ("reward gain, as a share of the unshielded one", "gain_kept", "all", 0.9),
-    ("places of the top 10 kept", "top10_overlap", "all", KEPT),
-    ("places kept of items that no basis had seen", "top10_overlap", "held_out_items", KEPT),
-    ("users whose first item is the same", "top1_same", "all", KEPT),
-    ("users with the same ten (beyond the target)", "top10_set_same", "all", KEPT),
-    ("users with the same list (beyond the target)", "top10_exact", "all", KEPT),
+TARGETS = (  # what, measure, against, group, least
+    ("reward gain, as a share of the unshielded one", "gain_kept", "unshielded", "all", 0.9),
+    ("places of the top 10 kept", "top10_overlap", "", "all", KEPT),
+    ("places kept of items that no basis had seen", "top10_overlap", "", "held_out_items", KEPT),
+    ("users whose first item is the same", "top1_same", "", "all", KEPT),
+    ("users with the same ten (beyond the target)", "top10_set_same", "", "all", KEPT),
+    ("users with the same list (beyond the target)", "top10_exact", "", "all", KEPT),
 )
 
 
 def target_table(evaluation: pd.DataFrame) -> pd.DataFrame:
-    """The study's target, line by line: measure, target, unshielded, shielded, met.
-
-    "by its mean": the value is there, and its interval over users reaches to where it is not.
-    """
+    """The study's target, line by line: measure, target, unshielded, shielded, met. "by its mean":
+    the value is there, and its interval over users reaches to where it is not."""
     rows = []
-    for what, measure, group, least in TARGETS:
-        against = "unshielded" if measure == "gain_kept" else ""
+    for what, measure, against, group, least in TARGETS:
         held = rows_of(evaluation, measure, "shielded", against, group)
-        if len(held):
-            value, low = held.iloc[0]["value"], held.iloc[0]["low"]
+        for value, low in held[["value", "low"]].to_numpy():
             met = "no" if value < least else "by its mean" if low < least else "yes"
             free = words(rows_of(evaluation, measure, "unshielded", "", group)) or "1"
             rows.append((what, f"at least {share(least)}", free, words(held), met))
@@ -180,15 +171,14 @@ def target_table(evaluation: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["measure", "target", *SHARED, "met"])
 
 
-# --- what the run does not show ----------------------------------------------------------------
-
-
-CHECKS = {  # measure of PPO: the most that is sound, what more of it means
-    "leak": (1e-6, "That the shield is sealed: {:.2g} of the update lies in protected directions."),
-    "ratio_first_minibatch_max_dev": (
-        1e-3, "That sampling and training agree: the first probability ratios are off by {:.2g}."),
-    "warnings": (0, "That training was healthy throughout: {:g} warnings about its statistics."),
-}  # fmt: skip
+CHECKS = (  # measure of PPO, its arm, the most that is sound, what more of it means
+    ("leak", "shielded", 1e-6,
+     "That the shield is sealed: {:.2g} of the update lies in protected directions."),
+    ("ratio_first_minibatch_max_dev", "shielded", 1e-3,
+     "That sampling and training agree: the first probability ratios are off by {:.2g}."),
+    ("warnings", "", 0,
+     "That training was healthy throughout: {:g} warnings about its statistics."),
+)  # fmt: skip
 LIMITS = {  # text: the file it rests on
     "That another seed agrees: this is one run, seed {seed}; intervals are over users only.":
         "params.yaml",
@@ -201,28 +191,24 @@ LIMITS = {  # text: the file it rests on
     "That nothing harmful is said: a passed audit means that these checks found nothing.":
         "metrics/audit.csv",
 }  # fmt: skip
-SHOWN = ("yes", "yes, exactly", "yes, every top 10 is the same")
 
 
 def not_shown(
     tables: Mapping[str, pd.DataFrame], params: Params, manifest: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     """What a reader must not conclude, each with the file it rests on; the last hold for any run.
-
-    ``tables``: results of the stages ranker, shielded_ppo, evaluation and audit.
-    """
+    ``tables``: results of the stages ranker, shielded_ppo, evaluation and audit."""
     evaluation, found = tables["evaluation"], []
     for one in findings(evaluation):
         if one.answer not in SHOWN and not one.answer.endswith("%"):
             answer = one.answer[0].upper() + one.answer[1:]
             found.append((f"{one.question} {answer}: {one.evidence}.", one.source))
-    for measure, (most, text) in CHECKS.items():
-        arm = "" if measure == "warnings" else "shielded"
+    for measure, arm, most, text in CHECKS:
         for value in rows_of(tables["shielded_ppo"], measure, arm)["value"]:
             if value > most:
                 found.append((text.format(value), "metrics/shielded_ppo.csv"))
     full, bare = (rows_of(tables["ranker"], m, "sasrec") for m in ("ndcg@10", "text_free_ndcg@10"))
-    if bare.iloc[0]["value"] > 0.9 * full.iloc[0]["value"]:
+    if bare["value"].item() > 0.9 * full["value"].item():
         text = f"NDCG@10 is {words(bare, '.4f')} without item vectors, {words(full, '.4f')} with"
         found.append((f"That there was much to protect: {text}.", "metrics/ranker.csv"))
     if failed := tables["audit"].query("passed == 0")["measure"].tolist():
@@ -231,7 +217,7 @@ def not_shown(
     if manifest.get("git_dirty") is not False or not manifest.get("git_commit"):
         text = "That the named commit gives these numbers: the code differed, or there was none."
         found.append((text, "manifest.json"))
-    users = int(rows_of(evaluation, "reward", "shielded").iloc[0]["n"])
+    users = int(rows_of(evaluation, "reward", "shielded")["n"].item())
     few = ", too few to see small effects" if users < FEW_USERS else ""
     values = params.as_dict() | {"users": users, "few": few}
     return found + [(text.format(**values), source) for text, source in LIMITS.items()]

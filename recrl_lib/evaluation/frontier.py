@@ -1,18 +1,13 @@
 """The frontier of learning against ranking moved: one short training and one measurement a point.
 
 The training is supervised: the likelihood of explanations composed from metadata, as in the warm
-start, so that a point costs minutes. What is measured is what notebook 06 measures. A seed draws
-the adapters' first values and the order of the explanations; the rest is the same for all points.
+start, so that a point costs minutes. A seed draws the adapters' first values and the order of the
+explanations; the rest is the same for all points.
 """
 
-import os
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from math import sqrt
-from multiprocessing import get_context
 from pathlib import Path
 from time import process_time
 
@@ -35,6 +30,7 @@ from recrl_lib.study import Study
 
 BATCH, LR = 4, 3e-3  # the warm start's
 MAX_NORM = 1.0  # gradient clipping, before the shield
+BOOTSTRAP = 10_000  # resamples of users
 MODES = ("none", *projection.MODES, "align", "alora")
 SETS = {"none": [], **yaml.safe_load((LIBRARY / "grids.yaml").read_text(encoding="utf-8"))}
 
@@ -83,9 +79,6 @@ def named(name: str, seeds: int, steps: int) -> list[Point]:
     return [replace(point, seed=seed) for seed in range(seeds) for point in points]
 
 
-# --- one point ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Comparison:
     """What all points share: model, study, Gram matrices, and the explanations taught and asked."""
@@ -97,14 +90,13 @@ class Comparison:
     grams: GramMatrices
     taught: Demonstrations  # of PPO users
     asked: Demonstrations  # of validation users: what a point learned decides settings
-    n_boot: int = 10_000
 
     def __post_init__(self):
         if self.study.text is None:
             raise ValueError("text='none': a frontier needs a ranker that reads item texts")
         self.text = self.study.text
         self.seen = set(range(1, self.items.n_items + 1)) - self.held
-        self.ranking, _ = ranking_change.ranking_table(self.study, self.study.text)
+        self.ranking, _ = ranking_change.ranking_table(self.study, self.text)
         with self.explainer.reference():
             self.untuned = {"loss_base": self.asked.mean_loss(), "reward_base": self.reward()[0]}
 
@@ -120,11 +112,11 @@ def run_point(shared: Comparison, point: Point) -> dict:
     explainer, grams = shared.explainer, shared.grams
     protected = protect(grams, point.basis, point.energy, point.rank)
     with activated_lora(explainer) if point.mode == "alora" else nullcontext():
-        shield = None
-        if point.mode in projection.MODES:
+        shield = replay = None
+        if point.penalty:
             reader = explainer, shared.items, shared.text, readout_of(shared.study.ranker)
-            weight, seed, seen = point.penalty, point.seed, shared.seen
-            replay = Replay(*reader, weight, seed, seen) if weight else None
+            replay = Replay(*reader, point.penalty, point.seed, shared.seen)
+        if point.mode in projection.MODES:
             shield = Shield(explainer, protected, point.mode, replay)
         seconds = tune(shared, point, shield)
         measured = {"leak": leak(explainer, protected), **measure(shared, point)}
@@ -139,16 +131,15 @@ def run_point(shared: Comparison, point: Point) -> dict:
 
 def tune(shared: Comparison, point: Point, shield: Shield | None) -> float:
     """Fresh adapters, Adam on the explanations taught, the replay alone if asked; CPU seconds."""
-    explainer, taught = shared.explainer, shared.taught
-    parameters, rng = explainer.adapter_parameters(), np.random.default_rng(point.seed)
+    explainer, taught, rng = shared.explainer, shared.taught, np.random.default_rng(point.seed)
     with torch.random.fork_rng():
         torch.manual_seed(point.seed)
         for _, _, module in explainer.adapted_modules():
             module.reset_lora_parameters(module.active_adapters[0], True)
-    start, optimizer = process_time(), torch.optim.Adam(parameters, lr=LR)
+    parameters, order, start = explainer.adapter_parameters(), [], process_time()
+    optimizer = torch.optim.Adam(parameters, lr=LR)
     if shield:
         shield.attach(optimizer)
-    order: list[int] = []
     for _ in track(range(point.steps), "frontier steps"):
         if len(order) < BATCH:
             order = rng.permutation(len(taught.ids)).tolist()
@@ -174,10 +165,11 @@ def measure(shared: Comparison, point: Point) -> dict:
         vectors = aligned(vectors, shared.text, np.array(sorted(shared.seen)), rng)
     table, top = ranking_change.ranking_table(study, vectors)
     before = shared.ranking["ndcg"]
-    change = stats.bootstrap(table["ndcg"] - before, 1, shared.n_boot, np.random.default_rng(0))
+    change = stats.bootstrap(table["ndcg"] - before, 1, BOOTSTRAP, np.random.default_rng(0))
     names = ["overlap", "set_same", "exact", "top1_same", "rbo", "kendall_tau", "ndcg"]
-    groups = {"seen": shared.seen, "held": shared.held}
-    moved = ranking_change.change_by_group(study, vectors, top, groups).items()
+    groups = {"all": shared.seen | shared.held, "seen": shared.seen, "held": shared.held}
+    moved = ranking_change.change_by_group(study, vectors, top, groups)
+    everywhere = moved.pop("all")
     return {
         **shared.untuned,
         "loss": shared.asked.mean_loss(),
@@ -185,54 +177,20 @@ def measure(shared: Comparison, point: Point) -> dict:
         **table[names].mean().to_dict(),
         "ndcg_base": float(before.mean()),
         **dict(zip(("ndcg_change", "ndcg_change_lo", "ndcg_change_hi"), change)),
-        **ranking_change.score_change(study, vectors),
-        **{f"{name}_{group}": x for group, found in moved for name, x in found.items()},
+        "item_vector_change": everywhere["item_change"],
+        **{name: everywhere[name] for name in ("max_abs_score_delta", "mean_abs_score_delta")},
+        **{f"{name}_{group}": x for group, found in moved.items() for name, x in found.items()},
     }
 
 
-# --- many points ----------------------------------------------------------------------------------
-
-
-def run_points(shared: Comparison, points: list[Point]) -> Iterator[dict]:
-    """The rows of ``points``, in their order; a process each on cores that are idle.
-
-    Two processes finish more points than two threads, for the products are small. All but the CPU
-    seconds is what ``run_point`` gives here, bit for bit. The processes are forked, for ``shared``
-    is too large to send; joblib cannot hand back the rows of forked ones one by one.
-    """
-    global _shared
-    workers = min(len(points), idle_cores())
-    if workers < 2:
-        yield from (run_point(shared, point) for point in points)
-        return
-    _shared = shared
-    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
-        yield from pool.map(_run_point, points)
-
-
-def idle_cores() -> int:
-    """Cores that points may fill: 1 where torch uses them, in a job of a batch, and off Linux."""
-    threads = torch.get_num_threads() > 1 or torch.cuda.is_available()  # a fork loses them
-    alone = threads or sys.platform != "linux" or "RECRL_BATCH" in os.environ
-    return 1 if alone else len(os.sched_getaffinity(0))
-
-
-def _run_point(point: Point) -> dict:
-    os.environ["RECRL_PROGRESS"] = "off"  # the parent counts the points
-    return run_point(_shared, point)
-
-
 def sweep(shared: Comparison, points: list[Point], path: Path, key: str) -> pd.DataFrame:
-    """The rows of ``points`` in their order; those that the CSV at ``path`` lacks are run.
-
-    Rows with another ``key`` (``runs.stage_key``: of the code and parameters) are run again.
-    """
+    """The rows of ``points`` in their order. Those that the CSV at ``path`` has are kept, if their
+    ``key`` (``provenance.stage_key``: of the code and parameters) is the same; the rest is run."""
     stored = pd.read_csv(path).to_dict("records") if path.exists() else []
     rows = {_setting(row): row for row in stored if row["key"] == key}
     wanted = {_setting(asdict(point)): point for point in points}
-    todo = [point for setting, point in wanted.items() if setting not in rows]
-    for row in track(run_points(shared, todo), "frontier", total=len(todo)):
-        rows[_setting(row)] = {**row, "key": key}
+    for setting in track([setting for setting in wanted if setting not in rows], "frontier"):
+        rows[setting] = {**run_point(shared, wanted[setting]), "key": key}
         table = pd.DataFrame(list(rows.values()))
         write_atomic(path, table.to_csv(index=False, lineterminator="\n"))
     return pd.DataFrame([rows[setting] for setting in wanted])
@@ -240,9 +198,6 @@ def sweep(shared: Comparison, points: list[Point], path: Path, key: str) -> pd.D
 
 def _setting(row: dict) -> tuple:
     return tuple(str(row[name]) for name in SETTING)
-
-
-# --- what they say --------------------------------------------------------------------------------
 
 
 def with_gains(table: pd.DataFrame) -> pd.DataFrame:
@@ -257,28 +212,22 @@ def with_gains(table: pd.DataFrame) -> pd.DataFrame:
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row a setting: means over seeds; of the main measures least and most (``_lo``, ``_hi``).
-
     ``stopped_early``: the overlap of an unshielded training that has learned as much, interpolated
-    in ``gain_loss`` between its points and the untuned model.
-    """
-    table = with_gains(table)
+    in ``gain_loss`` between its points and the untuned model."""
     setting = [name for name in SETTING if name != "seed"] + ["curve"]
-    numbers = table.select_dtypes("number").columns.difference([*setting, "seed"], sort=False)
-    grouped = table.groupby(setting, sort=False)
-    out = grouped[list(numbers)].mean()
+    seeds = with_gains(table).groupby(setting, sort=False)
+    out = seeds.mean(numeric_only=True).drop(columns="seed")
     for name in ("gain_loss", "gain_reward", "overlap", "top1_same", "set_same"):
-        out[f"{name}_lo"], out[f"{name}_hi"] = grouped[name].min(), grouped[name].max()
-    out = out.assign(seeds=grouped.size()).reset_index()
+        out[f"{name}_lo"], out[f"{name}_hi"] = seeds[name].min(), seeds[name].max()
+    out = out.assign(seeds=seeds.size()).reset_index()
     free = out[(out["mode"] == "none") & (out["gain_loss"] > 0)].sort_values("gain_loss")
     line = [0.0, *free["gain_loss"]], [1.0, *free["overlap"]]
     return out.assign(stopped_early=np.interp(out["gain_loss"], *line))
 
 
 def published(name: str = "frontier") -> pd.DataFrame:
-    """The rows of ``frontier``, ``capitals`` or ``settle`` in ``runs/reference/frontier``.
-
-    Columns ``replay``, ``refresh`` and ``inputs`` are of null results that the code no longer has.
-    """
+    """The rows of ``frontier``, ``capitals`` or ``settle`` in ``runs/reference/frontier``. Columns
+    ``replay``, ``refresh`` and ``inputs`` are of null results that the code no longer has."""
     rows = pd.read_csv(REFERENCE / "frontier" / f"{name}.csv")
     if "curve" in rows:
         rows["curve"] = rows["curve"].str.replace("settled", "replay steps after")

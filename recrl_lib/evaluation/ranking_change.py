@@ -1,19 +1,13 @@
 """What tuning did to the ranking: user by user, and by group of items."""
 
-import copy
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recrl_lib.explainer.item_texts import ItemTexts
-from recrl_lib.explainer.model import Explainer
 from recrl_lib.params import TOP_K
 from recrl_lib.ranker import metrics
 from recrl_lib.ranker.ranking import score_chunks, target_ranks, top_k
@@ -21,7 +15,7 @@ from recrl_lib.study import Study
 
 
 def ranking_table(study: Study, text: Tensor | None) -> tuple[pd.DataFrame, np.ndarray]:
-    """(one row a user: rank of the test item, NDCG, HR and churn against the base top 10; top 10
+    """(a row a user: rank of the test item, NDCG, HR, churn against the base top 10; top 10
     (U, 10))."""
     history = study.split.with_valid
     ranks = target_ranks(study.ranker, history, study.split.test, text)
@@ -36,23 +30,14 @@ def ranking_rows(study: Study, ranks: np.ndarray, top: np.ndarray) -> pd.DataFra
     return pd.DataFrame({"user": np.arange(len(ranks)), "rank": ranks}).join(measures)
 
 
-def score_change(study: Study, text: Tensor | None) -> dict[str, float]:
-    """Largest and mean |score - base score| over all users x items, and the relative change of the
-    item vectors."""
-    everything = {"all": range(1, len(study.items) + 1)}
-    found = change_by_group(study, text, study.top, everything)["all"]
-    del found["overlap"]
-    return {"item_vector_change": found.pop("item_change")} | found
-
-
 def change_by_group(
     study: Study, text: Tensor | None, top: np.ndarray, groups: Mapping[str, Iterable[int]]
 ) -> dict[str, dict[str, float]]:
-    """What moved among groups of items (item numbers).
+    """What moved among the items of each group (item numbers).
 
-    For each group: relative change of the item vectors (``item_change``), max and mean |score -
-    base score| over all users x the group's items, and ``overlap``, the share of the group's places
-    in the base top 10 that it kept in ``top`` (U, 10); 1 for a group that has none.
+    ``item_change``, relative, of the item vectors; max and mean |score - base score| over all users
+    x the group's items; ``overlap``, the share of the group's places in the base top 10 that it
+    kept in ``top`` (U, 10), 1 where it had none.
     """
     history, base = study.split.with_valid, study.text
     largest, total = torch.zeros(len(study.items) + 1), torch.zeros(len(study.items) + 1).double()
@@ -81,28 +66,6 @@ def places_kept(study: Study, top: np.ndarray, items: ArrayLike) -> tuple[np.nda
     stayed = (study.top[:, :, None] == top[:, None, :]).any(2)
     places = np.isin(study.top, items)
     return (stayed & places).sum(1), places.sum(1)
-
-
-@torch.no_grad()
-def served_vectors(tuned: Explainer, fresh: Explainer, items: ItemTexts) -> Tensor:
-    """Item vectors (I+1, d) by ``fresh``, the same base model without adapters, after it has read
-    ``tuned``'s weights, adapters merged, from a safetensors file. ``items`` belong to ``tuned``."""
-    merged = {
-        f"{name}.weight": (module.base_layer.weight + module.get_delta_weight("default")).cpu()
-        for name, module in tuned.lm.named_modules()
-        if hasattr(module, "lora_A")
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "merged.safetensors"
-        save_file({name: weight.contiguous() for name, weight in merged.items()}, path)
-        for name, weight in load_file(path).items():
-            fresh.lm.get_parameter(name).copy_(weight)
-    fresh.cut = tuned.cut
-    fresh.weights_hash = ""
-    items.states()  # hidden states below the adapters: the same in both models
-    again = copy.copy(items)
-    again.explainer = fresh
-    return again.vectors()
 
 
 def top_frame(tops: Mapping[str, np.ndarray]) -> pd.DataFrame:

@@ -1,17 +1,17 @@
 """Arms side by side: what tuning did to the ranking, to the explanations, and to simulated clicks.
 
-Ranking is measured on all users; explanations on held-out users whose prompts PPO never saw. All
-arms explain the same items to the same users with the same random numbers, and the click model
+All arms explain the same items to the same users with the same random numbers, and the click model
 scores items with the *base* ranker, so that a lift can come from the words alone.
 
-Rows of ``metrics/evaluation.csv`` are means of a measure per ``arm`` or paired differences to the
-arm in ``against`` (for ``ctr_lift`` the ratio of clicks). ``separate`` speaks with the unshielded
-policy. Groups: ``new_items`` and ``seen_items`` (films that PPO explained to none, or others),
-``control_users`` (those with scored controls), ``shuffled`` (permuted texts), ``profile:<name>``.
+Rows of results are means of a measure per ``arm`` or paired differences to the arm in ``against``
+(for ``ctr_lift`` the ratio of clicks). ``separate`` speaks with the unshielded policy. Groups:
+``new_items`` and ``seen_items`` (films that PPO explained to none, or others), ``control_users``
+(those with scored controls), ``shuffled`` (permuted texts), ``profile:<name>``.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -37,9 +37,6 @@ RANKING = {
 }  # fmt: skip
 
 
-# --- texts and their scores
-
-
 class Scorer:
     """Scores texts on ``records``, or on the first few of them, the same way for every arm.
 
@@ -51,10 +48,10 @@ class Scorer:
         self, study: Study, records: Sequence[Record], reward: Callable, encoder, seed: int
     ):
         users = [r["user"] for r in records]
-        lists = [study.records(users, [p] * len(users)) for p in range(1, TOP_K + 1)]
+        lists = zip(*(study.records(users, [p] * len(users)) for p in range(1, TOP_K + 1)))
         same_user = [
-            [r, *(row[i] for row in lists if row[i]["position"] != r["position"])]
-            for i, r in enumerate(records)
+            [record, *(other for other in top if other["position"] != record["position"])]
+            for record, top in zip(records, lists)
         ]
         self.study, self.records, self.reward, self.seed = study, records, reward, seed
         self.judge = judge.Judge(records, same_user, study.catalogue, encoder, seed)
@@ -86,10 +83,10 @@ class Scorer:
         made = composed.control_texts(records, [messages(r)[1]["content"] for r in records])
         texts = {f"{CONTROL}{name}": said for name, said in made.items()}
         texts["reference"] = [composed.reference_line(r) for r in records]
-        scored = [
-            self.score(arm, said, base_logprobs(explainer, records, said, temperature))
-            for arm, said in texts.items()
-        ]
+        scored = []
+        for arm, said in texts.items():
+            logprobs = base_logprobs(explainer, records, said, temperature)
+            scored.append(self.score(arm, said, logprobs))
         return pd.concat(scored, ignore_index=True)
 
 
@@ -102,15 +99,14 @@ def base_logprobs(
     out = []
     with explainer.reference():
         for record, text in zip(records, texts, strict=True):
+            prompt = prompt_ids(explainer, messages(record))
             answer = explainer.tokenizer(text, add_special_tokens=False)["input_ids"]
             answer = [*answer, explainer.eos_id] if text else []
-            whole = prompt_ids(explainer, messages(record)) + answer
-            ids = torch.tensor([whole], device=explainer.device)
+            ids = torch.tensor([prompt + answer], device=explainer.device)
             mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
             hidden = explainer.top(explainer.trunk(ids[:, :-1], mask), mask)
-            first = len(whole) - len(answer)
-            logp = explainer.log_softmax(hidden[:, first - 1 :], temperature)
-            out.append(logp.gather(-1, ids[:, first:, None])[0, :, 0].cpu().numpy())
+            logp = explainer.log_softmax(hidden[:, len(prompt) - 1 :], temperature)
+            out.append(logp.gather(-1, ids[:, len(prompt) :, None])[0, :, 0].cpu().numpy())
     return out
 
 
@@ -118,9 +114,9 @@ def click_table(
     study: Study, explanations: pd.DataFrame, model: ClickModel, rng: np.random.Generator
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """(``explanations`` with each user's click probability ``ctr``; the base arm's standardised
-    scores (n,); the users' noise (n,), which all arms share). ``ValueError`` if an arm is not about
-    the base arm's users and items, or the first of them."""
-    about = explanations.loc[explanations["arm"] == TEXT_ARMS[0], ["user", "item"]].to_numpy()
+    scores (n,); the users' noise (n,), which all arms share). An arm is about the base arm's users
+    and items, or the first of them."""
+    about = explanations.loc[explanations["arm"] == "base", ["user", "item"]].to_numpy()
     history = [study.split.with_valid[u] for u in about[:, 0]]
     rows = [
         mask_seen(scores, history[start : start + len(scores)])
@@ -128,16 +124,11 @@ def click_table(
     ]
     score = standardised_score(torch.cat(rows).numpy(), about[:, 1])
     noise, parts = rng.normal(size=len(about)), []
-    for arm, part in explanations.groupby("arm", sort=False):
+    for _, part in explanations.groupby("arm", sort=False):
         n = len(part)
-        if not np.array_equal(part[["user", "item"]], about[:n]):
-            raise ValueError(f"arm {arm}: not about the base arm's first {n} users and items")
         ctr = model.probabilities(score[:n], part["quality"], part["position"], noise[:n])
         parts.append(part.assign(ctr=ctr))
     return pd.concat(parts, ignore_index=True), score, noise
-
-
-# --- rows of results
 
 
 @dataclass
@@ -177,8 +168,8 @@ class Comparison:
             names.append("ctr_lift")
         found = stats.bootstrap(np.nan_to_num(num), den, self.resamples, self.rng)
         key = {"arm": arm, "against": against, "group": group, "measure": names}
-        frame = pd.DataFrame(key | found._asdict() | {"n": (den != 0).sum(1)})
-        return frame.dropna(subset="value")
+        rows = pd.DataFrame(key | found._asdict() | {"n": (den != 0).sum(1)})
+        return rows.dropna(subset="value")
 
 
 def text_rows(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) -> pd.DataFrame:
@@ -186,7 +177,7 @@ def text_rows(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) ->
     (also by group of items), their own warm start and each control."""
     parts = [name for name in scored if name.startswith("reward_")]
     measures = ["reward", *parts, *judge.JUDGED, "kl", "tokens", "finished", "ctr"]
-    compared = Comparison(scored, [m for m in measures if m in scored], resamples, rng)
+    compared = Comparison(scored, measures, resamples, rng)
     arms = list(scored["arm"].unique())
     rivals = [arm for arm in arms if arm.startswith(CONTROL) or arm == "reference"]
     new = scored.loc[scored["arm"] == "base", "new_item"].to_numpy(bool)
@@ -258,39 +249,37 @@ def tests(
     """p-values of eight questions (random signs), ``<measure>_p``, and after Holm's correction over
     all of them, ``<measure>_p_holm``, as rows of results."""
     tables = {name: scored for name in HEADLINE} | {"ndcg@10": ranking.rename(columns=RANKING)}
-    keys, p = [(arm, name) for arm in TEXT_ARMS[1:] for name in tables], []
-    for arm, name in keys:
-        of_arm = tables[name].groupby("arm")[name]
-        a, b = (of_arm.get_group(who).to_numpy(float) for who in (arm, "base"))
-        p.append(float(stats.paired_p(a - b, resamples, rng)))
-    return pd.DataFrame(
-        {"arm": arm, "against": "base", "measure": name + end, "value": value}
-        for end, values in (("_p", p), ("_p_holm", stats.holm(np.array(p))))
-        for (arm, name), value in zip(keys, values)
-    )
+    rows = []
+    for arm in TEXT_ARMS[1:]:
+        for name, table in tables.items():
+            a, b = (table.loc[table["arm"] == who, name].to_numpy(float) for who in (arm, "base"))
+            p = float(stats.paired_p(a - b, resamples, rng))
+            rows.append({"arm": arm, "against": "base", "measure": f"{name}_p", "value": p})
+    raw = pd.DataFrame(rows)
+    corrected = raw.assign(measure=raw["measure"] + "_holm", value=stats.holm(raw["value"]))
+    return pd.concat([raw, corrected], ignore_index=True)
 
 
-def detectable(scored: pd.DataFrame, arm: str = "shielded") -> pd.DataFrame:
-    """Per profile, as results: the smallest gain in reward, quality and CTR lift that its
-    ``eval_users`` show with power .8, given this run's spread of the paired differences."""
-    mine, base = (scored[scored["arm"] == a].reset_index(drop=True) for a in (arm, "base"))
+def detectable(scored: pd.DataFrame) -> pd.DataFrame:
+    """Per profile, as results: the smallest gain of the shielded arm in reward, quality and CTR
+    that its ``eval_users`` show with power .8, given this run's spread of paired differences."""
+    mine, base = (scored[scored["arm"] == a].reset_index(drop=True) for a in ("shielded", "base"))
     spread = {m: (mine[m] - base[m]).std() for m in ("reward", "quality")}
     lift = mine["ctr"].mean() / base["ctr"].mean()  # a ratio of means: delta method
     spread["ctr_lift"] = (mine["ctr"] - lift * base["ctr"]).std() / base["ctr"].mean()
-    users = {profile: resolve(profile).eval_users for profile in PROFILES}
-    return pd.DataFrame(
-        {"arm": arm, "against": "base", "group": f"profile:{profile}", "n": n}
-        | {"measure": f"{name}_detectable", "value": stats.minimum_detectable(std, n)}
-        for profile, n in users.items()
-        for name, std in spread.items()
-    )
+    rows = []
+    for profile, (name, std) in product(PROFILES, spread.items()):
+        n = resolve(profile).eval_users
+        key = {"arm": "shielded", "against": "base", "group": f"profile:{profile}", "n": n}
+        value = stats.minimum_detectable(std, n)
+        rows.append(key | {"measure": f"{name}_detectable", "value": value})
+    return pd.DataFrame(rows)
 
 
 def beaten_controls(table: pd.DataFrame, arm: str) -> dict[str, bool]:
-    """Of each control: is tuned ``arm`` shown to be above it, in reward and in clicks, by the whole
-    interval?"""
+    """Of each control: is ``arm`` above it by the whole interval, in reward and in clicks?"""
     rows = table[(table["arm"] == arm) & table["against"].str.startswith(CONTROL)]
-    low = {(row.against, row.measure): row.low for row in rows.itertuples()}
+    low = rows.set_index(["against", "measure"])["low"]
     return {
         name.removeprefix(CONTROL): bool(low[name, "reward"] > 0 and low[name, "ctr_lift"] > 1)
         for name in sorted(set(rows["against"]))

@@ -1,7 +1,7 @@
 """Intervals and tests over users, and over seeds and users; paired where arms share users.
 
-Intervals are scipy's bootstrap (Efron & Tibshirani 1993): users are resampled, and arms that share
-users are resampled together. All measures of a table go through it at once.
+Intervals are scipy's bootstrap (Efron & Tibshirani 1993); arms that share users are resampled
+together. All measures of a table go through it at once.
 """
 
 import warnings
@@ -27,22 +27,16 @@ class Interval(NamedTuple):
 def bootstrap(num: ArrayLike, den: ArrayLike, resamples: int, rng: np.random.Generator) -> Interval:
     """``mean(num) / mean(den)`` over users with a percentile interval.
 
-    Args:
-        num: Values (..., U), one a user; all rows see the same resamples.
-        den: What the mean is divided by, same shape: 1 for a mean, a 0/1 mask where some users have
-            no value, the other arm's clicks for a lift.
-        resamples: How often the users are drawn.
-        rng: Source of the resamples.
-
-    The ends are NaN where the mean of ``den`` is 0 or changes sign among the resamples: such a
-    ratio has no interval. ``ValueError`` without users and for shapes or numbers that do not do.
+    ``num``: values (..., U), one a user; all rows see the same resamples. ``den``, of the same
+    shape: 1 for a mean, a 0/1 mask where some users have no value, the other arm's clicks for a
+    lift. The ends are NaN where the mean of ``den`` is 0 or changes sign among the resamples: such
+    a ratio has no interval. ``ValueError`` without users or with values that are not finite.
     """
     num, den = np.asarray(num, np.float64), np.asarray(den, np.float64)
     den = np.full_like(num, den) if den.ndim == 0 else den
-    if num.ndim == 0 or num.size == 0 or num.shape != den.shape:
-        raise ValueError(f"bootstrap: shapes {num.shape} and {den.shape}; give one number a user")
-    if not np.isfinite([num, den]).all():
-        raise ValueError("bootstrap: a value is not finite; leave that user out")
+    if num.size == 0 or num.shape != den.shape or not np.isfinite([num, den]).all():
+        shapes = f"{num.shape} and {den.shape}"
+        raise ValueError(f"bootstrap: give one finite number a user; the shapes are {shapes}")
     sign = np.sign(den.mean(-1))
 
     def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -54,7 +48,7 @@ def bootstrap(num: ArrayLike, den: ArrayLike, resamples: int, rng: np.random.Gen
     if num.shape[-1] == 1:  # scipy refuses a single user
         return Interval(value, value, value)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)  # NaN, as documented
+        warnings.simplefilter("ignore", scipy_stats.DegenerateDataWarning)  # of NaN
         found = scipy_stats.bootstrap(
             (num, den), ratio, paired=True, vectorized=True, axis=-1, n_resamples=resamples,
             batch=max(1, VALUES // num.size), confidence_level=LEVEL, method="percentile", rng=rng,
@@ -63,8 +57,8 @@ def bootstrap(num: ArrayLike, den: ArrayLike, resamples: int, rng: np.random.Gen
 
 
 def paired_p(difference: np.ndarray, resamples: int, rng: np.random.Generator) -> Any:
-    """Two-sided p (...,) of paired differences (..., U) under random signs; exact where there are
-    at most ``resamples`` choices of signs."""
+    """Two-sided p (...,) of paired differences (..., U) under random signs, or under all signs if
+    they are at most ``resamples``."""
     if difference.shape[-1] == 1:
         return np.ones(difference.shape[:-1])
     return scipy_stats.permutation_test(
@@ -80,8 +74,7 @@ def crossed_mean(
 
     Both are resampled, and a value counts as often as its seed times as often as its user (the
     pigeonhole bootstrap, Owen 2007, doi 10.1214/07-AOAS122); scipy resamples one of them only.
-    ``seeds`` and ``users`` (N,) are labels. Three seeds have only ten different resamples, so
-    report their number. Without effects of seeds and users it is too wide, by up to the root of 3.
+    ``seeds`` and ``users`` (N,) are labels. Three seeds have only ten different resamples.
     """
     x = np.asarray(x, np.float64)
     weights = np.ones((resamples, len(x)))
@@ -95,19 +88,20 @@ def crossed_mean(
     return float(x.mean()), float(low), float(high)
 
 
-def holm(p: np.ndarray) -> np.ndarray:
+def holm(p: ArrayLike) -> np.ndarray:
     """Holm's (1979) adjusted p-values (m,): rejecting those <= a keeps the chance of any false
     rejection at a."""
+    p = np.asarray(p)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted
 
 
-def minimum_detectable(std: float, n: int, power: float = 0.8) -> float:
-    """Smallest true mean of paired differences of spread ``std`` that ``n`` users show with
-    probability ``power``: (z_.975 + z_power) std / sqrt(n), the two-sided normal approximation."""
-    return float((ndtri((1 + LEVEL) / 2) + ndtri(power)) * std / np.sqrt(n))
+def minimum_detectable(std: float, n: int) -> float:
+    """Smallest true mean of paired differences of spread ``std`` that ``n`` users show with power
+    .8: (z_.975 + z_.8) std / sqrt(n), the two-sided normal approximation."""
+    return float((ndtri((1 + LEVEL) / 2) + ndtri(0.8)) * std / np.sqrt(n))
 
 
 def interval(value: float, low: float = np.nan, high: float = np.nan, spec: str = ".3f") -> str:

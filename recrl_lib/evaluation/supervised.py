@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from recrl_lib.explainer import sampling
@@ -19,13 +20,12 @@ from recrl_lib.shield.subspaces import state_grams
 
 TEXT_TOKENS = 40  # longest explanation of ``Demonstrations.greedy``
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+Rows = range | list[int]
 
 
 class Demonstrations:
     """Prompts followed by explanations, by default those that ``reference_line`` composes.
-
-    ``ids`` are their tokens, ``states`` what the layers below the adapters make of them, read once.
-    """
+    ``states`` is what the layers below the adapters make of the tokens ``ids``, read once."""
 
     @torch.no_grad()
     def __init__(self, explainer: Explainer, records: list[dict], texts: list[str] | None = None):
@@ -45,11 +45,11 @@ class Demonstrations:
             ids, mask = self._padded(self.ids, rows, explainer.pad_id), self._mask(rows)
             self.states += [s[m].cpu() for s, m in zip(explainer.trunk(ids, mask), mask)]
 
-    def _padded(self, parts: list[Tensor], rows: range | list[int], value: float = 0) -> Tensor:
+    def _padded(self, parts: list[Tensor], rows: Rows, value: float = 0) -> Tensor:
         chosen = [parts[r] for r in rows]
         return pad_sequence(chosen, True, value, "left").to(self.explainer.device)
 
-    def _mask(self, rows: range | list[int]) -> Tensor:
+    def _mask(self, rows: Rows) -> Tensor:
         return self._padded([torch.ones(len(row)) for row in self.ids], rows).bool()
 
     def grams(self) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class Demonstrations:
         pairs = ((self._padded(self.states, rows), self._mask(rows)) for rows in parts)
         return state_grams(self.explainer, pairs)[0]
 
-    def loss(self, rows: range | list[int], reduction: str = "mean") -> Tensor:
+    def loss(self, rows: Rows, reduction: str = "mean") -> Tensor:
         """Negative log-likelihood of the rows' answer tokens, at temperature 1."""
         explainer, mask = self.explainer, self._mask(rows)
         target = self._padded(self.labels, rows, -100)[:, 1:]
@@ -70,9 +70,7 @@ class Demonstrations:
         else:
             hidden = explainer.top(self._padded(self.states, rows), mask)[:, :-1]
             logits = explainer.lm.get_output_embeddings()(hidden[answered])
-        return torch.nn.functional.cross_entropy(
-            logits.float(), target[answered], reduction=reduction
-        )
+        return cross_entropy(logits.float(), target[answered], reduction=reduction)
 
     @torch.no_grad()
     def mean_loss(self) -> float:
@@ -88,18 +86,17 @@ class Demonstrations:
             settings = sampling.Settings(TEXT_TOKENS)
             return sampling.sample(explainer, self.prompts, settings, None).texts
         ids, mask = left_pad(self.prompts, explainer.pad_id, explainer.device)
-        given = {"input_ids": ids, "attention_mask": mask.long(), "pad_token_id": explainer.pad_id}
-        out = self.peft.generate(**given, max_new_tokens=TEXT_TOKENS, do_sample=False)
-        said = out[:, ids.shape[1] :]
-        return [sampling.decode(explainer, row[row != explainer.pad_id]) for row in said]
+        out = self.peft.generate(
+            input_ids=ids, attention_mask=mask.long(), pad_token_id=explainer.pad_id,
+            max_new_tokens=TEXT_TOKENS, do_sample=False,
+        )[:, ids.shape[1] :]  # fmt: skip
+        return [sampling.decode(explainer, row[row != explainer.pad_id]) for row in out]
 
 
 @contextmanager
 def activated_lora(explainer: Explainer) -> Iterator[None]:
-    """Within: PEFT's activated LoRA (Greenewald et al. 2025, arXiv 2504.12397) is the adapter.
-
-    It acts from the template's last turn header on; item texts have none and never meet it.
-    """
+    """Within: PEFT's activated LoRA (Greenewald et al. 2025, arXiv 2504.12397) is the adapter. It
+    acts from the template's last turn header on; item texts have none and never meet it."""
     peft: Any = explainer.peft
     turn, template = [{"role": "user", "content": "x"}], explainer.tokenizer.apply_chat_template
     with_header = template(turn, return_dict=False, add_generation_prompt=True)
@@ -119,9 +116,10 @@ def aligned(new: Tensor, old: Tensor, items: np.ndarray, rng: np.random.Generato
     """Tuned item vectors ``new`` (I+1, d) mapped back to the base vectors ``old``; row 0 is zero.
 
     Fitted on ``items`` by ridge regression towards the identity, least ``|X M - Y|^2 + ridge
-    tr(X^T X)/d |M - I|^2`` of centred vectors: the aligner of bc-emb (Hu et al. 2022, arXiv
-    2206.03040) in closed form, with the ridge of least error on a fifth that is kept out.
+    tr(X^T X)/d |M - I|^2`` of centred vectors (bc-emb, Hu et al. 2022, arXiv 2206.03040, in closed
+    form), with the ridge of least error on a fifth that is kept out.
     """
+    kept, fitted = np.split(rng.permutation(items), [len(items) // 5])
 
     def fit(rows: np.ndarray, ridge: float) -> Tensor:
         x, y = new[rows].double(), old[rows].double()
@@ -134,5 +132,4 @@ def aligned(new: Tensor, old: Tensor, items: np.ndarray, rng: np.random.Generato
         moved[0] = 0.0
         return moved.to(new)
 
-    kept, fitted = np.split(rng.permutation(items), [len(items) // 5])
     return fit(items, min(RIDGES, key=lambda r: float((fit(fitted, r)[kept] - old[kept]).norm())))

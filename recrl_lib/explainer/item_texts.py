@@ -18,10 +18,7 @@ from recrl_lib.runs import write_atomic
 class ItemTexts:
     """The items' texts, tokenised once, in fixed batches of equal length without padding.
 
-    Fixed batches make encodings comparable bit for bit: equal weights give equal vectors.
-
-    Raises:
-        ValueError: an item has no text.
+    So equal weights give equal vectors, bit for bit. ``ValueError``: an item has no text.
     """
 
     def __init__(self, explainer: Explainer, texts: list[str], batch: int = 64):
@@ -32,10 +29,9 @@ class ItemTexts:
         self.n_items = len(ids)
         self.batches: list[tuple[Tensor, Tensor]] = []  # (item numbers (b,), token ids (b, T))
         for length in sorted({len(row) for row in ids}):
-            group = [i for i, row in enumerate(ids) if len(row) == length]
-            for start in range(0, len(group), batch):
-                part = group[start : start + batch]
-                self.batches.append((torch.tensor(part) + 1, torch.tensor([ids[i] for i in part])))
+            numbers = torch.tensor([n for n, row in enumerate(ids, 1) if len(row) == length])
+            rows = torch.tensor([row for row in ids if len(row) == length])
+            self.batches += zip(numbers.split(batch), rows.split(batch))
         self._states: list[Tensor] | None = None
 
     def states(self) -> list[Tensor]:
@@ -80,8 +76,7 @@ class ItemTexts:
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         parts = [kind, self.explainer.cut, device.type, processor, torch.get_num_threads()]
         parts += [torch.__version__, transformers.__version__]
-        self.explainer.weights_hash = self.explainer.weights_hash or weights_sha256(self.explainer)
-        content = hashlib.sha256(self.explainer.weights_hash.encode())
+        content = hashlib.sha256(weights_sha256(self.explainer).encode())
         content.update("".join(f"{part}\n" for part in parts).encode())
         for numbers, ids in self.batches:
             content.update(numbers.numpy().tobytes() + ids.numpy().tobytes())
@@ -89,7 +84,7 @@ class ItemTexts:
 
 
 def weights_sha256(explainer: Explainer) -> str:
-    """sha256 over the frozen weights as they are now; equal as long as only adapters are tuned."""
+    """sha256 over the frozen weights as they are now."""
     content = hashlib.sha256()
     for name, tensor in sorted(explainer.lm.state_dict().items()):
         if "lora_" not in name:

@@ -1,16 +1,13 @@
 """The explainer's network: a small instruct LLM with LoRA adapters on its top layers.
 
 A Llama-type network is run in two parts. Layers below ``cut`` are never tuned, so their output for
-a text (its *trunk states*) is computed once and reused by the reference policy, every PPO epoch and
-every encoding of the items; only the layers from ``cut`` up run again. This is exact: the split
+a text (its *trunk states*) is computed once; only the layers from ``cut`` up run again. The split
 changes no operation (the "hydra" idea of https://github.com/CarperAI/trlx, issue 33). Other
 architectures run whole: ``cut`` is 0, trunk states are embeddings, ``generate`` samples.
 
-Sampling, old, reference and new log-probabilities are all of ``softmax(logits / temperature)``,
-with no other processor (Huang et al. 2024, arXiv 2403.17031).
-
-Shapes: B rows, P prompt tokens (left-padded), R response tokens (right-padded), T tokens in all,
-d hidden width, V vocabulary.
+All log-probabilities are of ``softmax(logits / temperature)`` (Huang et al. 2024, arXiv
+2403.17031). Shapes: B rows, P prompt tokens (left-padded), R response tokens (right-padded), T
+tokens in all, d hidden width, V vocabulary.
 """
 
 import re
@@ -24,33 +21,28 @@ import peft
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from recrl_lib import assets
 from recrl_lib.params import Params
 
 PACKAGED = {"smollm2-135m-instruct": assets.smollm2_folder}
-SPLIT = ("llama",)  # model types that can be run in two parts; others run whole
+SPLIT = ("llama",)  # model types that are run in two parts
 # Attention projections by the names that architectures give them -> which input each one reads:
 # the block's ("attention") or what the heads give out ("output").
 INPUT_OF_PROJECTION = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention"),
-    **dict.fromkeys(("query_key_value", "c_attn"), "attention"),
-    **dict.fromkeys(("o_proj", "out_proj", "dense", "c_proj"), "output"),
+    **dict.fromkeys("q_proj k_proj v_proj qkv_proj query_key_value c_attn".split(), "attention"),
+    **dict.fromkeys("o_proj out_proj dense c_proj".split(), "output"),
 }
 _PROJECTION = re.compile(r"\.(\d+)\.(?:self_attn|self_attention|attn|attention)\.(\w+)\Z")
 
 
-def left_pad(
-    prompts: list[list[int]], pad_id: int, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
+def left_pad(prompts: list[list[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
     """Token ids and mask of real tokens, both (B, P), padded on the left."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = True
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, True, pad_id, "left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left").bool()
     return ids.to(device), mask.to(device)
 
 
@@ -59,27 +51,13 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def causal_mask(mask: Tensor, new: int) -> Tensor:
-    """Attention mask (B, 1, new, T), bool, of the last ``new`` of T tokens; ``mask`` is (B, T).
-
-    A position sees the real tokens up to its own. Padding sees itself: no softmax over nothing.
-    """
-    length = mask.shape[1]
-    square = torch.ones(length, length, dtype=torch.bool, device=mask.device)
-    lower, own = square.tril()[-new:], square.tril().triu()[-new:]
-    return (lower & mask.bool()[:, None, :] | own)[:, None]
-
-
 class Explainer:
     """A causal LM, its tokenizer, and (after ``add_lora``) adapters on its layers from ``cut`` up.
 
-    Raises:
-        ValueError: the logits are no linear function of the last hidden state.
+    ``ValueError``: the logits are no linear function of the last hidden state.
     """
 
-    def __init__(
-        self, lm: Any, tokenizer: Any, device: torch.device | str = "cpu", name: str = "model"
-    ):
+    def __init__(self, lm: Any, tokenizer: Any, device: torch.device | str = "cpu"):
         self.split = lm.config.model_type in SPLIT
         for part in (lm.config, *lm.modules()):  # log-probabilities of one policy are always equal
             for dropout in ("p", "attention_dropout"):
@@ -92,14 +70,12 @@ class Explainer:
         self.adapters_off = True  # whether the model as it is now is the reference policy
         self.n_layers: int = lm.config.num_hidden_layers
         self.cut = self.n_layers if self.split else 0
-        self.weights_hash = ""  # of the frozen weights, once known; empty it if they change
-        # Padding must not be EOS: SmolLM2's tokenizer has pad == eos == <|im_end|>, which also
-        # ends every turn of the prompt. Masks come from lengths, never from `ids != pad`.
+        # Padding must not be EOS, which SmolLM2's own is: it also ends every turn of the prompt.
         self.eos_id = tokenizer.eos_token_id
-        candidates = (tokenizer.unk_token_id, 0, 1)
-        self.pad_id = next(i for i in candidates if i is not None and i != self.eos_id)
+        free = (i for i in (tokenizer.unk_token_id, 0, 1) if i not in (None, self.eos_id))
+        self.pad_id: int = next(free)
         if not self.split:
-            self._check_head(name)
+            self._check_head()
 
     def add_lora(self, rank: int, alpha: int, layers: int, seed: int) -> "Explainer":
         """Adapters on the attention projections of the top ``layers`` layers (0: all); B is 0."""
@@ -108,8 +84,7 @@ class Explainer:
         first = self.n_layers - (layers or self.n_layers)
         targets = [name for name, layer, _ in self._projections() if layer >= first]
         if not targets:
-            known = ", ".join(INPUT_OF_PROJECTION)
-            kind = self.lm.config.model_type
+            kind, known = self.lm.config.model_type, ", ".join(INPUT_OF_PROJECTION)
             raise ValueError(f"llm of type {kind!r}: no attention projection; known names: {known}")
         self.cut = first if self.split else 0
         transposed = transformers.pytorch_utils.Conv1D  # stores its weight as (in, out)
@@ -118,8 +93,7 @@ class Explainer:
             fan_in_fan_out=isinstance(self.lm.get_submodule(targets[0]), transposed),
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # transformers 5.23 warns of its own deprecated property on every PEFT wrap
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23's, on every wrap
             torch.manual_seed(seed)  # LoRA draws A on the CPU at creation
             self.peft = peft.get_peft_model(self.lm, config)
         self.adapters_off = False
@@ -131,16 +105,13 @@ class Explainer:
         return [(n, int(m[1]), m[2]) for n, m in found if m and m[2] in INPUT_OF_PROJECTION]
 
     def adapted_modules(self) -> list[tuple[str, str, torch.nn.Module]]:
-        """(name for messages, key of its input, module) of every layer that has an adapter.
-
-        Modules with one key read the same input.
-        """
-        found = [(self.lm.get_submodule(name), n, p) for name, n, p in self._projections()]
-        return [
-            (f"layer {n} {p}", f"{n}.{INPUT_OF_PROJECTION[p]}", module)
-            for module, n, p in found
-            if hasattr(module, "lora_A")
-        ]
+        """(name for messages, key of its input, module) of every layer that has an adapter."""
+        found = []
+        for name, n, projection in self._projections():
+            if hasattr(module := self.lm.get_submodule(name), "lora_A"):
+                key = f"{n}.{INPUT_OF_PROJECTION[projection]}"
+                found.append((f"layer {n} {projection}", key, module))
+        return found
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -169,36 +140,36 @@ class Explainer:
     def load_adapter(self, state: dict[str, Tensor]) -> None:
         """Give the adapters the tensors of ``adapter_state()``."""
         if wrong := set(state) ^ set(peft.get_peft_model_state_dict(self.peft)):
-            many = f"{len(wrong)} tensors are missing or unknown"
-            raise ValueError(f"adapter file: {many}; it belongs to another LoRA setting")
+            raise ValueError(f"adapter: {len(wrong)} tensors differ; it has another LoRA setting")
         peft.set_peft_model_state_dict(self.peft, state)
 
     def trunk(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
         """Trunk states (B, T, d) of ``ids`` (B, T).
 
-        Args:
-            mask: (B, S), real tokens of all that was seen, new ones last; S = T without a cache.
-            cache: keys and values of earlier tokens, extended by the new ones (a split model only).
+        ``mask`` (B, S): the real ones of all tokens seen, new ones last; S = T without a cache.
+        ``cache``: keys and values of earlier tokens, to be extended (a split model only).
         """
         with torch.no_grad():
             embedded = self.lm.get_input_embeddings()(ids)
             return self._run(embedded, mask, slice(self.cut), cache) if self.split else embedded
 
     def top(self, states: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        """Final normed hidden states (B, T, d) from trunk states, through the adapters if on."""
+        """Last hidden states (B, T, d), normed, from trunk states, through the adapters if on."""
         if self.split:
             h = self._run(states, mask, slice(self.cut, None), cache)
             return self.lm.model.norm(h)
-        body, more = self.lm.base_model, {}
+        body, given = self.lm.base_model, {"attention_mask": mask.long(), "use_cache": False}
         if "position_ids" in signature(body.forward).parameters:
-            more["position_ids"] = position_ids(mask)
-        out = body(inputs_embeds=states, attention_mask=mask.long(), use_cache=False, **more)
-        return out.last_hidden_state
+            given["position_ids"] = position_ids(mask)
+        return body(inputs_embeds=states, **given).last_hidden_state
 
     def _run(self, h: Tensor, mask: Tensor, layers: slice, cache: Any) -> Tensor:
         """Hidden states (B, T, d) after ``layers``: the one forward pass of sampler and update."""
-        new = h.shape[1]
-        allowed, positions = causal_mask(mask, new), position_ids(mask)[:, -new:]
+        new, length = h.shape[1], mask.shape[1]
+        square = torch.ones(length, length, dtype=torch.bool, device=h.device).tril()[-new:]
+        own = square.triu(length - new)  # padding sees itself: no softmax over nothing
+        allowed = (square & mask.bool()[:, None] | own)[:, None]  # (B, 1, T, S)
+        positions = position_ids(mask)[:, -new:]
         rotary = self.lm.model.rotary_emb(h, positions)
         shared = {"attention_mask": allowed, "position_ids": positions, "past_key_values": cache}
         for layer in self.lm.model.layers[layers]:
@@ -211,51 +182,37 @@ class Explainer:
         return torch.log_softmax(logits.float() / temperature, dim=-1)
 
     @torch.no_grad()
-    def _check_head(self, name: str) -> None:
+    def _check_head(self) -> None:
         """Logits must be the output embeddings of the last hidden state and nothing more."""
         ids = torch.arange(4, device=self.device)[None]
         mask = torch.ones_like(ids)
         logits = self.lm(input_ids=ids, attention_mask=mask).logits
         ours = self.log_softmax(self.top(self.trunk(ids, mask), mask), 1.0)
         if not torch.allclose(torch.log_softmax(logits.float(), -1), ours, atol=1e-3):
-            kind, others = self.lm.config.model_type, "llama, qwen2, mistral, opt or gpt2"
-            raise ValueError(
-                f"llm={name!r}, a {kind!r} model, has more than a linear head on its last hidden "
-                f"state (a soft cap or a scale); choose another, e.g. of type {others}"
-            )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within: transformers shows errors only and no bars, which would differ at every run."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+            kind = f"llm of type {self.lm.config.model_type!r}"
+            more = "more than a linear head on its last hidden state, e.g. a soft cap"
+            raise ValueError(f"{kind} has {more}; choose llama, qwen2, mistral, opt or gpt2")
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Explainer:
-    """The packaged default, a local folder or a Hugging Face id, in float32."""
+    """The packaged default, a local folder or a Hugging Face id, in float32.
+
+    transformers shows errors only from here on, and no bars, which would differ at every run.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     source = PACKAGED[name]() if name in PACKAGED else name
     try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            lm = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
-            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        lm = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+        )
     except OSError as error:
-        raise RuntimeError(
-            f"llm={name!r}: not a packaged model ({', '.join(PACKAGED)}), not a local folder, and "
-            f"not to be had from the hub: {str(error).splitlines()[0]}"
-        ) from error
+        known, reason = f"not packaged ({', '.join(PACKAGED)})", str(error).splitlines()[0]
+        raise RuntimeError(f"llm={name!r}: {known}, no folder, not on the hub: {reason}") from error
     if tokenizer.chat_template is None:
         raise ValueError(f"llm={name!r}: no chat template; choose an instruct model")
-    return Explainer(lm, tokenizer, device, name)
+    return Explainer(lm, tokenizer, device)
 
 
 def load_for(params: Params, seed: int, device: torch.device | str = "cpu") -> Explainer:

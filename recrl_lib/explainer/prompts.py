@@ -32,10 +32,8 @@ def check_records(records: Iterable[Record], texts: Iterable[str]) -> None:
     if len(records) != n:
         raise ValueError(f"{len(records)} records but {n} texts: give one text a record")
     for i, record in enumerate(records):
-        if missing := [f for f in RECORD_FIELDS if f not in record]:
-            raise ValueError(
-                f"record {i} lacks {', '.join(missing)}: see the record in recrl_lib/__init__.py"
-            )
+        if missing := ", ".join(f for f in RECORD_FIELDS if f not in record):
+            raise ValueError(f"record {i} lacks {missing}: see 'record' in recrl_lib/__init__.py")
 
 
 def build_records(
@@ -46,33 +44,23 @@ def build_records(
     history_length: int,
     noun: str = "film",
 ) -> list[dict]:
-    """One record for each (user, 1-based position in the user's list) in ``asked``.
+    """One record for each (user, position in the user's list, from 1) in ``asked``.
 
-    Args:
-        items: the item table.
-        sequences: each user's items in order; the last ``history_length`` are named.
-        top: ranked items, array (users, k).
-        noun: one of ``NOUNS``.
+    Of ``sequences`` the last ``history_length`` items are named. ``top`` (users, k): items, best
+    first. ``noun``: one of ``NOUNS``.
     """
     titles, years = items["title"].to_list(), items["year"].to_list()
     genres = [g.split("|") if g else [] for g in items["genres"]]
-
-    def record(user: int, position: int) -> dict:
-        item = int(top[user, position - 1])
-        history = [int(i) - 1 for i in sequences[user][-history_length:]]
-        return {
-            "user": int(user),
-            "item": item,
-            "position": int(position),
-            "title": titles[item - 1],
-            "year": years[item - 1],
-            "genres": genres[item - 1],
-            "noun": noun,
-            "history_titles": [titles[i] for i in history],
-            "history_genres": [genres[i] for i in history],
-        }
-
-    return [record(user, position) for user, position in asked]
+    records = []
+    for user, position in asked:
+        row = int(top[user, position - 1]) - 1
+        history = [int(item) - 1 for item in sequences[user][-history_length:]]
+        record = {"user": int(user), "item": row + 1, "position": int(position)}
+        record |= {"title": titles[row], "year": years[row], "genres": genres[row], "noun": noun}
+        record["history_titles"] = [titles[i] for i in history]
+        record["history_genres"] = [genres[i] for i in history]
+        records.append(record)
+    return records
 
 
 def messages(record: Record) -> list[dict[str, str]]:

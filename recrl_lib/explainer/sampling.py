@@ -1,12 +1,10 @@
 """Sampling from the explainer, and the log-probabilities of what was sampled.
 
-The uniform random numbers of a call are drawn on the CPU for all rows and positions before anything
-else, so two policies given equal generators meet common random numbers.
-
-Shapes as in ``recrl_lib.explainer.model``.
+The random numbers of a call are drawn on the CPU, for all rows and positions, before anything else:
+two policies given equal generators meet the same ones. Shapes as in ``recrl_lib.explainer.model``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any, NamedTuple
@@ -16,12 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recrl_lib.explainer.model import Explainer, left_pad, quiet
+from recrl_lib.explainer.model import Explainer, left_pad
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
 from recrl_lib.progress import track
-
-# (log-probabilities (b, V), rows of the batch, position) -> the next tokens (b,)
-Choose = Callable[[Tensor, Any, int], Tensor]
 
 
 class Settings(NamedTuple):
@@ -53,7 +48,7 @@ class Rollout:
 
 @dataclass
 class Explained:
-    """One explanation a record, by the policy as it was."""
+    """One explanation a record."""
 
     texts: list[str]
     reference: list[np.ndarray]  # the reference policy's log-probability of each token, EOS too
@@ -68,29 +63,24 @@ def sample(
     generator: torch.Generator | None,
     value_head: torch.nn.Module | None = None,
 ) -> Rollout:
-    """Responses to each prompt, those of one prompt in adjacent rows.
+    """Responses to each prompt, those of one prompt in adjacent rows; greedy without a generator.
 
-    Args:
-        generator: None for greedy decoding.
-        value_head: maps hidden states (B, d) to values (B, 1).
+    ``value_head`` maps hidden states (B, d) to values (B, 1).
     """
     uniforms = None
     if generator is not None:
         shape = (len(prompts) * settings.samples, settings.max_new_tokens)
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(explainer.device)
-
-    def choose(logprobs: Tensor, rows: Any, position: int) -> Tensor:
-        if uniforms is None:
-            return logprobs.argmax(-1)
-        return draw(logprobs, uniforms[rows, position])
-
     with torch.no_grad():
         run = _decode if explainer.split else _generate
-        rollout = run(explainer, prompts, settings, choose, value_head or torch.zeros_like)
-    rollout.ended = ((rollout.response == explainer.eos_id) & rollout.mask).any(-1)
-    said = zip(rollout.response, rollout.mask)
-    rollout.texts = [decode(explainer, row[keep]) for row, keep in said]
-    return rollout
+        prompt_mask, response, mask, logprobs, values, states = run(
+            explainer, prompts, settings, uniforms, value_head or torch.zeros_like
+        )
+    response = response.masked_fill(~mask, explainer.pad_id)
+    logprobs, values = (x.masked_fill(~mask, 0.0) for x in (logprobs, values))
+    ended = (response == explainer.eos_id).any(-1)
+    texts = [decode(explainer, row[keep]) for row, keep in zip(response, mask)]
+    return Rollout(prompt_mask, response, mask, logprobs, values, states, ended, texts)
 
 
 def decode(explainer: Explainer, ids: Tensor) -> str:
@@ -140,11 +130,13 @@ def explain(
     return said
 
 
-def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Sample a token a row by inverse CDF: logprobs (B, V), uniform (B,) in [0, 1) -> ids (B,).
+def draw(logprobs: Tensor, uniform: Tensor | None) -> Tensor:
+    """A token a row by inverse CDF: logprobs (B, V), uniform (B,) in [0, 1); None: the likeliest.
 
     Ten times as fast as ``torch.multinomial`` for 32 rows of V = 49,152 on a CPU; exact to 1e-16.
     """
+    if uniform is None:
+        return logprobs.argmax(-1)
     cdf = logprobs.double().exp().cumsum(-1)
     ids = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)
     return ids.squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
@@ -156,9 +148,9 @@ def _of(ids: Tensor, logprobs: Tensor) -> Tensor:
 
 
 def _decode(
-    explainer: Explainer, prompts: list[list[int]], settings: Settings, choose: Choose, value: Any
-) -> Rollout:
-    """By a Llama-type model's layers, one token at a time."""
+    explainer: Explainer, prompts: list, settings: Settings, uniforms: Tensor | None, value: Any
+) -> tuple[Tensor, ...]:
+    """A rollout's first six fields by a Llama-type model's layers, one token at a time."""
     device, tokens = explainer.device, settings.max_new_tokens
     room = tokens + max(map(len, prompts))
     h, prompt_mask, states, cached, cache = _read(explainer, prompts, settings.samples, room)
@@ -170,12 +162,10 @@ def _decode(
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for t in range(tokens):
         logp = explainer.log_softmax(h, settings.temperature)
-        token = choose(logp, alive, t)
-        going = ~ended[alive]
-        response[alive, t] = torch.where(going, token, explainer.pad_id)
-        mask[alive, t] = going
-        logprobs[alive, t] = torch.where(going, _of(token, logp), 0.0)
-        values[alive, t] = torch.where(going, value(h)[:, 0].float(), 0.0)
+        token = draw(logp, uniforms if uniforms is None else uniforms[alive, t])
+        response[alive, t], logprobs[alive, t] = token, _of(token, logp)
+        values[alive, t] = value(h)[:, 0].float()
+        mask[alive, t] = ~ended[alive]
         ended[alive] |= token == explainer.eos_id
         left = tokens - 1 - t
         if left == 0 or ended.all():
@@ -188,9 +178,8 @@ def _decode(
         seen = torch.cat([cached, mask[:, : t + 1]], dim=1)[alive]
         state = explainer.trunk(token[:, None], seen, cache)
         h, states[alive, width + t] = explainer.top(state, seen, cache)[:, -1], state[:, 0]
-    r, full = slice(t + 1), slice(width + t)
-    found = (x[:, r] for x in (response, mask, logprobs, values))
-    return Rollout(prompt_mask, *found, states[:, full], ended, [])
+    found = (x[:, : t + 1] for x in (response, mask, logprobs, values))
+    return prompt_mask, *found, states[:, : width + t]
 
 
 def _read(
@@ -199,8 +188,8 @@ def _read(
     """Run the prompts through the network, once each, and their common beginning once for all.
 
     Returns the last hidden state (B, d), the mask (B, P) of left-padded prompts, trunk states
-    (B, room - 1, d), the mask (B, P) of the cache, and the cache, which has ``room`` tokens and
-    its padding between the common beginning and the rest.
+    (B, room - 1, d), the cache's own mask (B, P), and the cache, which has its padding between the
+    common beginning and the rest.
     """
     device = explainer.device
     common = commonprefix(prompts)[: min(map(len, prompts)) - 1] if len(prompts) > 1 else []
@@ -228,8 +217,7 @@ def _read(
 class Cache:
     """Keys and values (layers, 2, B, heads, room, width) of the tokens seen so far.
 
-    Has what transformers' layers ask of a cache. Room for all tokens is made once: its own
-    ``DynamicCache`` copies everything at each token, and ``StaticCache`` cannot lose rows.
+    transformers' ``DynamicCache`` copies all at each token; its ``StaticCache`` cannot lose rows.
     """
 
     def __init__(self, explainer: Explainer, rows: int, room: int):
@@ -241,12 +229,12 @@ class Cache:
         self.lengths = [0] * layers
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, T, width) to ``layer``; returns all of its keys and values."""
+        """Append (B, heads, T, width) to ``layer``; all of its keys and values."""
         start, end = self.lengths[layer], self.lengths[layer] + keys.shape[2]
-        self.data[layer, 0, :, :, start:end] = keys
-        self.data[layer, 1, :, :, start:end] = values
+        own = self.data[layer, :, :, :, :end]
+        own[0, :, :, start:], own[1, :, :, start:] = keys, values
         self.lengths[layer] = end
-        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+        return own[0], own[1]
 
     def take(self, rows: Tensor) -> None:
         """Row i becomes a copy of row ``rows[i]``."""
@@ -256,35 +244,31 @@ class Cache:
 
 
 def _generate(
-    explainer: Explainer, prompts: list[list[int]], settings: Settings, choose: Choose, value: Any
-) -> Rollout:
-    """By transformers' ``generate``, for any architecture."""
+    explainer: Explainer, prompts: list, settings: Settings, uniforms: Tensor | None, value: Any
+) -> tuple[Tensor, ...]:
+    """The same by transformers' ``generate``, for any architecture."""
 
     def one_left(ids: Tensor, logits: Tensor) -> Tensor:
         """Leaves ``generate`` one token to choose: the one that our sampler draws."""
         logp = torch.log_softmax(logits.float() / settings.temperature, -1)
-        token = choose(logp, slice(None), ids.shape[1] - width)
+        token = draw(logp, uniforms if uniforms is None else uniforms[:, ids.shape[1] - width])
         return torch.full_like(logits, -torch.inf).scatter(-1, token[:, None], 0.0)
 
     repeated = [p for p in prompts for _ in range(settings.samples)]
     ids, prompt_mask = left_pad(repeated, explainer.pad_id, explainer.device)
     width = ids.shape[1]
-    with quiet():
-        out = explainer.lm.generate(
-            input_ids=ids, attention_mask=prompt_mask.long(), do_sample=False,
-            eos_token_id=explainer.eos_id, pad_token_id=explainer.pad_id,
-            max_new_tokens=settings.max_new_tokens, logits_processor=[one_left],
-        )  # fmt: skip
-    ends = out[:, width:] == explainer.eos_id
+    out = explainer.lm.generate(
+        input_ids=ids, attention_mask=prompt_mask.long(), do_sample=False,
+        eos_token_id=explainer.eos_id, pad_token_id=explainer.pad_id,
+        max_new_tokens=settings.max_new_tokens, logits_processor=[one_left],
+    )  # fmt: skip
+    response = out[:, width:]
+    ends = response == explainer.eos_id
     mask = ends.cumsum(-1) - ends.long() == 0
-    response = out[:, width:].masked_fill(~mask, explainer.pad_id)
     full_mask = torch.cat([prompt_mask, mask[:, :-1]], 1)
-    states = explainer.trunk(torch.cat([ids, response[:, :-1]], 1), full_mask)
+    states = explainer.trunk(out[:, :-1], full_mask)
     hidden = explainer.top(states, full_mask)[:, width - 1 :]
     logprobs = torch.zeros(response.shape, device=ids.device)
     for row in range(len(ids)):  # a row at a time: the logits of a whole batch may not fit
         logprobs[row] = _of(response[row], explainer.log_softmax(hidden[row], settings.temperature))
-    values, logprobs = (
-        x.masked_fill(~mask, 0.0) for x in (value(hidden)[..., 0].float(), logprobs)
-    )
-    return Rollout(prompt_mask, response, mask, logprobs, values, states, mask[:, 0], [])
+    return prompt_mask, response, mask, logprobs, value(hidden)[..., 0].float(), states

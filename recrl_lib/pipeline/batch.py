@@ -2,11 +2,10 @@
 
 ``python -m recrl_lib.pipeline.batch --grid ablations --base laptop --jobs 2``
 
-A grid is a YAML file, in ``recrl_lib/batches/`` or anywhere, with the fields of ``Grid``, checked
-whole before anything starts. A job is one run folder ``<base>-<grid>-<arm>-seed<n>`` and one
-process. It shares with the base run (``<base>-seed<n>`` for another seed) every stage that has the
-same key in both (``runs.stage_key``: code, parameters, earlier stages) and executes the others. A
-batch that was stopped goes on where it was; a job whose kernel or process died is tried once more.
+A grid is a YAML file with the fields of ``Grid``, checked whole before anything starts. A job is
+one run folder ``<base>-<grid>-<arm>-seed<n>`` and one process. It shares with the base run
+(``<base>-seed<n>`` for another seed) every stage that has the same key in both (``stage_key``) and
+executes the others. A batch that was stopped goes on; a job whose process died is tried once more.
 Exit codes: 0 all done, 1 some jobs failed (listed), 2 wrong grid or arguments, 130 interrupted.
 """
 
@@ -17,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -32,26 +30,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 from tqdm import tqdm
 
 from recrl_lib import paths, runs
-from recrl_lib.params import Params, check_names, stage_named
+from recrl_lib.params import Params, stage_named
 from recrl_lib.pipeline.execute import KERNEL_DIED, last_line, one_line
 from recrl_lib.pipeline.tasks import MakeParser, run_command, with_needs
 
 GRIDS = paths.LIBRARY / "batches"
-GRACE = 15.0  # seconds that a job has to end its kernel before it is killed
-
-
-def _parameters(values: dict[str, Any]) -> dict[str, Any]:
-    if set(values) & {"run", "seed"}:
-        raise ValueError("run and seed are not set here; seeds have a field of their own")
-    check_names(values, "a grid sets parameters")
-    return values
-
-
-Parameters = Annotated[dict[str, Any], AfterValidator(_parameters)]
-Values = Annotated[list[Any], Field(min_length=1)]
-Crossed = Annotated[dict[str, Values], AfterValidator(_parameters)]
-StageName = Annotated[str, AfterValidator(lambda name: stage_named(name).name)]
-ArmName = Annotated[str, Field(pattern=r"^\w+$")]
 
 
 class Grid(BaseModel):
@@ -59,13 +42,13 @@ class Grid(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    base: str = Field(description="the finished run that the jobs share stages with")
-    stages: list[StageName] = Field(min_length=1, description="what every job must reach")
+    base: str  # the finished run that the jobs share stages with
+    stages: list[Annotated[str, AfterValidator(stage_named)]]  # what every job must reach
     seeds: list[NonNegativeInt] = Field([0], min_length=1)
-    fixed: Parameters = Field({}, description="parameters of every job")
-    arms: dict[ArmName, Parameters] = Field({}, description="sets of parameters, one job each")
-    cross: Crossed = Field({}, description="lists of values to cross, also with the arms")
-    skip: list[dict[str, Any]] = Field([], description="what to leave out: {arm: a, seed: 2}")
+    fixed: dict[str, Any] = {}  # parameters of every job
+    arms: dict[Annotated[str, Field(pattern=r"^\w+$")], dict[str, Any]] = {}  # one job each
+    cross: dict[str, list[Any]] = {}  # lists of values to cross, also with the arms
+    skip: list[dict[str, Any]] = []  # what to leave out: {arm: a, seed: 2}
 
     def combinations(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(label, parameters) of every arm and every combination of the crossed lists."""
@@ -73,23 +56,6 @@ class Grid(BaseModel):
         for values in itertools.product(arms, *self.cross.values()):
             label = "-".join(str(value) for value in values if value != "")
             yield label, self.fixed | dict(zip(self.cross, values[1:])) | arms[values[0]]
-
-
-def read_grid(path: Path) -> Grid:
-    """The grid file ``path``, checked. ``ValueError`` lists every field that is wrong."""
-    where = runs.display(path)
-    try:
-        return Grid.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not valid YAML: {one_line(error)}") from None
-    except ValidationError as error:
-        unknown = f"unknown field; fields: {', '.join(Grid.model_fields)}"
-        problems = []
-        for fault in error.errors():
-            text = fault["msg"].removeprefix("Value error, ")
-            text = unknown if fault["type"] == "extra_forbidden" else text
-            problems.append(f"{where}: {'.'.join(map(str, fault['loc']))}: {text}")
-        raise ValueError("\n".join(problems)) from None
 
 
 @dataclass(frozen=True)
@@ -107,52 +73,59 @@ class Job:
     def log(self) -> Path:
         return runs.run_folder(self.run) / "logs" / "job.log"
 
-    @property
-    def stages(self) -> list[str]:
-        return [stage.name for stage in with_needs(*self.targets)]
-
     def left(self) -> list[str]:
         """The stages that are not up to date."""
-        return [stage for stage in self.stages if not runs.up_to_date(stage, self.params)]
+        stages = with_needs(*self.targets)
+        return [stage.name for stage in stages if not runs.up_to_date(stage.name, self.params)]
 
     def shared(self) -> list[str]:
         """The stages that the base run has finished with the key that they have here."""
         if (base := runs.read_params(self.base)) is None:
             return []
-        key = runs.stage_key
-        equal = [stage for stage in self.stages if key(stage, self.params) == key(stage, base)]
-        return [stage for stage in equal if runs.up_to_date(stage, base)]
+        names, key = [stage.name for stage in with_needs(*self.targets)], runs.stage_key
+        equal = [name for name in names if key(name, self.params) == key(name, base)]
+        return [name for name in equal if runs.up_to_date(name, base)]
 
     def prepare(self) -> None:
         """Make or refresh the run folder: its parameters and what it shares with the base run."""
         base, present = runs.read_manifest(self.base), runs.read_manifest(self.run)
         shared = {stage: base["stages"][stage] for stage in self.shared()}
         for entry in shared.values():
-            for file, sha in entry["outputs"].items():
-                _link(runs.run_folder(self.base) / file, runs.run_folder(self.run) / file, sha)
+            for file in runs.changed_files(self.run, entry["outputs"]):
+                _link(runs.run_folder(self.base) / file, runs.run_folder(self.run) / file)
         made = present if present["stages"] else base
         own = {"run": self.run, "seed": self.params.seed, "derived_from": {"run": self.base}}
         manifest = made | own | {"stages": present["stages"] | shared}
-        if manifest != present or runs.read_params(self.run) != self.params:
-            runs.write_params(self.params)
+        runs.write_params(self.params)
+        if manifest != present:
             text = json.dumps(manifest, indent=1) + "\n"
             runs.write_atomic(runs.run_folder(self.run) / "manifest.json", text)
 
 
-def _link(source: Path, target: Path, sha: str) -> None:
-    """Make ``target`` a hard link to ``source``, or a copy; left alone if it has the same bytes.
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to ``source``, or a copy.
 
     A link is safe: a file of a run is always replaced as a whole, never written into.
     """
-    if target.is_file() and (target.samefile(source) or runs.sha256_file(target) == sha):
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
+        os.link(source, target)
     except OSError:  # another file system
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+        shutil.copyfile(source, target)
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid file ``path``, checked. ``ValueError`` lists every field that is wrong."""
+    where = runs.display(path)
+    try:
+        return Grid.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not valid YAML: {one_line(error)}") from None
+    except ValidationError as error:
+        faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+        problems = [f"{where}: {at}: {text.removeprefix('Value error, ')}" for at, text in faults]
+        raise ValueError("\n".join(problems)) from None
 
 
 def load(name: str, base: str | None = None, seeds: list[int] | None = None) -> list[Job]:
@@ -167,6 +140,7 @@ def load(name: str, base: str | None = None, seeds: list[int] | None = None) -> 
     source = runs.read_params(base)
     if source is None:
         raise ValueError(f"{where}: base: runs/{base} does not exist; make all RUN={base} first")
+    targets = tuple(stage.name for stage in grid.stages)
     jobs, problems, unused = {}, [], list(grid.skip)
     for (arm, changes), seed in itertools.product(grid.combinations(), seeds or grid.seeds):
         facts = changes | {"arm": arm, "seed": seed}
@@ -175,48 +149,50 @@ def load(name: str, base: str | None = None, seeds: list[int] | None = None) -> 
             continue
         run = f"{base}-{path.stem}-{arm}-seed{seed}"
         if run in jobs:
-            problems.append(f"{where}: several jobs would be called {run}; rename an arm")
+            problems.append(f"several jobs would be called {run}; rename an arm")
         try:
-            values = {"seed": seed} | {key: _value(source, key, changes[key]) for key in changes}
+            values = {"seed": seed} | _scaled(changes, source)
             params = source.replace(run=run, **values)
         except ValueError as error:
-            problems.append(f"{where}: arm {arm!r}: {error}")
+            problems.append(f"arm {arm!r}: {error}")
             continue
         of_seed = base if seed == source.seed else f"{base}-seed{seed}"
-        jobs[run] = Job(run, arm, of_seed, values, params, tuple(grid.stages))
-    problems += [f"{where}: skip: {skip} matches no job" for skip in unused]
+        jobs[run] = Job(run, arm, of_seed, values, params, targets)
+    problems += [f"skip: {skip} matches no job" for skip in unused]
     if not jobs and not problems:
-        problems.append(f"{where}: there is no job in it; give arms or lists to cross")
+        problems.append("there is no job in it; give arms or lists to cross")
     if problems := problems or _unfinished(list(jobs.values())):
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+        raise ValueError("\n".join(f"{where}: {problem}" for problem in dict.fromkeys(problems)))
     return list(jobs.values())
 
 
-def _value(source: Params, name: str, value: Any) -> Any:
-    """``value``; or, where it reads ``x<factor>``, the base run's times the factor."""
-    own = getattr(source, name)
-    if not isinstance(value, str) or type(own) not in (int, float):
-        return value
-    if factor := re.fullmatch(r"x(\d+(\.\d+)?)", value):
-        scaled = own * float(factor[1])
-        return round(scaled) if type(own) is int else scaled
-    remedy = "write 3, 0.0001, 1.0e-4, or x2 for twice the base run's"
-    raise ValueError(f"parameter {name}={value!r}: is text; {remedy}")
+def _scaled(changes: dict[str, Any], source: Params) -> dict[str, Any]:
+    """``changes``; a value ``x<factor>`` becomes the base run's times the factor."""
+    if {"run", "seed"} & changes.keys():
+        raise ValueError("run and seed are not set here; seeds have a field of their own")
+    values, known = dict(changes), source.as_dict()
+    for name, value in changes.items():
+        kind = type(known.get(name))
+        if isinstance(value, str) and kind in (int, float):
+            if not (factor := re.fullmatch(r"x(\d+(\.\d+)?)", value)):
+                remedy = "write 3, 0.0001, 1.0e-4, or x2 for twice the base run's"
+                raise ValueError(f"parameter {name}={value!r}: is text; {remedy}")
+            scaled = known[name] * float(factor[1])
+            values[name] = round(scaled) if kind is int else scaled
+    return values
 
 
 def _unfinished(jobs: list[Job]) -> list[str]:
     """What base runs lack, since every job would execute it: a line for each of them."""
     problems = []
     for job in {job.base: job for job in jobs}.values():
-        base, needed = runs.read_params(job.base), [s for s in job.stages if s not in job.targets]
+        base = runs.read_params(job.base)
+        needed = [s.name for s in with_needs(*job.targets) if s.name not in job.targets]
         if lacking := [s for s in needed if base is None or not runs.up_to_date(s, base)]:
             remedy = f"make all RUN={job.base} SEED={job.params.seed} first, with its profile"
             what = f"stages {', '.join(lacking)} are missing or out of date"
             problems.append(f"base run {job.base!r}: {what}; {remedy}")
     return problems
-
-
-Submit = Callable[[list[str], Path, dict[str, str]], Future]
 
 
 def run_process(argv: list[str], log: Path, environment: dict[str, str], active: list) -> int:
@@ -241,30 +217,21 @@ def run_process(argv: list[str], log: Path, environment: dict[str, str], active:
 
 
 @contextlib.contextmanager
-def local(workers: int) -> Iterator[Submit]:
-    """Processes on this machine, ``workers`` at a time. All have ended when the context is left.
-
-    Threads start them and not joblib, whose workers have no way to end a job with its kernel.
-    """
+def local(workers: int) -> Iterator[Callable[..., Future]]:
+    """Processes on this machine, ``workers`` at a time. All have ended when the context is left."""
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if workers > 1 else {}
-    active: list[subprocess.Popen] = []
-    pool = ThreadPoolExecutor(workers)
+    active, pool = [], ThreadPoolExecutor(workers)
     try:
         yield lambda argv, log, env: pool.submit(run_process, argv, log, env | threads, active)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in active:
-            if process.stdin:
-                process.stdin.close()
-        for process in active:
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+            process.stdin.close()
+        pool.shutdown()
 
 
 @contextlib.contextmanager
-def on_ray(address: str | None, gpus: float, cpus: float) -> Iterator[Submit]:
+def on_ray(address: str | None, gpus: float, cpus: float) -> Iterator[Callable[..., Future]]:
     """The cluster at ``address``, or a Ray of this machine's own.
 
     The repository, its environment and ``runs/`` must lie at one path on every node, on a shared
@@ -304,14 +271,13 @@ def on_ray(address: str | None, gpus: float, cpus: float) -> Iterator[Submit]:
 
 def command(job: Job) -> list[str]:
     """What a job's process executes."""
-    module = [sys.executable, "-m", "recrl_lib.pipeline.tasks", "job", "--attended"]
+    module = [sys.executable, "-m", "recrl_lib.pipeline.tasks", "job"]
     return [*module, "--run", job.run, "--stages", *job.targets]
 
 
-def run_jobs(name: str, jobs: list[Job], submit: Submit) -> dict[str, str]:
-    """Run ``jobs`` and say how each ended. Returns why jobs failed, by run."""
-    failed: dict[str, str] = {}
-    tracked = {job.run: {"RECRL_BATCH": name, "RECRL_ARM": job.arm} for job in jobs}
+def run_jobs(name: str, jobs: list[Job], submit: Callable[..., Future]) -> dict[str, str]:
+    """Run ``jobs``, started by what ``local`` or ``on_ray`` yields; why jobs failed, by run."""
+    failed, tracked = {}, {job.run: {"RECRL_BATCH": name, "RECRL_ARM": job.arm} for job in jobs}
     waiting = {submit(command(job), job.log, tracked[job.run]): job for job in jobs}
     out, hidden = sys.stdout, not sys.stdout.isatty()
     with tqdm(total=len(jobs), desc=name, unit="job", file=out, disable=hidden) as bar:

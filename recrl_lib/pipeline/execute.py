@@ -19,36 +19,14 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from recrl_lib import paths, runs
-from recrl_lib.params import STAGES, Params, Stage, owned_by
+from recrl_lib import paths, provenance, runs
+from recrl_lib.params import STAGES, Params, Stage
 
 KERNEL_DIED, INTERRUPTED = 3, 130  # exit codes; after the first a batch tries again
 
 
 class StageFailure(RuntimeError):
-    """A notebook was not executed to its end. The message says where and why, in one line."""
-
-    def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def check_notebooks(stages: tuple[Stage, ...]) -> None:
-    """``ValueError`` unless each notebook exists and declares exactly its stage's parameters."""
-    problems = []
-    for stage in stages:
-        try:
-            cells = runs.read_notebook(paths.NOTEBOOKS / stage.notebook)["cells"]
-            text = "\n".join(runs.source(c) for c in cells if "parameters" in runs.tags(c))
-            declared = set(re.findall(r"^(\w+) *=", text, re.MULTILINE))
-            if wrong := ", ".join(sorted(declared ^ set(owned_by(stage.name)))):
-                fault = f"the cell tagged 'parameters' lacks {wrong}, or should not declare it"
-                remedy = f"its text is params.parameters_cell({stage.name!r})"
-                raise ValueError(f"notebooks/{stage.notebook}: {fault}; {remedy}")
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
+    """``StageFailure(message, exit code)``: a notebook was not executed to its end."""
 
 
 clock = tqdm.format_interval  # 83 seconds -> "01:23"
@@ -91,42 +69,34 @@ def one_line(text: object) -> str:
     return " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(text)).split())
 
 
-def execute(
-    stage: Stage, params: dict[str, Any], run: str, line: ProgressLine, to_store: bool = False
-) -> int:
-    """Execute the notebook of ``stage``, say on ``line`` how it ended; return the exit code.
-
-    The executed notebook is kept in the run folder, also if a cell fails. One that is ``to_store``
-    shows no progress inside and must not write to stderr, where warnings go.
-    """
-    output = runs.run_folder(run) / "notebooks" / stage.notebook
+def execute(stage: Stage, params: dict[str, Any], run: str, label: str) -> int:
+    """Execute the notebook of ``stage``, kept in the run folder, and say how it ended; its code."""
+    line, output = ProgressLine(label), runs.run_folder(run) / "notebooks" / stage.notebook
     log = runs.run_folder(run) / "logs" / f"{output.stem}.log"  # what the kernel itself prints
     for path in (output, log):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
     try:
-        _watched(output, params, log, line, progress=not to_store)
-        if to_store:
-            _refuse_stderr(output)
+        _watched(output, params, log, line)
     except StageFailure as failure:
-        see = f"; see {runs.display(log)}" if log.is_file() and "kernel" in str(failure) else ""
-        line.close(f"FAILED {line.label}, {failure}{see} (notebook kept at {runs.display(output)})")
-        return failure.exit_code
+        message, code = failure.args
+        see = f"; see {runs.display(log)}" if log.is_file() and "kernel" in message else ""
+        line.close(f"FAILED {label}, {message}{see} (notebook kept at {runs.display(output)})")
+        return code
     except KeyboardInterrupt:
         remedy = "finished stages are kept, the same command goes on from here"
-        line.close(f"INTERRUPTED {line.label} after {{time}} ({remedy})")
+        line.close(f"INTERRUPTED {label} after {{time}} ({remedy})")
         return INTERRUPTED
-    line.close(f"{line.label}: done in {{time}}")
+    line.close(f"{label}: done in {{time}}")
     return 0
 
 
-def _watched(output: Path, params: dict, log: Path, line: ProgressLine, progress: bool) -> None:
+def _watched(output: Path, params: dict[str, Any], log: Path, line: ProgressLine) -> None:
     """Execute in a thread and show progress. An exception here ends the kernel first."""
     # A folder with a short name: the path of a Unix socket may have about 100 characters.
     with tempfile.TemporaryDirectory(prefix="recrl-") as folder, ThreadPoolExecutor(1) as pool:
         news = Path(folder) / "progress"
-        manager = _logged_kernel_manager(log, str(news) if progress else "off")
-        job = pool.submit(_with_retry, output, params, Path(folder), manager)
+        job = pool.submit(_with_retry, output, params, news, _logged_kernel_manager(log, news))
         try:
             line.update()
             while not wait([job], timeout=0.5).done:
@@ -142,7 +112,7 @@ def _watched(output: Path, params: dict, log: Path, line: ProgressLine, progress
     job.result()
 
 
-def _with_retry(output: Path, params: dict, scratch: Path, manager: type) -> None:
+def _with_retry(output: Path, params: dict[str, Any], news: Path, manager: type) -> None:
     """Execute; once more if the kernel did not start, which is rare and mostly gone then."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -154,7 +124,10 @@ def _with_retry(output: Path, params: dict, scratch: Path, manager: type) -> Non
     # Unix sockets: no open ports, no race for them. On Windows ZeroMQ has only TCP.
     transport = "tcp" if sys.platform == "win32" else "ipc"
     for attempt in (1, 2):
-        options = {"transport": transport, "connection_file": str(scratch / f"{attempt}.json")}
+        options = {
+            "transport": transport,
+            "connection_file": str(news.with_name(f"{attempt}.json")),
+        }
         try:
             papermill.execute_notebook(
                 paths.NOTEBOOKS / output.name, output, parameters=params, kernel_name="python3",
@@ -163,63 +136,62 @@ def _with_retry(output: Path, params: dict, scratch: Path, manager: type) -> Non
             )  # fmt: skip
             return
         except PapermillExecutionError as error:
-            reason = f"{error.ename}: {one_line(error.evalue)}"
-            raise StageFailure(f"cell {error.exec_count}: {reason}") from None
+            reason = f"cell {error.exec_count}: {error.ename}: {one_line(error.evalue)}"
+            raise StageFailure(reason, 1) from None
         except Exception as error:
-            reason, cell, code = f"{type(error).__name__}: {one_line(error)}", _last_cell(output), 1
-            if cell and reason.startswith("DeadKernelError"):
-                reason, code = "the kernel died, usually for want of memory", KERNEL_DIED
-                reason += ": close other programs or choose a smaller profile"
-            if cell or attempt == 2:
-                where = f"cell {cell}" if cell else "the kernel did not start"
-                raise StageFailure(f"{where}: {reason}", code) from error
+            kind, begun = type(error).__name__, _cells_begun(output)
+            if begun and kind == "DeadKernelError":
+                remedy = "usually for want of memory: close programs or choose a smaller profile"
+                raise StageFailure(
+                    f"cell {begun}: the kernel died, {remedy}", KERNEL_DIED
+                ) from error
+            if begun or attempt == 2:
+                where = f"cell {begun}" if begun else "the kernel did not start"
+                raise StageFailure(f"{where}: {kind}: {one_line(error)}", 1) from error
 
 
-def _logged_kernel_manager(log: Path, progress: str) -> type:
+def _logged_kernel_manager(log: Path, news: Path) -> type:
     from jupyter_client.manager import AsyncKernelManager
 
     class LoggedKernelManager(AsyncKernelManager):
         async def start_kernel(self, **options: Any) -> None:
-            env = os.environ | {"RECRL_PROGRESS": progress}
+            env = os.environ | {"RECRL_PROGRESS": str(news)}
             with open(log, "ab") as file:
                 await super().start_kernel(stdout=file, stderr=file, env=env, **options)
 
     return LoggedKernelManager
 
 
-def _last_cell(output: Path) -> int:
+def _cells_begun(output: Path) -> int:
     """Number of the last code cell that papermill began, as Jupyter counts; 0 if there is none."""
-    cells = runs.read_notebook(output)["cells"] if output.is_file() else []
+    cells = provenance.read_notebook(output)["cells"] if output.is_file() else []
     notes = [c["metadata"].get("papermill", {}) for c in cells if c["cell_type"] == "code"]
     return sum(bool(note.get("start_time")) for note in notes)
-
-
-def _refuse_stderr(output: Path) -> None:
-    for cell in runs.read_notebook(output)["cells"]:
-        for part in cell.get("outputs", []):
-            if part.get("name") == "stderr":
-                first = one_line("".join(part["text"]))[:200]
-                raise StageFailure(f"cell {cell['execution_count']} wrote to stderr: {first}")
 
 
 def publish(only: int | None = None) -> int:
     """Execute notebooks with their own defaults, store them without metadata; the exit code.
 
-    All, from an empty default run, or the one numbered ``only``, in that run as it is.
+    All, from an empty default run, or the one numbered ``only``, in that run as it is. One that
+    writes to stderr, where warnings go, is refused.
     """
     run, stages = Params().run, tuple(s for s in STAGES if only in (None, s.number))
     if not stages:
         raise ValueError(f"ONLY={only}: no notebook has this number")
-    check_notebooks(stages)
     if only is None:
         shutil.rmtree(runs.run_folder(run), ignore_errors=True)
     for number, stage in enumerate(stages, 1):
-        line = ProgressLine(f"publish {number}/{len(stages)} {stage.name}")
-        if code := execute(stage, {}, run, line, to_store=True):
+        label = f"publish {number}/{len(stages)} {stage.name}"
+        if code := execute(stage, {}, run, label):
             return code
-        notebook = runs.read_notebook(runs.run_folder(run) / "notebooks" / stage.notebook)
+        notebook = provenance.read_notebook(runs.run_folder(run) / "notebooks" / stage.notebook)
         for cell in notebook["cells"]:
-            cell["metadata"] = {"tags": runs.tags(cell)} if runs.tags(cell) else {}
+            cell["metadata"] = {"tags": provenance.tags(cell)} if provenance.tags(cell) else {}
+            for output in cell.get("outputs", []):
+                if output.get("name") == "stderr":
+                    text = one_line("".join(output["text"]))[:200]
+                    print(f"FAILED {label}, cell {cell['execution_count']} wrote to stderr: {text}")
+                    return 1
         kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
         notebook["metadata"] = {"kernelspec": kernel, "language_info": {"name": "python"}}
         text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)

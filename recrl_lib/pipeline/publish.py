@@ -13,15 +13,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recrl_lib import paths, runs
+import pandas as pd
+
+from recrl_lib import paths, provenance, runs
 from recrl_lib.evaluation.findings import rows_of, words
 from recrl_lib.params import PIPELINE, stage_named
-from recrl_lib.runs import sha256_file, write_atomic
+from recrl_lib.runs import write_atomic
 
 NOTEBOOK_BYTES = 3_000_000  # the most that the executed notebooks of a published run may weigh
 MARKER = "<!-- results -->"  # stands before and after the README's table
 RECORDS = ("params.yaml", "manifest.json")
-COLUMNS = {  # heading in the README: measure, against
+COLUMNS = {  # heading of the main table: measure, against
     "reward": ("reward", ""),
     "simulated clicks, times base": ("ctr_lift", "base"),
     "NDCG@10": ("ndcg@10", ""),
@@ -79,22 +81,30 @@ def render_report(run: str) -> Path:
     return target
 
 
+def main_table(run: str) -> pd.DataFrame:
+    """The main results as text, one row an arm, with 95 % intervals in brackets."""
+    table = runs.read_results(run, "evaluation")
+    cells = {
+        heading: [words(rows_of(table, measure, arm, against)) for arm in runs.ARMS]
+        for heading, (measure, against) in COLUMNS.items()
+    }
+    return pd.DataFrame(cells, index=list(runs.ARMS))
+
+
 def sync(run: str) -> Path:
     """Copy the small files of ``run`` to ``runs/reference/<run>/`` and write the README's table.
 
     Raises ``RuntimeError`` if a stage is missing, out of date or ran on uncommitted changes, if the
     tree has such changes now, or if the notebooks are too large. Nothing is written then.
     """
+    source, target = runs.run_folder(run), paths.REFERENCE / run
     params, manifest = runs.read_params(run), runs.read_manifest(run)
     again = f"make all RUN={run}, with the run's profile and seed"
-    if params is None:
-        raise RuntimeError(f"runs/{run} does not exist: {again}")
-    stale = [stage.name for stage in PIPELINE if not runs.up_to_date(stage.name, params)]
-    _require(not stale, f"runs/{run}: {', '.join(stale)} unfinished or out of date", again)
+    stale = [s.name for s in PIPELINE if params is None or not runs.up_to_date(s.name, params)]
+    _require(not stale, f"runs/{run}: {', '.join(stale)} missing or out of date", again)
     _require_source(manifest, again)
     clean = runs.git_state()[1] is False
     _require(clean, "the git tree has uncommitted changes, or is none", "commit or remove them")
-    source, target = runs.run_folder(run), paths.REFERENCE / run
     books = {p.name: _without_paths(p) for p in sorted((source / "notebooks").glob("*.ipynb"))}
     size, largest = sum(map(len, books.values())), max(books, key=lambda name: len(books[name]))
     weight = f"runs/{run}/notebooks: {size / 1e6:.1f} MB, more than {NOTEBOOK_BYTES / 1e6:g}"
@@ -102,10 +112,10 @@ def sync(run: str) -> Path:
     outputs = [name for stage in manifest["stages"].values() for name in stage["outputs"]]
     small = [name for name in outputs if name.startswith(("metrics/", "curves/"))]
     figures = paths.FIGURES / "reference" / run
-    drawn = (paths.FIGURES / run).glob("*.svg")
     files = {paths.ROOT / "README.md": _readme_with_results(run, manifest)}
-    files |= {target / f: (source / f).read_bytes() for f in (*small, *RECORDS)}
+    files |= {target / name: (source / name).read_bytes() for name in (*small, *RECORDS)}
     files |= {target / "notebooks" / name: content for name, content in books.items()}
+    drawn = (paths.FIGURES / run).glob("*.svg")
     files |= {figures / path.name: path.read_bytes() for path in drawn}
     for old in (target, figures):
         shutil.rmtree(old, ignore_errors=True)
@@ -117,21 +127,19 @@ def sync(run: str) -> Path:
 def sync_frontier(run: str) -> Path:
     """Copy the rows of the full frontier that notebook 04 of ``run`` measured, with their source.
 
-    Raises ``RuntimeError`` if the stage has not finished a full frontier, ran on uncommitted
-    changes, or its rows have changed since.
+    Raises ``RuntimeError`` if they are not what the stage wrote, or ran on uncommitted changes.
     """
     params, folder, manifest = runs.read_params(run), runs.run_folder(run), runs.read_manifest(run)
     setting = "frontier_points=full frontier_seeds=3 frontier_users=64"
     again = f'make all RUN={run} TO=shield SET="{setting}"'
-    stage, name = manifest["stages"].get("shield", {}), "curves/frontier.csv"
-    done = params and params.frontier_points == "full" and stage.get("status") == "finished"
-    _require(done, f"runs/{run}: notebook 04 has not finished a full frontier", again)
+    rows, stage = folder / "curves" / "frontier.csv", manifest["stages"].get("shield")
+    full = params and params.frontier_points == "full" and stage and rows.is_file()
+    same = full and runs.sha256_file(rows) == stage["outputs"]["curves/frontier.csv"]
+    _require(same, f"runs/{run} holds no full frontier that notebook 04 wrote", f"{again} FORCE=1")
     _require_source(manifest, again)
-    same = (folder / name).is_file() and sha256_file(folder / name) == stage["outputs"][name]
-    _require(same, f"runs/{run}/{name} is not what notebook 04 wrote", f"{again} FORCE=1")
     target = paths.REFERENCE / "frontier"
-    for source in (name, *RECORDS):
-        write_atomic(target / Path(source).name, (folder / source).read_bytes())
+    for file in (rows, *(folder / name for name in RECORDS)):
+        write_atomic(target / file.name, file.read_bytes())
     return target
 
 
@@ -148,7 +156,7 @@ def _require_source(manifest: dict[str, Any], again: str) -> None:
 
 def _without_paths(path: Path) -> str:
     """The notebook as text, without the folders and times that papermill notes in it."""
-    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook = provenance.read_notebook(path)
     for part in (notebook, *notebook["cells"]):
         part["metadata"].pop("papermill", None)
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
@@ -156,12 +164,9 @@ def _without_paths(path: Path) -> str:
 
 def _readme_with_results(run: str, manifest: dict[str, Any]) -> str:
     """The README with the main results of ``run``, one row an arm, between its markers."""
-    table, header = runs.read_results(run, "evaluation"), ["", *COLUMNS]
-    rows = [
-        [arm, *(words(rows_of(table, measure, arm, other)) for measure, other in COLUMNS.values())]
-        for arm in runs.ARMS
-    ]
-    lines = "".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rows))
+    table = main_table(run)
+    rows = [["", *COLUMNS], ["---"] * (1 + len(COLUMNS)), *table.reset_index().to_numpy()]
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     minutes = sum(stage["seconds"] for stage in manifest["stages"].values()) / 60
     lines += (
         f"\nIn brackets 95 % intervals over users. Run `{run}`: seed {manifest['seed']}, "

@@ -20,75 +20,53 @@ from typing import Any, NoReturn
 
 from doit import api
 from doit.cmd_base import ModuleTaskLoader
-from doit.exceptions import BaseFail, TaskFailed
-from doit.reporter import ZeroReporter
-from doit.task import Task
+from doit.exceptions import TaskFailed
 from filelock import FileLock, Timeout
 
-from recrl_lib import paths, runs
+from recrl_lib import paths, provenance, runs
 from recrl_lib.params import PIPELINE, PROFILES, Params, Stage, owned_by, parse_value, resolve
 from recrl_lib.pipeline import execute, publish
 
-HEADLINE = "reward ctr_lift ndcg@10 top10_overlap top10_set_same max_abs_score_delta".split()
+NAMES = [stage.name for stage in PIPELINE]
 
 
-class StageReporter(ZeroReporter):
-    """Some stages of one run: their tasks, and what doit reports of them, as lines for a user."""
+def run_all(params: Params, stages: tuple[Stage, ...], force: bool = False) -> int:
+    """Run those of ``stages`` that are not up to date, then show the results; the exit code."""
+    runs.write_params(params)
+    begun, kept, codes = time.monotonic(), [], [0]
 
-    def __init__(self, params: Params, stages: tuple[Stage, ...]):
-        super().__init__(sys.stdout, {})
-        self.params, self.stages = params, stages
-        self.kept, self.exit_code = 0, 0
+    def unchanged(stage: Stage, label: str) -> bool:
+        if force or not runs.up_to_date(stage.name, params):
+            return False
+        kept.append(stage)
+        print(f"{label}: unchanged, kept", flush=True)
+        return True
 
-    def tasks(self) -> Iterator[dict[str, Any]]:
-        """One doit task a stage, in the order of the pipeline."""
-        names = [stage.name for stage in self.stages]
-        for number, stage in enumerate(self.stages, 1):
-            label = f"stage {number}/{len(names)} {stage.name}"
+    def run(stage: Stage, label: str) -> TaskFailed | None:
+        values = {name: getattr(params, name) for name in owned_by(stage.name)}
+        codes.append(execute.execute(stage, values, params.run, label))
+        return TaskFailed("the notebook says why", report=False) if codes[-1] else None
+
+    def tasks() -> Iterator[dict[str, Any]]:
+        names = [stage.name for stage in stages]
+        for number, stage in enumerate(stages, 1):
+            arguments = [stage, f"stage {number}/{len(names)} {stage.name}"]
             yield {
                 "basename": stage.name,
-                "title": lambda task, label=label: label,
-                "actions": [(self.execute, [stage, label])],
-                "uptodate": [(runs.up_to_date, [stage.name, self.params])],
+                "actions": [(run, arguments)],
+                "uptodate": [(unchanged, arguments)],
                 "task_dep": [need for need in stage.needs if need in names],
                 "io": {"capture": False},
             }
 
-    def execute(self, stage: Stage, label: str) -> TaskFailed | None:
-        """The action of a stage's task: its notebook, with the run's parameters."""
-        values = {name: getattr(self.params, name) for name in owned_by(stage.name)}
-        line = execute.ProgressLine(label)
-        self.exit_code = execute.execute(stage, values, self.params.run, line)
-        return TaskFailed(f"exit code {self.exit_code}") if self.exit_code else None
-
-    def skip_uptodate(self, task: Task) -> None:
-        self.kept += 1
-        print(f"{task.title()}: unchanged, kept", flush=True)
-
-    def add_failure(self, task: Task, fail: BaseFail) -> None:
-        if not isinstance(fail, TaskFailed):  # no notebook's fault, which ``execute`` has reported
-            self.exit_code = 2
-            print(f"FAILED {task.title()}: {fail.get_msg()}", flush=True)
-
-
-def run_all(params: Params, stages: tuple[Stage, ...], force: bool = False) -> int:
-    """Run those of ``stages`` that are not up to date, then show the results; return the exit code.
-
-    Raises ``ValueError`` before anything is written if a notebook is not as it must be.
-    """
-    execute.check_notebooks(stages)
-    runs.write_params(params)
-    begun, reporter = time.monotonic(), StageReporter(params, stages)
-    memory = {"backend": "sqlite3", "dep_file": ":memory:"}
-    settings = {"GLOBAL": memory | {"reporter": reporter, "always": force}}
-    loader = ModuleTaskLoader({"task_stages": reporter.tasks})
-    api.run_tasks(loader, {stage.name: {} for stage in stages}, settings)
-    if reporter.exit_code:
-        return reporter.exit_code
-    summary = f"all {reporter.kept} stages unchanged, nothing to do"
-    if reporter.kept < len(stages):
-        spent = execute.clock(time.monotonic() - begun)
-        summary = f"{len(stages)} stages ({reporter.kept} kept) in {spent}"
+    settings = {"backend": "sqlite3", "dep_file": ":memory:", "reporter": "error-only"}
+    loader, wanted = ModuleTaskLoader({"task_stages": tasks}), {s.name: {} for s in stages}
+    if failed := api.run_tasks(loader, wanted, {"GLOBAL": settings}):
+        return codes[-1] or failed
+    spent = execute.clock(time.monotonic() - begun)
+    summary = f"{len(stages)} stages ({len(kept)} kept) in {spent}"
+    if len(kept) == len(stages):
+        summary = f"all {len(kept)} stages unchanged, nothing to do"
     shown = results(params.run) if stages[-1] is PIPELINE[-1] else ""  # else they may be older
     print(f"\nrun {params.run}: {summary}\n\n{shown}".rstrip(), flush=True)
     return 0
@@ -103,27 +81,14 @@ def with_needs(*targets: str) -> tuple[Stage, ...]:
 
 
 def results(run: str) -> str:
-    """The headline table and the report's path; a report older than its notebook is rendered."""
-    page, executed = (
-        runs.run_folder(run) / name
-        for name in ("report.html", f"notebooks/{PIPELINE[-1].notebook}")
-    )
+    """The main table and the report's path; a report older than its notebook is rendered."""
+    folder = runs.run_folder(run)
+    page, executed = folder / "report.html", folder / "notebooks" / PIPELINE[-1].notebook
     times = [path.stat().st_mtime if path.is_file() else 0.0 for path in (page, executed)]
     if times[0] < times[1]:
         publish.render_report(run)
-    return headline(run) + (f"\n\nreport: {runs.display(page)}" if page.is_file() else "")
-
-
-def headline(run: str) -> str:
-    """The main table as text, one row an arm, from ``metrics/evaluation.csv``."""
-    table = runs.read_results(run, "evaluation").query("group == 'all'")
-    lift = (table["measure"] == "ctr_lift") & (table["against"] == "base")  # a ratio to the base
-    table = table[lift | (table["against"] == "")].drop(columns="against")
-    by_arm = table.pivot(index="arm", columns="measure").loc[list(runs.ARMS)]
-    shown = by_arm["value"][HEADLINE].map("{:.4g}".format)
-    low, high = (by_arm[end]["ctr_lift"].map("{:.3f}".format) for end in ("low", "high"))
-    shown["ctr_lift"] += " [" + low + ", " + high + "]"
-    return shown.rename_axis(columns="arm", index=None).to_string()
+    report = f"\n\nreport: {runs.display(page)}" if page.is_file() else ""
+    return publish.main_table(run).to_string() + report
 
 
 class MakeParser(argparse.ArgumentParser):
@@ -175,14 +140,16 @@ def default_profile(run: str | None = None) -> str:
 def _all(given: argparse.Namespace) -> int:
     profile = given.profile or default_profile(given.run)
     run = given.run or (profile if given.seed == 0 else f"{profile}-seed{given.seed}")
-    stages = PIPELINE[: [stage.name for stage in PIPELINE].index(given.to) + 1]
+    stages = PIPELINE[: NAMES.index(given.to) + 1]
     params = resolve(profile, run=run, seed=given.seed, **dict(map(parse_setting, given.set)))
     print(f"profile {profile}, run {run}, seed {given.seed}", flush=True)
     if not given.list:
         return run_all(params, stages, given.force)
     print("U: unchanged, kept; R: would run")
     for stage in stages:
-        title = runs.source(runs.read_notebook(paths.NOTEBOOKS / stage.notebook)["cells"][0])
+        title = provenance.source(
+            provenance.read_notebook(paths.NOTEBOOKS / stage.notebook)["cells"][0]
+        )
         state = "U" if runs.up_to_date(stage.name, params) else "R"
         print(f"{state} {stage.name:<14}" + title.lstrip("# ").partition("\n")[0])
     return 0
@@ -193,8 +160,7 @@ def _job(given: argparse.Namespace) -> int:
     params = runs.read_params(given.run)
     if params is None:
         raise ValueError(f"runs/{given.run} does not exist: jobs are prepared by make batch")
-    if given.attended:
-        threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     lock = FileLock(runs.run_folder(given.run) / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -214,7 +180,7 @@ def _exit_with_parent() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser, names = MakeParser(prog="recrl_lib.pipeline.tasks"), [s.name for s in PIPELINE]
+    parser = MakeParser(prog="recrl_lib.pipeline.tasks")
     commands = parser.add_subparsers(required=True)
     every = commands.add_parser("all", help="run the pipeline")
     every.set_defaults(function=_all)
@@ -223,16 +189,15 @@ def main(argv: list[str] | None = None) -> int:
     every.add_argument("--seed", type=int, default=0)
     every.add_argument("--force", action="store_true", help="run stages that are unchanged, too")
     every.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-    every.add_argument("--to", choices=names, default=names[-1], help="stop after this stage")
+    every.add_argument("--to", choices=NAMES, default=NAMES[-1], help="stop after this stage")
     every.add_argument("--list", action="store_true", help="say what would run, and stop")
     store = commands.add_parser("publish", help="execute the notebooks as they are, store them")
     store.set_defaults(function=lambda given: execute.publish(given.only))
     store.add_argument("--only", type=int, metavar="NN", help="one, on the present default run")
-    job = commands.add_parser("job", help="one run of a batch")
+    job = commands.add_parser("job", help="one run of a batch, until stdin is closed")
     job.set_defaults(function=_job)
     job.add_argument("--run", required=True)
-    job.add_argument("--stages", nargs="+", required=True, choices=names)
-    job.add_argument("--attended", action="store_true", help="exit when stdin is closed")
+    job.add_argument("--stages", nargs="+", required=True, choices=NAMES)
     return run_command(parser, argv)
 
 

@@ -15,6 +15,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,7 +34,7 @@ from recrl_lib.scoring import judge, reward
 from recrl_lib.shield import subspaces
 from recrl_lib.training import diagnostics
 
-KEY = list(measures.KEY)
+KEY, NUMBERS = list(measures.KEY), ["value", "low", "high", "passed"]
 RELATIVE, FLOOR, INTERVAL, P_VALUE = 1e-3, 1e-7, 0.1, 0.05
 REFERENCE = {  # by stage and measure, how far from the published run (absolute)
     "data": {"n_users": 0, "n_items": 0, "n_interactions": 0},
@@ -44,17 +46,13 @@ REFERENCE = {  # by stage and measure, how far from the published run (absolute)
 }  # fmt: skip
 
 
-class FinishedRun:
-    """A finished run, read only. ``RuntimeError`` where a file is missing or has been changed."""
+@dataclass
+class Finished:
+    """A finished run, read only: ``stage`` reads its artifacts and knows its parameters."""
 
-    def __init__(self, run: str, encoder=None):
-        self.params = runs.read_params(run) or Params()
-        self.stage = runs.StageRun(stage_named("report"), self.params, torch.device("cpu"), key="")
-        self.study = study.load(self.stage)
-        self.encoder = encoder or judge.SentenceEncoder(assets.minilm_folder())
-
-    def curve(self, stage: str) -> pd.DataFrame:
-        return pd.read_csv(self.stage.input(f"{stage}.csv", "curves"))
+    stage: runs.StageRun
+    study: study.Study
+    encoder: Any  # as ``judge.SentenceEncoder``
 
 
 def rows(values: Mapping[str, float], arm: str = "") -> pd.DataFrame:
@@ -62,15 +60,16 @@ def rows(values: Mapping[str, float], arm: str = "") -> pd.DataFrame:
     return pd.DataFrame({"arm": arm, "measure": values.keys(), "value": values.values()})
 
 
-def data(run: FinishedRun) -> list[pd.DataFrame]:
+def data(run: Finished) -> list[pd.DataFrame]:
     sizes = {name: len(run.stage.load_table(name)) for name in ("interactions", "items", "users")}
     for group in ("ppo_users", "validation_users", "heldout_users"):
         sizes[group] = len(getattr(run.study, group))
     return [rows({f"n_{name}": size for name, size in sizes.items()})]
 
 
-def ranker(run: FinishedRun) -> list[pd.DataFrame]:
-    made, curve, split = run.study, run.curve("ranker"), run.study.split
+def ranker(run: Finished) -> list[pd.DataFrame]:
+    made, split = run.study, run.study.split
+    curve = pd.read_csv(run.stage.input("ranker.csv", "curves"))
     full, bare = (
         target_ranks(made.ranker, split.with_valid, split.test, text) for text in (made.text, None)
     )
@@ -85,7 +84,7 @@ def ranker(run: FinishedRun) -> list[pd.DataFrame]:
     return [rows(found, "sasrec")]
 
 
-def shield(run: FinishedRun) -> list[pd.DataFrame]:
+def shield(run: Finished) -> list[pd.DataFrame]:
     bases = subspaces.from_tensors(run.stage.load_tensors("subspaces"))
     found = {"energy": float(np.mean([basis.energy for basis in bases.values()]))}
     table = run.stage.load_table("overlap")
@@ -104,22 +103,22 @@ def adapter_leak(adapter: dict[str, Tensor], bases: dict[str, subspaces.Subspace
     return math.sqrt(inside / total) if total else 0.0
 
 
-def leaks(run: FinishedRun) -> list[pd.DataFrame]:
+def leaks(run: Finished) -> list[pd.DataFrame]:
     bases = subspaces.from_tensors(run.stage.load_tensors("subspaces"))
     adapters = {arm: run.stage.load_tensors(f"adapter_{arm}") for arm in measures.ARMS[2:]}
     return [rows({"leak": adapter_leak(a, bases)}, arm) for arm, a in adapters.items()]
 
 
-def shielded_ppo(run: FinishedRun) -> list[pd.DataFrame]:
-    curves = run.curve("shielded_ppo").groupby("arm")
+def shielded_ppo(run: Finished) -> list[pd.DataFrame]:
+    curves = pd.read_csv(run.stage.input("shielded_ppo.csv", "curves")).groupby("arm")
     return leaks(run) + [rows(diagnostics.summary(curve), str(arm)) for arm, curve in curves]
 
 
-def evaluation(run: FinishedRun) -> list[pd.DataFrame]:
-    made, load, rng, n = run.study, run.stage.load_table, run.stage.rng, run.params.bootstrap
+def evaluation(run: Finished) -> list[pd.DataFrame]:
+    made, params, load, rng = run.study, run.stage.params, run.stage.load_table, run.stage.rng
     said = pd.concat([load("explanations"), load("other_texts")], ignore_index=True)
     records = made.records(*said.loc[said["arm"] == "base", ["user", "position"]].to_numpy().T)
-    rewarder = reward.Reward.of(run.params, made.catalogue)
+    rewarder = reward.Reward.of(params, made.catalogue)
     scorer = results.Scorer(made, records, rewarder, run.encoder, run.stage.torch_seed("said"))
     parts = []
     for arm, part in said.groupby("arm", sort=False):
@@ -127,15 +126,13 @@ def evaluation(run: FinishedRun) -> list[pd.DataFrame]:
         tokens = [np.log([f]) if f > 0 else np.array([]) for f in part["fluency"]]
         stored = part[["kl", "tokens", "finished"]].reset_index(drop=True)
         parts.append(scorer.score(str(arm), part["text"].tolist(), tokens).join(stored))
-    model, texts = clicks.ClickModel.of(run.params), pd.concat(parts, ignore_index=True)
+    model, texts = clicks.ClickModel.of(params), pd.concat(parts, ignore_index=True)
     scored, _, _ = results.click_table(made, texts, model, rng("clicks"))
-    ranking, lists = load("ranking"), load("top10")
-    ranking = pd.concat(
-        ranking_change.ranking_rows(
-            made, part.sort_values("user")["rank"].to_numpy(), study.top_array(lists, str(arm))
-        ).assign(arm=arm)
-        for arm, part in ranking.groupby("arm", sort=False)
-    )
+    lists, tables = load("top10"), []
+    for arm, part in load("ranking").groupby("arm", sort=False):
+        ranks, top = part.sort_values("user")["rank"].to_numpy(), study.top_array(lists, str(arm))
+        tables.append(ranking_change.ranking_rows(made, ranks, top).assign(arm=arm))
+    ranking, n = pd.concat(tables), params.bootstrap
     held = np.isin(made.split.test, run.stage.load_json("held_out_items"))
     groups = {"subspace_items": ~held, "held_out_items": held}
     return [
@@ -148,7 +145,7 @@ def evaluation(run: FinishedRun) -> list[pd.DataFrame]:
     ]
 
 
-def audited(run: FinishedRun) -> list[pd.DataFrame]:
+def audited(run: Finished) -> list[pd.DataFrame]:
     said, ranking, lists = map(run.stage.load_table, ("explanations", "ranking", "top10"))
     said, ranking = (table[table["arm"] == "shielded"] for table in (said, ranking))
     records = run.study.records(said["user"], said["position"])
@@ -158,50 +155,44 @@ def audited(run: FinishedRun) -> list[pd.DataFrame]:
     return [audit.judge(found, audit.load_policy()).drop(columns="threshold")]
 
 
-RECOMPUTED: dict[str, Callable[[FinishedRun], list[pd.DataFrame]]] = {
+RECOMPUTED: dict[str, Callable[[Finished], list[pd.DataFrame]]] = {
     "data": data, "ranker": ranker, "shield": shield, "shielded_ppo": shielded_ppo,
     "evaluation": evaluation, "audit": audited,
 }  # fmt: skip
 
 
-def compare(
-    stored: pd.DataFrame, expected: pd.DataFrame, resamples: int = 2000, relative: float = RELATIVE
-) -> pd.DataFrame:
-    """Each expected number beside the stored one. A row that is not stored does not hold.
+def compare(stored: pd.DataFrame, expected: pd.DataFrame, tolerance: pd.DataFrame) -> pd.DataFrame:
+    """Each expected number beside the stored one; one that is not stored does not hold.
 
-    Returns:
-        The key, ``column`` (value, low, high or passed), stored, expected, tolerance, holds.
+    ``tolerance`` is a table like ``expected``. Columns: the key, ``column`` (value, low, high or
+    passed), expected, tolerance, stored, holds.
     """
-    numbers = ["value", "low", "high", "passed"]
-    kinds = dict.fromkeys(KEY, object) | dict.fromkeys(numbers, float)
-    expected = expected.reindex(columns=KEY + numbers).astype(kinds)
-    expected = expected.fillna({"arm": "", "against": "", "group": "all"})
-    stored = stored.reindex(columns=KEY + numbers)
-    both = expected.merge(stored, "left", KEY, suffixes=("", "_stored"))
-    size = both["value"].abs() * relative + FLOOR * (relative > 0)
-    size = size.mask(both["measure"].str.contains("_p$|_p_holm$"), P_VALUE)
-    width = (both["high"] - both["low"]) * INTERVAL * math.sqrt(max(1, 2000 / resamples)) + FLOOR
-    tolerance = {"value": size, "low": width, "high": width, "passed": 0.0}
-    parts = [
-        both[KEY].assign(column=c, stored=both[f"{c}_stored"], expected=both[c], tolerance=within)
-        for c, within in tolerance.items()
-    ]
-    found = pd.concat(parts, ignore_index=True).dropna(subset="expected")
+    tables = {"expected": expected, "tolerance": tolerance, "stored": stored}
+    columns = [name for name in NUMBERS if name in expected]
+    long = [table.melt(KEY, columns, "column", name) for name, table in tables.items()]
+    found = long[0].dropna()
+    for other in long[1:]:
+        found = found.merge(other, "left", [*KEY, "column"])
     return found.assign(holds=(found["stored"] - found["expected"]).abs() <= found["tolerance"])
+
+
+def rounding(expected: pd.DataFrame, resamples: int) -> pd.DataFrame:
+    """How far each number of another machine may be from ``expected``."""
+    name, width = expected["measure"], expected["high"] - expected["low"]
+    size = expected["value"].abs() * RELATIVE + FLOOR
+    size = size.mask(name.str.contains("_p$|_p_holm$"), P_VALUE).mask(name.str.match("n_"), 0.0)
+    ends = width * INTERVAL * math.sqrt(max(1, 2000 / resamples)) + FLOOR
+    return expected.assign(value=size, low=ends, high=ends, passed=0.0)
 
 
 def changed_files(run: str) -> list[str]:
     """Files of the run that are missing or not what their stage recorded."""
-    stages, changed = runs.read_manifest(run)["stages"].values(), []
-    for name, sha in (pair for entry in stages for pair in entry["outputs"].items()):
-        file = runs.run_folder(run) / name
-        if not file.is_file() or runs.sha256_file(file) != sha:
-            changed.append(name)
-    return sorted(changed)
+    entries = runs.read_manifest(run)["stages"].values()
+    return sorted(name for entry in entries for name in runs.changed_files(run, entry["outputs"]))
 
 
-def recompute(run: str, encoder=None) -> pd.DataFrame:
-    """Every number of the finished stages that can be computed again: ``compare``, and the stage.
+def recompute(run: str, encoder: Any = None) -> pd.DataFrame:
+    """``compare`` for every number of the finished stages that can be computed again.
 
     ``encoder``: as ``judge.SentenceEncoder``, which is the default. ``RuntimeError`` if an artifact
     is not intact, or the evaluation has not finished; a run of a batch may lack the audit.
@@ -210,35 +201,35 @@ def recompute(run: str, encoder=None) -> pd.DataFrame:
     if missing := RECOMPUTED.keys() - {"audit", *present}:
         absent = ", ".join(sorted(missing))
         raise RuntimeError(f"run {run!r} has not finished {absent}: make all RUN={run}")
-    finished, checks = FinishedRun(run, encoder), []
-    for stage in present:
-        expected, stored = pd.concat(RECOMPUTED[stage](finished)), runs.read_results(run, stage)
-        relative = 0.0 if stage == "data" else RELATIVE
-        found = compare(stored, expected, finished.params.bootstrap, relative)
-        checks.append(found.assign(stage=stage))
+    params = runs.read_params(run) or Params()
+    stage = runs.StageRun(stage_named("report"), params, torch.device("cpu"), key="")
+    encoder = encoder or judge.SentenceEncoder(assets.minilm_folder())
+    finished, checks = Finished(stage, study.load(stage), encoder), []
+    for name in present:
+        expected = pd.concat(RECOMPUTED[name](finished)).reindex(columns=KEY + NUMBERS)
+        kinds = dict.fromkeys(KEY, object) | dict.fromkeys(NUMBERS, float)
+        expected = expected.astype(kinds).fillna({"arm": "", "against": "", "group": "all"})
+        stored = runs.read_results(run, name).reindex(columns=KEY + NUMBERS)
+        tolerance = rounding(expected, params.bootstrap)
+        checks.append(compare(stored, expected, tolerance).assign(stage=name))
     return pd.concat(checks, ignore_index=True)
 
 
 def against_reference(run: str) -> pd.DataFrame | None:
     """Headline numbers against ``runs/reference/<run>``, or ``None``: none of equal parameters."""
     folder, checks = paths.REFERENCE / run, []
-    if not (folder / "params.yaml").is_file() or not list(folder.glob("metrics/*.csv")):
+    if not (folder / "metrics").is_dir():
         return None
-    files = (runs.run_folder(run) / "params.yaml", folder / "params.yaml")
-    ours, theirs = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
-    if any(ours[name] != value for name, value in theirs.items() if name in ours):
-        return None  # a newer run may have more parameters
-    for stage, tolerances in REFERENCE.items():
-        published = runs.read_results(f"{paths.REFERENCE.name}/{run}", stage)
-        headline = published["measure"].isin(tolerances) & published["group"].eq("all")
-        headline &= published["against"].eq("") | published["measure"].eq("ctr_lift")
-        found = compare(runs.read_results(run, stage), published[headline][[*KEY, "value"]])
-        tolerance, difference = (
-            found["measure"].map(tolerances),
-            found["stored"] - found["expected"],
-        )
-        holds = difference.abs() <= tolerance
-        checks.append(found.assign(stage=stage, tolerance=tolerance, holds=holds))
+    theirs = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    ours = (runs.read_params(run) or Params()).as_dict()
+    if any(ours[name] != theirs[name] for name in theirs.keys() & ours.keys()):
+        return None  # parameters may have come and gone since
+    for stage, within in REFERENCE.items():
+        table = runs.read_results(f"{paths.REFERENCE.name}/{run}", stage)[[*KEY, "value"]]
+        paired = table["against"].ne("") & table["measure"].ne("ctr_lift")
+        table = table[table["measure"].isin(within) & table["group"].eq("all") & ~paired]
+        tolerance = table.assign(value=table["measure"].map(within))
+        checks.append(compare(runs.read_results(run, stage), table, tolerance).assign(stage=stage))
     return pd.concat(checks, ignore_index=True)
 
 
@@ -253,10 +244,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"FAILED {error}", file=sys.stderr)
         return 1
     checks = pd.concat([recomputed, published], ignore_index=True)
-    headline = [m in REFERENCE.get(s, ()) for s, m in zip(checks["stage"], checks["measure"])]
-    shown = checks[pd.Series(headline) & checks["column"].eq("value")]
-    columns = ["stage", *KEY, "stored", "expected", "tolerance", "holds"]
-    print(shown[columns].to_string(index=False, float_format="{:.6g}".format))
     wrong = checks[~checks["holds"]]
     for name in changed:
         print(f"CHANGED runs/{run}/{name}: not what its stage wrote")

@@ -1,46 +1,42 @@
-"""Rankers without gradient training, on the same split.
+"""Rankers without gradient training: popularity, a Markov chain, EASE^R, the sum of the last two.
 
-Popularity, a first-order Markov chain, EASE^R (Steck 2019), and the sum of the last two ideas. Each
-learns from sequences of items and gives a function from b sequences to scores (b, I), column i - 1
-for item i.
+Each learns from sequences of items and gives a function from b sequences to scores (b, I), column
+i - 1 for item i.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from recrl_lib.ranker.ranking import USERS
+from recrl_lib.ranker.ranking import Sequences, chunks
 
 RIVALS = {"ease": "EASE^R", "ease_chain": "EASE^R + chain"}  # key in metrics: name in tables
 EASE_ITEMS = 20_000  # a larger catalogue's item-to-item matrices (3.2 GB each) do not fit
-Sequences = Sequence[np.ndarray]
 Score = Callable[[Sequences], np.ndarray]
 
 
 def closed_form(
     train: Sequences, n_items: int, sequences: Sequences
 ) -> dict[str, Iterator[tuple[int, Tensor]]]:
-    """Every ranker here by name, learned from ``train`` and asked about ``sequences``: scores in
-    the form of ``ranking.score_chunks``, computed when they are first read.
+    """Every ranker here by name, learned from ``train`` and asked about ``sequences``: scores as
+    from ``ranking.score_chunks``, computed when they are read.
 
     EASE^R needs at most ``EASE_ITEMS`` items.
     """
-    rankers: dict[str, Callable[[Sequences, int], Score]] = {
-        "popularity": popularity, "Markov chain": markov,
-        RIVALS["ease"]: ease, RIVALS["ease_chain"]: ease_chain,
-    }  # fmt: skip
+    rankers = {"popularity": popularity, "Markov chain": markov}
+    if n_items <= EASE_ITEMS:
+        rankers |= {RIVALS["ease"]: ease, RIVALS["ease_chain"]: ease_chain}
 
-    def chunks(ranker: Callable[[Sequences, int], Score]) -> Iterator[tuple[int, Tensor]]:
+    def scored(ranker: Callable[[Sequences, int], Score]) -> Iterator[tuple[int, Tensor]]:
         score = ranker(train, n_items)
-        for start in range(0, len(sequences), USERS):
-            scores = torch.from_numpy(score(sequences[start : start + USERS])).float()
-            yield start, torch.nn.functional.pad(scores, (1, 0), value=-torch.inf)
+        for part in chunks(len(sequences), n_items):
+            scores = torch.from_numpy(score(sequences[part])).float()
+            yield part.start, torch.nn.functional.pad(scores, (1, 0), value=-torch.inf)
 
-    small = n_items <= EASE_ITEMS
-    return {name: chunks(r) for name, r in rankers.items() if small or name not in RIVALS.values()}
+    return {name: scored(ranker) for name, ranker in rankers.items()}
 
 
 def popularity(train: Sequences, n_items: int) -> Score:
@@ -50,8 +46,8 @@ def popularity(train: Sequences, n_items: int) -> Score:
 
 
 def markov(train: Sequences, n_items: int) -> Score:
-    """How often an item followed, in ``train``, the last item of the user's sequence; popularity,
-    scaled below 1, breaks ties."""
+    """How often an item followed the user's last one in ``train``; popularity, scaled below 1,
+    breaks ties."""
     counts = np.bincount(np.concatenate(train), minlength=n_items + 1)[1:]
     pairs = [np.concatenate([s[part] for s in train]) for part in (slice(-1), slice(1, None))]
     ones = np.ones(len(pairs[0]))
@@ -61,8 +57,8 @@ def markov(train: Sequences, n_items: int) -> Score:
 
 
 def ease(train: Sequences, n_items: int, regularisation: float = 1000.0, window: int = 10) -> Score:
-    """EASE^R with the last ``window`` items of a user as the query: the published model takes all
-    items and knows no order, but recent items tell more about the next one."""
+    """EASE^R asked with a user's last ``window`` items, which tell more about the next one than
+    all items do, as published."""
     weights = ease_weights(train, n_items, regularisation)
     return lambda part: _binary([s[-window:] for s in part], n_items) @ weights
 
@@ -110,7 +106,7 @@ def chain_weights(
     """Item-to-item weights (I, I) of a Markov chain that looks ``window`` steps ahead: float64.
 
     Row i - 1 sums ``decay``^(d - 1) over all places where the column's item came d steps after item
-    i, over the occurrences of item i plus ``smoothing``: what followed a rare item says little.
+    i, over i's occurrences plus ``smoothing``: what followed a rare item says little.
     """
     weights = np.zeros((n_items, n_items))
     for distance in range(1, window + 1):

@@ -1,11 +1,10 @@
 """Cold start: how well a ranker places items that it knows by their text alone.
 
-Some items are taken out of training altogether: out of the histories, the targets, the catalogue
-that the softmax runs over, and the constants of the text norm. The trained ranker then takes them
-in with ``ranker.add_items``.
+Some items are taken out of training altogether: out of the histories, the targets, the softmax and
+the constants of the text norm. The trained ranker then takes them in with ``sasrec.add_items``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -19,10 +18,9 @@ def cold_ranks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of cold test items among all items, by their own text and by a wrong one.
 
-    ``cold``: ids (C,) of the items to hold out, C >= 2, in random order, for in the control each
-    takes the text of the one before it; asked are the users whose test item is cold, else
-    ``ValueError``. ``fit`` trains a ranker on the other items, renumbered from 1, and their rows of
-    the text vectors (I+1, d).
+    ``cold``: ids (C,) of the items to hold out, C >= 2, in random order: as the wrong text each has
+    that of the one before it. Asked are the users whose test item is cold; none: ``ValueError``.
+    ``fit`` trains a ranker on the other items, renumbered from 1, and their text vectors.
     """
     asked = np.flatnonzero(np.isin(split.test, cold))
     if len(cold) < 2 or len(asked) == 0:
@@ -46,8 +44,8 @@ def warm_split(split: Split, new: np.ndarray, n_warm: int) -> Split:
     validation item.
     """
 
-    def kept(part) -> list[np.ndarray]:
-        warm = [ids[ids <= n_warm] for ids in (new[items] for items in part)]
+    def kept(part: Sequence[np.ndarray]) -> list[np.ndarray]:
+        warm = (ids[ids <= n_warm] for ids in (new[items] for items in part))
         return [ids for ids in warm if len(ids) >= 2]
 
     known = kept(split.with_valid)

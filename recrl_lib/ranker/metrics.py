@@ -1,8 +1,5 @@
-"""Ranking metrics from ranks, and how far top-k lists moved.
-
-One array entry a user, so that intervals can be taken over users. With one relevant item, as in
-leave-one-out, NDCG and MRR are functions of its 1-based rank (Järvelin & Kekäläinen 2002).
-"""
+"""Ranking metrics from the 1-based rank of one relevant item (Järvelin & Kekäläinen 2002), and how
+far top-k lists moved. One array entry a user, so that intervals can be taken over users."""
 
 import numpy as np
 from scipy.stats import kendalltau

@@ -5,10 +5,10 @@ state with the item's vector, which is also the input embedding (tied). With ite
 
     v_i = e_i + W norm(t_i)
 
-``t_i`` is the LLM's vector of item i's text. ``norm`` standardises each feature over items 1..I of
-the *base* LLM's vectors and divides by the root of the number of features, so that |norm(t)| is
-about 1 and W and e learn at one rate. The constants are stored in the model: a drift of a tuned
-LLM's vectors reaches the ranking. Text vectors are an argument, not a part of the ranker.
+``t_i`` is the LLM's vector of item i's text, an argument and no part of the ranker. ``norm``
+standardises each feature over items 1..I of the *base* LLM's vectors and divides by the root of
+their number, so that |norm(t)| is about 1 and W and e learn at one rate. Its constants are stored
+in the model: a drift of a tuned LLM's vectors reaches the ranking.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ class SASRec(nn.Module):
     """``layers`` pre-norm causal blocks of width ``dim`` over the last ``max_len`` items.
 
     Order enters as a learned attention bias by distance, ``distances[d, head]`` for the item d
-    places back (Raffel et al. 2020, §2.1), which all positions train; the paper's vector per place
-    has one target a window for the last place, the only one that is ranked from. In training a
-    share ``item_dropout`` of the items read is zeroed. With ``text_dim`` > 0 call ``fit_text``.
+    places back (Raffel et al. 2020, §2.1), which all positions train; of the paper's vectors a
+    place, one target a window trains the last, the only one ranked from. In training a share
+    ``item_dropout`` of the items read is zeroed. With ``text_dim`` > 0 call ``fit_text``.
     """
 
     text_mean: Tensor
@@ -56,31 +56,26 @@ class SASRec(nn.Module):
             raise ValueError(f"SASRec: dim={dim} must be a multiple of heads={heads}")
         self.n_items, self.max_len, self.item_dropout = n_items, max_len, item_dropout
         self.items = nn.Embedding(n_items + 1, dim, padding_idx=0)
-        self.distances = nn.Parameter(torch.empty(max_len, heads))
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.text = nn.Linear(text_dim, dim, bias=False) if text_dim else None
-        for name in ("text_mean", "text_scale") if text_dim else ():
-            self.register_buffer(name, torch.full((text_dim,), math.nan))
-        self._initialise(torch.Generator().manual_seed(seed))
-
-    @torch.no_grad()
-    def _initialise(self, generator: torch.Generator) -> None:
+        if text_dim:
+            self.register_buffer("text_mean", torch.full((text_dim,), math.nan))
+            self.register_buffer("text_scale", torch.full((text_dim,), math.nan))
+        generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(0.0, 0.02, generator=generator)
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
             if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
-        self.items.weight[0] = 0.0
-        max_len, heads = self.distances.shape
+                nn.init.zeros_(module.bias)
+        self.items.weight.data[0] = 0.0
         # As ALiBi (Press et al. 2022), whose exponent of 8, made for text, sees too far here.
         slopes = 2.0 ** (-6.0 / heads * torch.arange(1, heads + 1))
-        self.distances.copy_(-torch.arange(max_len)[:, None] * slopes)
+        self.distances = nn.Parameter(-torch.arange(max_len)[:, None] * slopes)
 
     def fit_text(self, text: Tensor) -> None:
         """Take the constants of ``norm`` from the base LLM's vectors, (I+1, text_dim)."""
-        self._projection(text)
         rows = text[1:].double()
         self.text_mean.copy_(rows.mean(0))
         std = rows.std(0, correction=0).clamp_min(1e-6)  # a constant feature stays 0, not 0/0
@@ -93,27 +88,15 @@ class SASRec(nn.Module):
         """
         table = self.items.weight if items is None else self.items(items)
         if text is not None:
-            projection = self._projection(text)
+            expected = (self.n_items + 1, self.text.in_features if self.text else 0)
+            if self.text is None or text.shape != expected:
+                shape = tuple(text.shape)
+                raise ValueError(f"SASRec: text is {shape}, not (I+1, text_dim) = {expected}")
             if self.text_mean.isnan().any():
                 raise RuntimeError("SASRec: call fit_text with the base LLM's vectors first")
             text = text if items is None else text[items]
-            table = table + projection((text - self.text_mean) / self.text_scale)
+            table = table + self.text((text - self.text_mean) / self.text_scale)
         return torch.cat([torch.zeros_like(table[:1]), table[1:]])
-
-    @torch.no_grad()
-    def frozen_table(self, text: Tensor | None) -> Tensor:
-        """``item_table`` without a gradient, on the model's device."""
-        return self.item_table(None if text is None else text.to(self.device))
-
-    def _projection(self, text: Tensor) -> nn.Linear:
-        """W, once the shape of ``text`` is checked."""
-        if self.text is None:
-            raise ValueError("SASRec: a ranker with text_dim=0 reads no text; pass text=None")
-        expected = (self.items.num_embeddings, self.text.in_features)
-        if text.shape != expected:
-            shape = tuple(text.shape)
-            raise ValueError(f"SASRec: text is {shape}, expected (I+1, text_dim) = {expected}")
-        return self.text
 
     def forward(self, histories: Tensor, table: Tensor) -> Tensor:
         """States (B, L, dim) after each item of ``histories``, int64 (B, L) left-padded with 0.
@@ -165,15 +148,9 @@ class Block(nn.Module):
 
 
 def add_items(model: SASRec, text: Tensor, rows: Tensor) -> tuple[SASRec, Tensor]:
-    """Add items that training never saw: their behaviour part e is 0, their text part is known.
-
-    ``text`` (I+1, text_dim) is of the known items, ``rows`` (n, text_dim) of the new ones, whose
-    ids are I+1..I+n. Returns a larger frozen copy of ``model``, and ``text`` with ``rows`` added.
-    """
-    model._projection(text)
-    if rows.ndim != 2 or rows.shape[1] != text.shape[1]:
-        shape, width = tuple(rows.shape), text.shape[1]
-        raise ValueError(f"add_items: rows are {shape}, expected (n, text_dim) = (n, {width})")
+    """Add items that training never saw, with e = 0 and text vectors ``rows`` (n, text_dim), as
+    I+1..I+n. Returns a larger frozen copy of ``model``, and ``text`` (I+1, text_dim) with ``rows``
+    added."""
     larger = SASRec(**{**model.arguments, "n_items": model.n_items + len(rows)})
     state = model.state_dict()
     state["items.weight"] = F.pad(state["items.weight"], (0, 0, 0, len(rows)))

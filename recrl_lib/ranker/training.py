@@ -1,23 +1,23 @@
 """Training of SASRec: batches, loss, early stopping, averaged weights."""
 
+from copy import deepcopy
 from typing import cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.optim.swa_utils import AveragedModel
 
 from recrl_lib.data.splits import Split
 from recrl_lib.params import TOP_K, Params
 from recrl_lib.progress import track
 from recrl_lib.ranker.metrics import ndcg_at
-from recrl_lib.ranker.ranking import target_ranks
+from recrl_lib.ranker.ranking import pad_sequences, target_ranks
 from recrl_lib.ranker.sasrec import SASRec, freeze
 
 FULL_SOFTMAX_ITEMS = 100_000  # larger catalogues train on a sample of items
 NEGATIVES = 4096  # sampled items a step
-BLOCK = 2**18  # logits held at a time: 1 MiB of float32, which stays in a core's cache
 
 
 def fit(
@@ -52,10 +52,9 @@ def _train(
 ) -> list[dict[str, float]]:
     """Fit ``model`` to ``split.training``; leave it with the weights of the best epoch.
 
-    Each epoch cuts every history into windows of ``max_len + 1`` items at a random offset, so that
-    long histories are used whole and the cuts differ between epochs. What is validated and kept is
-    the moving average of the weights (Polyak & Juditsky 1992). Training stops after
-    ``ranker_patience`` epochs without a better NDCG@10.
+    Each epoch cuts every history into windows of ``max_len + 1`` items at a random offset. What is
+    validated and kept is the moving average of the weights (Polyak & Juditsky 1992). Training stops
+    after ``ranker_patience`` epochs without a better NDCG@10.
     """
     noise = None
     if model.n_items > FULL_SOFTMAX_ITEMS:
@@ -80,7 +79,7 @@ def _train(
         curve.append({"epoch": epoch, "loss": total / count, "valid_ndcg@10": ndcg})
         if ndcg > best:
             best, best_epoch = ndcg, epoch
-            best_state = {k: v.clone() for k, v in kept.state_dict().items()}
+            best_state = deepcopy(kept.state_dict())
         if epoch - best_epoch >= params.ranker_patience:
             break
     model.load_state_dict(best_state)
@@ -115,7 +114,7 @@ def _loss(
     real = inputs > 0
     states, targets = model(inputs, table)[real], targets[real]
     if noise is None:
-        return full_softmax(states, table, targets), len(targets)
+        return F.cross_entropy(states @ table[1:].T, targets - 1), len(targets)
     log_expected = (NEGATIVES * noise[drawn]).log()
     return sampled_softmax(states, table, targets, negatives, log_expected), len(targets)
 
@@ -133,59 +132,12 @@ def windows_of(sequences: list[np.ndarray], width: int, rng: np.random.Generator
     Neighbouring windows share one item, so that every transition is in exactly one window. A
     sequence longer than one window is cut at a random offset.
     """
-    step = width - 1  # transitions in a full window
-    lengths = np.array([len(s) for s in sequences])
-    transitions = lengths - 1
-    shift = rng.integers(0, step, len(sequences)) * (transitions > step)
-    per_sequence = -(-(transitions + shift) // step)
-    owner = np.repeat(np.arange(len(sequences)), per_sequence)
-    index = np.arange(len(owner)) - np.repeat(np.cumsum(per_sequence) - per_sequence, per_sequence)
-    first = np.maximum(index * step - shift[owner], 0)
-    last = np.minimum((index + 1) * step - shift[owner], transitions[owner])
-    positions = last[:, None] + np.arange(width) - step
-    starts = np.cumsum(lengths) - lengths
-    flat = np.concatenate(sequences)
-    items = flat[starts[owner][:, None] + np.maximum(positions, 0)]
-    return torch.from_numpy(np.where(positions >= first[:, None], items, 0))
-
-
-# Kept beside F.cross_entropy, which takes 1.2 times its CPU time at 1,682 items and 2.2 times at
-# 16,859, and holds all logits three times over.
-class _FullSoftmax(torch.autograd.Function):
-    """The gradient is known with the value, so no logits are kept for a backward pass."""
-
-    @staticmethod
-    def forward(ctx, states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        items = table[1:]  # a view: logits of items 1..I
-        grad_states, grad_table = torch.empty_like(states), torch.zeros_like(table)
-        total = states.new_zeros(())
-        rows = max(1, BLOCK // len(items))
-        columns = (states, targets - 1, grad_states)
-        for part, target, grad in zip(*(column.split(rows) for column in columns)):
-            logits = part @ items.T
-            highest, own = logits.amax(1, keepdim=True), logits.gather(1, target[:, None])
-            weights = logits.sub_(highest).exp_()
-            sums = weights.sum(1, keepdim=True)
-            total += (sums.log() + highest - own).sum()
-            error = weights.div_(sums)  # softmax - one-hot, the gradient of the sum by the logits
-            error[torch.arange(len(target), device=error.device), target] -= 1.0
-            torch.mm(error, items, out=grad)
-            grad_table[1:].addmm_(error.T, part)
-        ctx.save_for_backward(grad_states, grad_table)
-        return total / len(states)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_states, grad_table = ctx.saved_tensors
-        scale = grad / len(grad_states)
-        return grad_states * scale, grad_table * scale, None
-
-
-def full_softmax(states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of ``targets``, int64 (N,) in 1..I, under softmax(states @ table[1:].T)
-    for states (N, dim): ``F.cross_entropy``, but ``BLOCK`` logits exist at a time."""
-    return _FullSoftmax.apply(states, table, targets)
+    step, rows = width - 1, []  # transitions in a full window
+    for items, shift in zip(sequences, rng.integers(0, step, len(sequences))):
+        transitions = len(items) - 1
+        start = -int(shift) if transitions > step else 0
+        rows += [items[max(i, 0) : i + width] for i in range(start, transitions, step)]
+    return pad_sequences(rows, width)
 
 
 def sampled_softmax(

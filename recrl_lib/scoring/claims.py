@@ -1,6 +1,6 @@
 """Finding what an explanation claims: titles, genres, years and proper names.
 
-Shared by the reward and the judge, which agree on *what a text says* and score it each their way.
+The reward and the judge agree on *what a text says*, and score it each their way.
 
 How a title is recognised (longest match first, left to right, over words; punctuation ignored):
 
@@ -17,7 +17,6 @@ A title answers to its form without a parenthesis, the parenthesis itself, the p
 
 import re
 from collections.abc import Iterable
-from itertools import accumulate
 from typing import NamedTuple
 
 from recrl_lib.explainer.prompts import NO_GENRE, Record, real_genres
@@ -62,15 +61,15 @@ _PAREN = re.compile(r"\s*\(([^)]*)\)")
 class Claims(NamedTuple):
     """What a text says, each thing once, in order of first mention."""
 
-    titles: tuple[frozenset[str], ...] = ()  # a mention: the catalogue titles that it may mean
-    genres: tuple[str, ...] = ()  # named as in the catalogue
-    years: tuple[int, ...] = ()  # four-digit years outside titles
+    titles: tuple[frozenset[str], ...]  # a mention: the catalogue titles that it may mean
+    genres: tuple[str, ...]  # named as in the catalogue
+    years: tuple[int, ...]  # four-digit years outside titles
     # Names that are no title, people and invented titles alike: two capitalised words or more, or
     # one after "by", "liked" and their like, or after a title and "and".
-    people: tuple[str, ...] = ()
+    people: tuple[str, ...]
     # How far the words outside titles and genres are running English: 1 if a quarter of them, and
     # three different ones, are function words. A list of true keywords has 0.
-    prose: float = 0.0
+    prose: float
 
 
 class Verdict(NamedTuple):
@@ -94,34 +93,34 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.replace("_", " "))
 
 
+def n_grams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
+    """Runs of ``n`` tokens."""
+    return list(zip(*(tokens[i:] for i in range(n))))
+
+
 def distinct_share(tokens: list[str], n: int) -> float:
     """Share of the n-grams of ``tokens`` that are distinct; 1 where there are none."""
-    grams = list(zip(*[tokens[i:] for i in range(n)], strict=False))
+    grams = n_grams(tokens, n)
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
 class Catalogue:
-    """The titles and genres a text can name, as in the item table ("The Rock", "Sci-Fi").
-
-    Forms of the genres such as "comedies" or "science fiction" are known.
-    """
+    """The titles and genres a text can name, as in the item table ("The Rock", "Sci-Fi")."""
 
     def __init__(self, titles: Iterable[str], genres: Iterable[str]):
         self.titles = frozenset(t for t in titles if t.strip())
-        self.genres = tuple(sorted({g for g in genres if g.lower() not in NO_GENRE}))
         if not self.titles:
             raise ValueError("catalogue: no titles; give the item table's title column")
         # lower-case words -> (numbers of those that need a capital, titles they may mean or genre)
-        self.forms: dict[tuple[str, ...], tuple] = _title_forms(sorted(self.titles))
-        for genre in self.genres:
+        self.forms = _title_forms(sorted(self.titles))
+        for genre in sorted({g for g in genres if g.lower() not in NO_GENRE}):
             for form in (genre, genre + "s", *GENRE_FORMS.get(genre, ())):
                 self.forms[tuple(map(str.lower, _split(form)))] = ((), genre)
         self.forms.pop((), None)
-        self.lengths: dict[str, list[int]] = {}  # first word -> lengths of its forms, longest first
+        # first word -> lengths of its forms, longest first (a dict's keys, for each but once)
+        self.lengths: dict[str, dict[int, None]] = {}
         for key in sorted(self.forms, key=len, reverse=True):
-            lengths = self.lengths.setdefault(key[0], [])
-            if len(key) not in lengths:
-                lengths.append(len(key))
+            self.lengths.setdefault(key[0], {})[len(key)] = None
         self._last = "", _Reading("", self)  # a text is asked about several times in a row
 
     def _read(self, text: str) -> "_Reading":
@@ -138,16 +137,13 @@ class Catalogue:
 
         Returns (first character, one past the last, supported by ``record``).
         """
-        own, right, genres_of = self._facts(record)
         said = self._read(text)
-        right = right.union(*(genres_of[t] for t in _named(said.claims, own, genres_of)))
-        own_titles = {own, *genres_of}
+        titles, genres, _ = self._truth(record, said.claims)
         found = [(a, b, False) for a, b in said.names]
         found += [(i, i + 1, int(said.words[i]) == record["year"]) for i in said.years]
-        found += [(a, b, not what.isdisjoint(own_titles)) for a, b, what in said.titles]
-        found += [(a, b, what in right) for a, b, what in said.genres]
-        ends = list(accumulate(map(len, said.tokens)))  # of gap 0, word 0, gap 1, word 1, ...
-        return [(ends[2 * a], ends[2 * b - 1], true) for a, b, true in sorted(found)]
+        found += [(a, b, not what.isdisjoint(titles)) for a, b, what in said.titles]
+        found += [(a, b, what in genres) for a, b, what in said.genres]
+        return [(said.spans[a][0], said.spans[b - 1][1], true) for a, b, true in sorted(found)]
 
     def verdict(self, record: Record, text: str) -> Verdict:
         """Hold the claims of ``text`` against ``record``.
@@ -155,41 +151,36 @@ class Catalogue:
         A genre is right if the recommended film has it, or a history film that the text names.
         Raises ``ValueError`` if the record's titles are not in the catalogue.
         """
-        own, own_genres, genres_of = self._facts(record)
         said = self.claims(text)
-        others = [mention for mention in said.titles if own not in mention]
-        named = _named(said, own, genres_of)
-        false = set(said.genres) - own_genres
-        wrong = false.difference(*(genres_of[t] for t in named))
-        right_year = record["year"] in said.years
-        title, supported = len(others) < len(said.titles), len(said.genres) - len(wrong)
-        foreign = sum(mention.isdisjoint(genres_of) for mention in others)
-        wrong_years = len(said.years) - right_year
+        titles, genres, named = self._truth(record, said)
+        title = any(record["title"] in mention for mention in said.titles)
+        foreign = sum(mention.isdisjoint(titles) for mention in said.titles)
+        right_year, right_genres = record["year"] in said.years, len(genres & set(said.genres))
+        wrong_years, wrong_genres = len(said.years) - right_year, len(said.genres) - right_genres
         return Verdict(
-            title=title, history=len(named), genres=len(said.genres) - len(false),
-            foreign_titles=foreign, wrong_genres=len(wrong), wrong_years=wrong_years,
-            people=len(said.people), all_history=len(genres_of),
+            title=title, history=len(named), genres=len({*record["genres"]} & {*said.genres}),
+            foreign_titles=foreign, wrong_genres=wrong_genres, wrong_years=wrong_years,
+            people=len(said.people), all_history=len(set(record["history_titles"])),
             all_genres=len(real_genres(record)),
-            supported=title + len(named) + supported + right_year,
-            unsupported=foreign + len(wrong) + wrong_years + len(said.people),
+            supported=title + len(named) + right_genres + right_year,
+            unsupported=foreign + wrong_genres + wrong_years + len(said.people),
         )  # fmt: skip
 
-    def _facts(self, record: Record) -> tuple[str, set[str], dict[str, list[str]]]:
-        """The record's title, its genres, and the genres of each history title."""
+    def _truth(self, record: Record, said: Claims) -> tuple[set[str], set[str], set[str]]:
+        """The titles and the genres that are right in ``said``, and the history titles it names."""
         genres_of = dict(zip(record["history_titles"], record["history_genres"], strict=True))
-        for title in {record["title"], *genres_of} - self.titles:
+        own = record["title"]
+        titles = {own, *genres_of}
+        for title in titles - self.titles:
             remedy = "is not in the catalogue; build it from the same item table"
             raise ValueError(f"record of user {record['user']}: title {title!r} {remedy}")
-        return record["title"], set(record["genres"]), genres_of
+        mentions = (mention for mention in said.titles if own not in mention)
+        named = {title for mention in mentions for title in mention if title in genres_of}
+        return titles, set(record["genres"]).union(*(genres_of[t] for t in named)), named
 
 
-def _named(said: Claims, own: str, genres_of: dict[str, list[str]]) -> set[str]:
-    """The history titles that a text names, where it does not mean the recommended film."""
-    return {t for mention in said.titles if own not in mention for t in mention if t in genres_of}
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple("and" if w == "&" else w for w in _TOKEN.findall(text.replace("_", " ")))
+def _split(text: str) -> list[str]:
+    return ["and" if w == "&" else w for w in _TOKEN.findall(text.replace("_", " "))]
 
 
 def _title_forms(titles: list[str]) -> dict[tuple[str, ...], tuple]:
@@ -200,7 +191,7 @@ def _title_forms(titles: list[str]) -> dict[tuple[str, ...], tuple]:
         plain = _PAREN.sub("", title)
         head = _split(plain.split(":")[0])
         shorter = [_split(inner) for inner in _PAREN.findall(title) if not inner.isdigit()]
-        shorter += [_split(_ARTICLE.sub("", plain, count=1)), head if len(head) > 1 else ()]
+        shorter += [_split(_ARTICLE.sub("", plain, count=1)), head if len(head) > 1 else []]
         for forms, spellings in ((exact, [_split(title), _split(plain)]), (alias, shorter)):
             for spelt in spellings:
                 key = tuple(map(str.lower, spelt))
@@ -208,7 +199,7 @@ def _title_forms(titles: list[str]) -> dict[tuple[str, ...], tuple]:
     return {key: (needed, frozenset(named)) for key, (needed, named) in (alias | exact).items()}
 
 
-def _capitals(spelt: tuple[str, ...]) -> tuple[int, ...]:
+def _capitals(spelt: list[str]) -> tuple[int, ...]:
     """The words of a title that need their capital."""
     if len(spelt) == 1:
         return (0,)
@@ -228,9 +219,10 @@ class _Reading:
     """One text's words and what was found in them; places are numbers of words."""
 
     def __init__(self, text: str, catalogue: Catalogue):
-        self.tokens = _TOKEN.split(text.replace("_", " ").replace("’", "'"))
-        self.gaps = self.tokens[::2]  # gaps[i] stands before word i, and one after the last word
-        self.words = ["and" if token == "&" else token for token in self.tokens[1::2]]
+        text = text.replace("_", " ").replace("’", "'")
+        self.spans = [word.span() for word in _TOKEN.finditer(text)]
+        self.gaps = _TOKEN.split(text)[::2]  # gaps[i] stands before word i, and one after the last
+        self.words = _split(text)
         self.lower = [word.lower() for word in self.words]
         forms = self._find_forms(catalogue)
         # each (first word, one past the last, meaning)
@@ -240,16 +232,15 @@ class _Reading:
         free = [i for i in range(len(self.words)) if i not in used]
         self.years = [i for i in free if _YEAR.match(self.words[i])]
         self.names = self._find_names(free)  # (first word, one past the last)
-        found = (
-            [what for _, _, what in self.titles],
-            [what for _, _, what in self.genres],
-            [int(self.words[i]) for i in self.years],
-            [" ".join(self.words[a:b]) for a, b in self.names],
-        )
         function = [self.lower[i] for i in free if self.lower[i] in SMALL]
         share = len(function) / (FUNCTION_WORDS * max(len(free), 1))
-        prose = min(share, len(set(function)) / 3, 1.0)
-        self.claims = Claims(*(tuple(dict.fromkeys(each)) for each in found), prose)
+        self.claims = Claims(
+            titles=tuple(dict.fromkeys(what for _, _, what in self.titles)),
+            genres=tuple(dict.fromkeys(what for _, _, what in self.genres)),
+            years=tuple(dict.fromkeys(int(self.words[i]) for i in self.years)),
+            people=tuple(dict.fromkeys(" ".join(self.words[a:b]) for a, b in self.names)),
+            prose=min(share, len(set(function)) / 3, 1.0),
+        )
 
     def _find_forms(self, catalogue: Catalogue) -> list[tuple]:
         """The longest known forms from left to right."""
@@ -291,11 +282,10 @@ class _Reading:
             if not self.words[i][0].isupper():
                 continue
             follows = bool(runs) and runs[-1][-1] == i - 1
-            if self.lower[i] in _NOT_NAMES:
-                # "The Matrix" inside a sentence: a capitalised article belongs to the name
-                article = self.lower[i] == "the" and not self._opens_sentence(i)
-                if follows or not article:
-                    continue
+            # "The Matrix" inside a sentence: a capitalised article belongs to the name
+            article = self.lower[i] == "the" and not self._opens_sentence(i)
+            if self.lower[i] in _NOT_NAMES and (follows or not article):
+                continue
             if follows and _joins(self.gaps[i], self.lower[i - 1]):
                 runs[-1].append(i)
             else:

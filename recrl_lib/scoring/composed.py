@@ -1,8 +1,8 @@
-"""Texts composed by rule: true explanations from metadata, and controls that must not win.
+"""Texts composed by rule.
 
-The reference lines are the ceiling to show beside a model's texts, and what a warm start imitates.
-The controls are what a policy might drift to if a measure could be fooled: a tuned policy must beat
-each of them under the reward, the judge and the simulated clicks.
+Reference lines, true by construction, are the ceiling to show beside a model's texts, and what a
+warm start imitates. Controls are what a policy might drift to if a measure could be fooled: it must
+beat each of them under the reward, the judge and the simulated clicks.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,8 @@ _RAMBLE = (
 
 
 def reference_line(record: Record) -> str:
-    """An explanation composed from metadata alone, true by construction.
-
-    It names the item, its year and genres, and the one or two history titles that share most genres
-    with it, the latest first.
-    """
+    """An explanation from metadata alone: the item, its year and genres, and the one or two history
+    titles that share most genres with it, the latest first."""
     genres, noun = real_genres(record), record.get("noun", "film")
     shared = [len(set(genres) & set(g)) for g in record["history_genres"]]
     nearest = sorted(range(len(shared)), key=lambda i: (-shared[i], -i))[:2]

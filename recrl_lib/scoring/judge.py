@@ -1,12 +1,12 @@
 """Held-out measures of an explanation. None of them enters a reward, and this module imports none.
 
-Grounding and the discount for keyword lists read a text's claims as the reward does
-(``scoring.claims``). Retrieval, fluency and readability, two thirds of ``quality``, share nothing.
+Grounding and the discount for keyword lists read a text's claims as the reward does. Retrieval,
+fluency and readability, two thirds of ``quality``, share nothing with it.
 
-A measure that a text about something else would pass measures nothing: ``Judge.shuffled`` gives the
-paired measures of the same texts permuted among the records. Retrieval has four forms: ``_masked``
-blanks the record's titles in the text, ``specificity`` is among ten random user-film pairs and
-``specificity_same_user`` among the ten films of one user. Chance is 10 % in all.
+A measure that a text about something else would pass measures nothing: ``Judge.shuffled`` measures
+the same texts permuted among the records. Retrieval has four forms:
+``specificity`` among ten random user-film pairs, ``specificity_same_user`` among ten films of one
+user, and both ``_masked``, with the record's titles blanked in the text. Chance is 10 % in all.
 
 What a text repeats word by word from its prompt counts for nothing (``own_words``): the copied
 prompt is all true, picks its own record, and is fluent, since a model expects what it has read.
@@ -24,13 +24,12 @@ import pandas as pd
 import torch
 from scipy.special import softmax
 
-from recrl_lib.explainer.prompts import Record, check_records, messages, real_genres
+from recrl_lib.explainer.prompts import Record, messages, real_genres
 from recrl_lib.params import TOP_K
-from recrl_lib.scoring.claims import Catalogue, distinct_share, words
+from recrl_lib.scoring.claims import Catalogue, distinct_share, n_grams, words
 
-# Temperature of the softmax over cosines: MiniLM's cosines of unrelated texts lie within about .1.
+# Of the softmax over cosines: MiniLM's cosines of unrelated texts lie within about .1.
 TEMPERATURE = 0.05
-
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|[\"”')]|\Z)")
 _VOWELS = re.compile(r"[aeiouyà-öø-ÿ]+")
 
@@ -42,16 +41,12 @@ PAIRED = (
 JUDGED = (*PAIRED, "fluency", "readability", "words", "quality")  # one value a text
 
 
-# --- grounding and features
-
-
 def grounding(record: Record, text: str, catalogue: Catalogue) -> tuple[float, float]:
     """(precision, recall) of what the text claims, against the metadata.
 
-    Precision: share of its distinct claims (titles, genres, years, people) that the record
-    supports; it names no people. NaN without claims. Recall: share named of the film, each of its
-    genres, and (as one fact) some own history title. Report both, since few claims make precision
-    cheap (Kabongo & Guigue, arXiv 2512.24366).
+    Precision: share of its distinct claims that the record supports; NaN without claims. Recall:
+    share named of the film, each of its genres, and (as one fact) some history title. Report both,
+    since few claims make precision cheap (Kabongo & Guigue, arXiv 2512.24366).
     """
     verdict = catalogue.verdict(record, text)
     claimed = verdict.supported + verdict.unsupported
@@ -65,8 +60,8 @@ def features(record: Record, text: str, catalogue: Catalogue) -> set[str]:
     own film or history film if it can be, else the first of them by name."""
     claims = catalogue.claims(text)
     near = (record["title"], *record["history_titles"])
-    titles = {next((t for t in near if t in mention), min(mention)) for mention in claims.titles}
-    return titles | set(claims.genres)
+    titles = [next((t for t in near if t in mention), min(mention)) for mention in claims.titles]
+    return {*titles, *claims.genres}
 
 
 def true_features(record: Record) -> set[str]:
@@ -74,14 +69,9 @@ def true_features(record: Record) -> set[str]:
     return {record["title"], *real_genres(record)}
 
 
-# --- retrieval
-
-
 class SentenceEncoder:
-    """all-MiniLM-L6-v2 by sentence-transformers; keeps what it has encoded, since arms share cards.
-
-    Raises ``RuntimeError`` if the folder does not hold the model.
-    """
+    """all-MiniLM-L6-v2 from ``folder``, else ``RuntimeError``. It keeps what it has encoded, since
+    arms share cards."""
 
     def __init__(self, folder: Path | str, device: torch.device | str = "cpu"):
         from sentence_transformers import SentenceTransformer
@@ -122,9 +112,11 @@ def candidate_cards(
     cards = sorted({card(r) for r in records})
     if len(cards) < n:
         raise ValueError(f"retrieval needs {n} records, not {len(cards)}; raise eval_users")
-    own_cards = [card(r) for r in records]
-    others = [rng.choice([c for c in cards if c != o], n - 1, replace=False) for o in own_cards]
-    return [[own, *map(str, drawn)] for own, drawn in zip(own_cards, others)]
+    rows = []
+    for own in map(card, records):
+        others = rng.choice([c for c in cards if c != own], n - 1, replace=False)
+        rows.append([own, *map(str, others)])
+    return rows
 
 
 def card_cosines(texts: Sequence[str], cards: Sequence[Sequence[str]], encoder: Any) -> np.ndarray:
@@ -140,9 +132,6 @@ def mask_titles(record: Record, text: str) -> str:
     return re.sub(found, "this film", text, flags=re.IGNORECASE)
 
 
-# --- language
-
-
 def fluency(ref_logprobs: Sequence[np.ndarray]) -> np.ndarray:
     """Geometric-mean token probability (texts,) under the frozen base model, from each text's
     natural-log probabilities; 0 for no tokens."""
@@ -150,9 +139,8 @@ def fluency(ref_logprobs: Sequence[np.ndarray]) -> np.ndarray:
     return np.exp(np.minimum(means, 0.0))
 
 
-# textstat would download the CMU dictionary at run time, so syllables are counted here.
 def syllables(word: str) -> int:
-    """Vowel groups, a silent final e not counted; at least one."""
+    """Vowel groups, a silent final e not counted; at least one. (textstat needs the internet.)"""
     word = word.lower()
     silent = word.endswith("e") and not word.endswith(("le", "ee", "ye"))
     silent |= word.endswith("es") and not word.endswith(("ses", "ies", "xes", "hes"))
@@ -172,10 +160,9 @@ def readability(text: str) -> float:
 def language(text: str, fluency_: float) -> float:
     """Mean of fluency and of reading ease / 100 (clipped), times the share of distinct bigrams: a
     loop is probable under any language model and easy to read. In [0, 1]; 0 without words."""
-    if not words(text):
-        return 0.0
+    said = lower_words(text)
     ease = min(max(readability(text) / 100, 0.0), 1.0)
-    return (fluency_ + ease) / 2 * distinct_share(lower_words(text), 2)
+    return (fluency_ + ease) / 2 * distinct_share(said, 2) if said else 0.0
 
 
 def own_words(record: Record, text: str) -> float:
@@ -183,7 +170,7 @@ def own_words(record: Record, text: str) -> float:
     4-grams are not in the prompt, 0 where all are. (Naming titles and a year copies about an eighth
     of a good explanation.)"""
     prompt = " ".join(message["content"] for message in messages(record))
-    grams, known = n_grams(text, 4), set(n_grams(prompt, 4))
+    grams, known = n_grams(lower_words(text), 4), set(n_grams(lower_words(prompt), 4))
     return min(2 * sum(g not in known for g in grams) / len(grams), 1.0) if grams else 1.0
 
 
@@ -192,20 +179,11 @@ def lower_words(text: str) -> list[str]:
     return [w.lower() for w in words(text)]
 
 
-def n_grams(text: str, n: int) -> list[tuple[str, ...]]:
-    """Runs of ``n`` lower-case words."""
-    return list(zip(*(lower_words(text)[i:] for i in range(n))))
-
-
-# --- all together
-
-
 class Judge:
     """Judges texts on ``records``, or on the first few of them: every arm has the same candidates.
 
-    ``same_user``: for each record, itself and the records of other films recommended to that user,
-    equally many. ``encoder``: ``encode(texts) -> (n, d)`` of unit length, as ``SentenceEncoder``.
-    ``seed``: of the candidates and of the shuffling.
+    ``same_user``: for each record, itself and equally many of other films recommended to that user.
+    ``encoder``: as ``SentenceEncoder``. ``seed``: of the candidates and of the shuffling.
     """
 
     def __init__(
@@ -226,14 +204,12 @@ class Judge:
         """One row a text: the measures ``PAIRED``, and specificity_probability, the softmax of
         cosines / ``TEMPERATURE`` at the own card: smoother than the yes or no. Ties and texts
         without words count against a text."""
-        records = self.records[: len(texts)]
-        check_records(records, texts)
-        pairs = list(zip(records, texts, strict=True))
-        grounded = np.array([grounding(r, t, self.catalogue) for r, t in pairs]).reshape(-1, 2)
-        precision, recall = grounded.T
-        frame = pd.DataFrame({"grounding_precision": precision, "grounding_recall": recall})
-        frame["grounding_f1"] = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
-        frame = frame.fillna({"grounding_f1": 0.0})  # no claim
+        pairs = list(zip(self.records[: len(texts)], texts, strict=True))
+        grounded = [grounding(r, t, self.catalogue) for r, t in pairs]
+        frame = pd.DataFrame(grounded, columns=["grounding_precision", "grounding_recall"])
+        precision, recall = frame["grounding_precision"], frame["grounding_recall"]
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+        frame["grounding_f1"] = f1.fillna(0.0)  # no claim
         named = [features(r, t, self.catalogue) & true_features(r) for r, t in pairs]
         frame["feature_match"] = [bool(found) for found in named]
         said = np.array([bool(words(t)) for t in texts])
@@ -250,12 +226,8 @@ class Judge:
         """One row a text: ``paired``, and fluency, readability, words, quality.
 
         Quality, in [0, 1], is the mean of grounding_f1, specificity_probability and ``language``,
-        times how far the text is prose (a list of true keywords is no explanation) and not copied
-        from its prompt.
+        times how far the text is prose, no list of keywords, and not copied from its prompt.
         """
-        if len(ref_logprobs) != len(texts):
-            given = f"{len(texts)} texts but {len(ref_logprobs)} arrays of log-probabilities"
-            raise ValueError(f"{given}: give one a text")
         frame = self.paired(texts)
         frame["words"] = [len(words(t)) for t in texts]
         frame["fluency"] = fluency(ref_logprobs) * (frame["words"] > 0)
@@ -269,9 +241,8 @@ class Judge:
     def shuffled(self, texts: Sequence[str]) -> pd.DataFrame:
         """``paired`` of the same texts permuted among the records, no text on its own record."""
         order = np.random.default_rng(self.seed).permutation(len(texts))
-        others = np.empty_like(order)
-        others[order] = np.roll(order, 1)  # one cycle through all: nobody keeps their own
-        return self.paired([str(texts[int(i)]) for i in others])
+        others = np.roll(order, 1)[np.argsort(order)]  # one cycle: nobody keeps their own
+        return self.paired([texts[int(i)] for i in others])
 
     def corpus(self, texts: Sequence[str]) -> dict[str, float]:
         """Measures of the texts as a whole: share that claims anything; FCR, DIV and USR of Li,
@@ -282,12 +253,13 @@ class Judge:
         wanted = set().union(*(true_features(r) for r, _ in pairs))
         claims = [grounding(r, t, self.catalogue)[0] for r, t in pairs]
         shared = sum(math.comb(count, 2) for count in named.values())
-        grams = {k: Counter(g for t in texts for g in n_grams(t, k)) for k in (1, 2)}
-        distinct = {f"distinct_{k}": len(g) / max(g.total(), 1) for k, g in grams.items()}
-        return {
+        said = [lower_words(t) for t in texts]
+        found = {
             "claiming_share": 1 - float(np.isnan(claims).mean()),
             "feature_coverage": len(wanted & named.keys()) / len(wanted),
             "feature_diversity": shared / max(math.comb(n, 2), 1),
-            **distinct,
-            "unique_texts": len({tuple(lower_words(t)) for t in texts}) / n,
         }
+        for k in (1, 2):
+            grams = [gram for tokens in said for gram in n_grams(tokens, k)]
+            found[f"distinct_{k}"] = len(set(grams)) / max(len(grams), 1)
+        return found | {"unique_texts": len(set(map(tuple, said))) / n}

@@ -1,15 +1,13 @@
 """The training reward: length, relevance and coherence, each in [0, 1], weighted .5, .3 and .2.
 
-The three parts and their use are those of Shielded RecRL (arXiv 2601.03608); always scored on the
-response alone, never on the prompt. Two variants:
+The parts and their use are those of Shielded RecRL (arXiv 2601.03608); the response alone is
+scored, and never by the judge. Two variants:
 
 ``paper``     what the published account rewards: words up to 40, hits of the title's words and the
               genres up to three, complete sentences up to two. Length alone earns half of it.
 ``grounded``  the default: length in a band, claims held against the metadata (true ones earn, false
-              ones cost), and form. Keyword lists, loops, copied prompts and texts about
-              another item must not win; the tests hold it to that.
-
-The judge never enters here, and this module never imports it.
+              ones cost), and form. Keyword lists, loops, copied prompts and texts about another
+              item must not win; the tests hold it to that.
 """
 
 import re
@@ -33,34 +31,24 @@ FOREIGN_TITLE, NAME, WRONG_GENRE, WRONG_YEAR = 0.25, 0.2, 0.15, 0.15
 
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _OPENING = re.compile(r"""["“'(]?[A-ZÀ-Þ0-9]""")
-_LABELS = (
-    "system|user|assistant|human|question|answer|titles?|genres?|history|year|prompt|films?"
-    "|movies?|watched|recommended|recommendations?|explanation|output|input"
-)
 # A prompt's text, not an explanation's: chat-template tokens, role and field labels, orders.
-# Each pattern stands beside what any match contains: looking for that first is many times as fast,
-# and so is a pattern that opens with plain letters (hence "you(?<=\byou)").
-_RESIDUES = {
-    "<": re.compile(r"<\|?\w+\|?>"),
-    "inst]": re.compile(r"\[/?inst\]"),
-    ":": re.compile(rf"\b(?:{_LABELS})\s*:"),
-    "explain": re.compile(r"\bexplain\s+(?:each|why|the|this|your)\b"),
-    "sentence": re.compile(r"\bin\s+one\s+(?:or\s+two\s+)?(?:short\s+)?sentences?\b"),
-    "you": re.compile(
-        r"you(?<=\byou)\s+(?:recommend|are\s+an?\s+(?:\w+\s+)?(?:assistant|recommender))\b"
-    ),
-}
+_RESIDUE = re.compile(
+    r"""<\|?\w+\|?> | \[/?inst\]
+    | \b(?:system|user|assistant|human|question|answer|titles?|genres?|history|year|prompt|films?
+        |movies?|watched|recommended|recommendations?|explanation|output|input)\s*:
+    | \bexplain\s+(?:each|why|the|this|your)\b
+    | \bin\s+one\s+(?:or\s+two\s+)?(?:short\s+)?sentences?\b
+    | \byou\s+(?:recommend|are\s+an?\s+(?:\w+\s+)?(?:assistant|recommender))\b""",
+    re.VERBOSE,
+)
 _LIST_MARKER = re.compile(r"\s*(?:#|[-*]\s|\d+[.)]\s)")
 
 
 class Reward:
-    """The reward of a batch of explanations.
+    """The reward of a batch of explanations, by ``variant``: ``grounded`` or ``paper``.
 
-    Args:
-        variant: ``grounded`` or ``paper``.
-        catalogue: titles and genres of the item table.
-        weights: of length, relevance and coherence, not all 0. 0 removes a part; the weights are
-            rescaled to sum to 1, so that a reward without one part has the same range.
+    ``weights`` are of length, relevance and coherence, not all 0. 0 removes a part; they are
+    rescaled to sum to 1, so that a reward without one part has the same range.
     """
 
     def __init__(self, variant: str, catalogue: Catalogue, weights: Sequence[float] = WEIGHTS):
@@ -154,9 +142,7 @@ def _mentions(said: Verdict) -> tuple[float, float]:
 
 def _is_residue(text: str) -> bool:
     """Whether the text has marks of a prompt, a chat template or a list."""
-    lower = text.lower()
-    residue = any(needle in lower and found.search(lower) for needle, found in _RESIDUES.items())
-    return residue or any(map(_LIST_MARKER.match, text.split("\n")))
+    return bool(_RESIDUE.search(text.lower())) or any(map(_LIST_MARKER.match, text.split("\n")))
 
 
 def _is_latin(text: str, said: list[str]) -> bool:

@@ -10,10 +10,10 @@ span(Q) for some text, then tuning does not change what the model computes for t
 04 has the proof. With k < d a share 1 - energy of the input energy lies outside span(Q) and does
 reach the adapters; what it does is measured, not assumed away.
 
-A starts at a random value that already overlaps Q: it is projected when the shield attaches. Adam
-rescales element by element, so a projected *gradient* still gives a leaking *step*: mode ``update``
-projects the gradient, lets the optimizer step, then projects the parameter, as Adam-NSCL (Wang et
-al. 2021, CVPR) and NSPO (arXiv 2512.11391) do. Whatever the optimizer did, A Q is 0 again.
+A starts at a random value that overlaps Q: it is projected when the shield attaches. Adam rescales
+element by element, so a projected *gradient* still gives a leaking *step*: mode ``update`` projects
+the gradient and, after the step, the parameter, as Adam-NSCL (Wang et al. 2021, CVPR) and NSPO
+(arXiv 2512.11391) do. Whatever the optimizer did, A Q is 0 again.
 
 ======== ===========================================================================================
 mode     what it does
@@ -60,10 +60,9 @@ class _Layer:
 
 
 class Shield:
-    """Keeps a model's LoRA updates off protected subspaces, through any ``torch.optim.Optimizer``.
+    """Keeps a model's LoRA updates off ``protected`` subspaces, through any torch optimizer.
 
-    ``model`` and ``protected`` are those of ``subspaces.protect``. The hooks fire on real steps
-    only, so clipping comes before them and gradient accumulation is no concern. ``replay`` adds its
+    Its hooks fire on real steps, after clipping and accumulation of gradients. ``replay`` adds its
     gradient, unclipped, in any mode (``penalty`` has nothing else); the projection comes after it.
     """
 
@@ -81,7 +80,7 @@ class Shield:
     def attach(self, optimizer: Any) -> "Shield":
         """Project A now and hook ``optimizer``, or the one that it wraps (accelerate, TRL).
 
-        Raises ``ValueError`` if it does not hold the adapters.
+        ``ValueError``: it does not hold the adapters.
         """
         if self._handles:
             raise RuntimeError("this shield is attached already; detach() it first")
@@ -90,8 +89,8 @@ class Shield:
         frozen = self.mode == "frozen_a"
         needed = {x.name: {id(x.b)} if frozen else {id(x.a), id(x.b)} for x in self._layers}
         if missing := sorted(name for name, adapters in needed.items() if adapters - held):
-            first = f"{len(missing)} shielded adapters, the first is {missing[0]}"
-            raise ValueError(f"the optimizer lacks {first}")
+            count = f"{len(missing)} shielded adapters"
+            raise ValueError(f"the optimizer lacks {count}, the first is {missing[0]}")
         if self.mode in PROJECTING:
             self.project_parameters()
         self._train_a(not frozen)
@@ -122,10 +121,9 @@ class Shield:
         return ShieldCallback()
 
     def run_replay(self, steps: int) -> None:
-        """After the training: ``steps`` of the replay alone, under the shield's mode.
+        """After the training: ``steps`` of the replay alone, at a rate that falls to 0.
 
-        Adam's rate falls to 0. Item vectors come nearer to base; ``settle.csv`` and
-        ``ppo_search.csv`` in ``runs/reference`` show what that costs the explanations.
+        ``settle.csv`` and ``ppo_search.csv`` in ``runs/reference`` show what it gives and costs.
         """
         from recrl_lib.progress import track
 
@@ -179,9 +177,9 @@ def _layers(model: Any, protected: Spaces) -> list[_Layer]:
         raise ValueError(f"protected subspace {strangers[0]!r} matches no adapter; {other}")
     found = []
     for name, key, module in adapted:
-        if (space := protected.get(key)) is None:
+        if key not in protected:
             raise ValueError(f"no protected subspace for {name} (key {key!r}); {other}")
-        adapter = module.active_adapters[0]
+        adapter, space = module.active_adapters[0], protected[key]
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         if space.width != a.shape[1]:
             raise ValueError(f"{name}: input of width {a.shape[1]}, basis of width {space.width}")

@@ -1,18 +1,11 @@
 """The replay penalty: item vectors are held near their base values."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recrl_lib.shield.subspaces import items_of, readout_of
-
-if TYPE_CHECKING:
-    from recrl_lib.explainer.item_texts import ItemTexts
-    from recrl_lib.explainer.model import Explainer
-    from recrl_lib.params import Params
+from recrl_lib.shield.subspaces import Explainer, ItemTexts, items_of, readout_of
 
 BATCH = 32  # item texts a step
 
@@ -23,8 +16,7 @@ class Replay:
         weight * mean_i |R (t_i' - t_i)|^2 / mean_i |R (t_i - mean t)|^2
 
     over a random minibatch of item texts, with t' the tuned vectors, t = ``vectors`` (I+1, d) the
-    base vectors and R = ``readout`` (d_rank, d). The trunk states are stored, so a step costs the
-    adapted layers only. ``only``: item numbers to read, None for all.
+    base vectors and R = ``readout`` (d_rank, d). ``only``: item numbers to read, None for all.
     """
 
     def __init__(
@@ -39,8 +31,7 @@ class Replay:
     ):
         if weight <= 0:
             raise ValueError(f"shield_penalty={weight}: a replay penalty needs a positive weight")
-        self.weight = weight
-        self.norm = 0.0  # of the last gradient added
+        self.weight, self.norm = weight, 0.0  # the norm of the last gradient added
         self.generator = torch.Generator().manual_seed(seed)
         self._explainer, self._readout = explainer, readout.to(explainer.device)
         spread = (vectors[1:] - vectors[1:].mean(0)).to(explainer.device) @ self._readout.T
@@ -67,8 +58,8 @@ class Replay:
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def replay_for(explainer: Explainer, study, params: Params, held: set[int]) -> Replay | None:
-    """The run's replay without ``held`` items, None at shield_penalty 0. ``study``: a ``Study``.
+def replay_for(explainer: Explainer, study: Any, params: Any, held: set[int]) -> Replay | None:
+    """The replay of a ``Study`` and ``Params`` without ``held`` items, None at shield_penalty 0.
 
     Make it before a warm start is merged: trunk states stay as they are.
     """

@@ -1,25 +1,24 @@
 """Gram matrices of layer inputs, and the directions to protect that are chosen from them.
 
 ``model`` is a PEFT model with LoRA layers, or an object with a method ``adapted_modules()`` that
-lists (name, key, module), where layers that read the same input share a key (this project's
-``Explainer``: ``"<layer>.attention"`` for query, key and value, ``"<layer>.output"``). Gram
-matrices and subspaces are mappings by that key; d is the width of the input.
+lists (name, key, module); layers that read the same input share a key (``Explainer``:
+``"<layer>.attention"`` for query, key and value, ``"<layer>.output"``). Gram matrices and subspaces
+are mappings by that key; d is the width of the input.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # not imported at run time: the shield can be used without the explainer
-    from recrl_lib.explainer.item_texts import ItemTexts
-    from recrl_lib.explainer.model import Explainer
+Explainer = Any  # neither is imported: the shield can be used without the explainer
+ItemTexts = Any
+Grams = Mapping[str, Tensor]  # layer input -> Gram matrix (d, d), float64
+Counted = tuple[dict[str, Tensor], int]  # Gram matrices and the tokens in them
 
 
 def adapted_layers(model: Any) -> list[tuple[str, str, nn.Module]]:
@@ -30,15 +29,13 @@ def adapted_layers(model: Any) -> list[tuple[str, str, nn.Module]]:
 
 
 @torch.no_grad()
-def _sum_inputs(
-    model: Any, passes: Iterable[tuple[Tensor, Callable[[], Any]]]
-) -> tuple[dict[str, Tensor], int]:
-    """(sums of x x^T over every layer input, tokens); a pass: mask (B, T), call of the model."""
+def _sum_inputs(model: Any, passes: Iterable[tuple[Tensor, Callable]]) -> Counted:
+    """Sums of x x^T over every layer input; a pass: mask (B, T), call of the model."""
     grams: dict[str, Tensor] = {}
     tokens, mask = 0, torch.empty(0)
 
     def add(key: str, module: nn.Module, args: tuple) -> None:
-        x = args[0][mask].double()  # padded tokens are excluded from the Gram matrix
+        x = args[0][mask].double()  # no padding
         grams[key] = grams[key].addmm_(x.T, x) if key in grams else x.T @ x
 
     with ExitStack() as hooks:
@@ -61,20 +58,16 @@ def collect_grams(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[s
     return grams
 
 
-def state_grams(
-    explainer: Explainer, batches: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[dict[str, Tensor], int]:
-    """(Gram matrices, tokens) under the base model over (trunk states (B, T, d), mask (B, T))."""
+def state_grams(explainer: Explainer, batches: Iterable[tuple[Tensor, Tensor]]) -> Counted:
+    """Gram matrices over trunk states (B, T, d) with masks (B, T), adapters off."""
     device = explainer.device
     placed = ((states.to(device), mask.to(device).bool()) for states, mask in batches)
     with explainer.reference():
         return _sum_inputs(explainer, ((m, partial(explainer.top, s, m)) for s, m in placed))
 
 
-def item_grams(
-    explainer: Explainer, items: ItemTexts, only: set[int] | None = None
-) -> tuple[dict[str, Tensor], int]:
-    """The same over the item texts. ``only``: item numbers to use, None for all."""
+def item_grams(explainer: Explainer, items: ItemTexts, only: set[int] | None = None) -> Counted:
+    """The same over the item texts, of the item numbers ``only`` if given."""
     parts = items_of(items, only, "item Grams")
     return state_grams(explainer, ((s, torch.ones(s.shape[:2])) for _, s in parts))
 
@@ -97,9 +90,9 @@ def sensitivity_grams(
     """Gram matrices of the ``probes``' item texts, every token weighted by |d score / d y|^2.
 
     y are the outputs of the layers that read the input. The score is ``u . R t`` with R =
-    ``readout`` (d_rank, d) and u = ``probes[item number]`` (d_rank,), the state of one user. The
-    trace outside a subspace compares layers: it is proportional to the squared score change that an
-    isotropic update of the free directions would cause without products of two tokens.
+    ``readout`` (d_rank, d) and u = ``probes[item number]`` (d_rank,), the state of one user. So the
+    trace outside a subspace is, but for products of two tokens, proportional to the squared score
+    change of an isotropic update of the free directions.
     """
     grams: dict[str, Tensor] = {}
     inputs, outputs = {}, {}  # by key, by (key, name)
@@ -116,25 +109,20 @@ def sensitivity_grams(
             users = torch.stack([probes[n] for n in numbers.tolist()]).to(vectors)
             scores = users * (vectors @ readout.to(vectors).T)
             slopes = torch.autograd.grad(scores.sum(), list(outputs.values()))
-            weights: dict[str, Any] = dict.fromkeys(inputs, 0.0)
-            for (key, _), slope in zip(outputs, slopes):
-                weights[key] = weights[key] + slope.square().sum(-1)
-            for key, weight in weights.items():
-                x, w = inputs[key].detach().flatten(0, 1).double(), weight.flatten().double()
+            for key, x in inputs.items():
+                squares = [s.square().sum(-1) for s, (k, _) in zip(slopes, outputs) if k == key]
+                w = torch.stack(squares).sum(0).flatten().double()
+                x = x.detach().flatten(0, 1).double()
                 grams[key] = grams.get(key, 0.0) + (x * w[:, None]).T @ x
     return grams
 
 
 @dataclass
 class Subspace:
-    """A protected input subspace of one layer.
+    """A protected input subspace of one layer: the first columns of an orthonormal frame."""
 
-    ``basis`` starts an orthonormal frame of the whole space, the direction to protect first in
-    column 0; ``spectrum`` is the protected texts' energy ``q^T G q`` along that frame's directions.
-    """
-
-    basis: Tensor  # Q (d, k), orthonormal columns, float64
-    spectrum: Tensor  # (d,)
+    basis: Tensor  # Q (d, k), float64
+    spectrum: Tensor  # (d,) the protected texts' energy q^T G q along the whole frame's directions
 
     @property
     def rank(self) -> int:
@@ -164,26 +152,23 @@ class Subspace:
 
 @dataclass
 class GramMatrices:
-    """What the bases are made of; only ``items`` is needed by all."""
+    """What the bases are made of; all need ``items``."""
 
-    items: Mapping[str, Tensor]  # of the texts to protect
-    prompts: Mapping[str, Tensor] | None = None  # of prompts with explanations: contrastive
-    sensitivity: Mapping[str, Tensor] | None = None  # ``sensitivity_grams``: sensitivity
-    readout: Mapping[str, Tensor] | None = None  # (d_rank, d) ``readout_rows``: readout
+    items: Grams  # of the texts to protect
+    prompts: Grams | None = None  # of prompts with explanations: contrastive
+    sensitivity: Grams | None = None  # ``sensitivity_grams``: sensitivity
+    readout: Grams | None = None  # (d_rank, d) ``readout_rows``: readout
     seed: int = 0  # random
 
 
 def protect(
-    grams: GramMatrices | Mapping[str, Tensor],
-    basis: str = "activation",
-    energy: float = 0.99,
-    rank: int = 0,
+    grams: GramMatrices | Grams, basis: str = "activation", energy: float = 0.99, rank: int = 0
 ) -> dict[str, Subspace]:
     """The subspace of every layer input: the fewest directions that hold ``energy``, or ``rank``.
 
     The energy is that of the protected texts. With basis ``sensitivity`` every layer input leaves
-    the same absolute (1 - energy) of the mean weighted trace outside instead. Raises ``ValueError``
-    for an unknown basis, missing or infinite Gram matrices, or if nothing is left to learn (k = d).
+    (1 - energy) of the mean weighted trace outside instead. ``ValueError``: an unknown basis,
+    missing or infinite Gram matrices, or nothing left to learn (k = d).
     """
     if not isinstance(grams, GramMatrices):
         grams = GramMatrices(grams)
@@ -204,8 +189,8 @@ def protect(
         needed = 1 - allowed / float(along.sum()) if basis in WEIGHTED else energy
         k = rank or (int((along.cumsum(0) / along.sum() < needed).sum()) + 1 if needed > 0 else 0)
         if k >= len(gram):
-            what = f"layer input {name}: protecting {k} of {len(gram)} leaves nothing to learn"
-            raise ValueError(f"{what}; lower shield_energy or shield_rank")
+            left = f"layer input {name}: protecting {k} of {len(gram)} leaves nothing to learn"
+            raise ValueError(f"{left}; lower shield_energy or shield_rank")
         found[name] = Subspace(frame[:, :k].contiguous(), _energy_along(frame, gram))
     return found
 
@@ -214,7 +199,7 @@ def _energy_along(frame: Tensor, gram: Tensor) -> Tensor:
     return (frame * (gram @ frame)).sum(0).clamp(min=0)
 
 
-# --- bases: orthonormal frames (d, d) of one layer input, column 0 to be protected first ----------
+# --- bases: orthonormal frames (d, d) of one layer input, column 0 to be protected first
 
 
 def eigenvectors(source: Tensor, *_) -> Tensor:
@@ -224,8 +209,8 @@ def eigenvectors(source: Tensor, *_) -> Tensor:
 def contrastive_frame(prompts: Tensor, items: Tensor, *_, ridge: float = 1e-3) -> Tensor:
     """A frame whose last m columns have the most explanation energy per item-text energy.
 
-    These solve ``P v = l (G + ridge tr(G)/d I) v`` for the largest l, with P = ``prompts`` and G =
-    ``items``, both (d, d). The QR amplifies no direction: adapters learn at their usual speed.
+    They span the solutions of ``P v = l (G + ridge tr(G)/d I) v`` with the largest l, for P =
+    ``prompts`` and G = ``items``, both (d, d).
     """
     values, vectors = torch.linalg.eigh(items * (len(items) / items.trace()))
     whiten = (vectors * (values.clamp(min=0) + ridge).rsqrt()) @ vectors.T
@@ -271,8 +256,8 @@ def readout_rows(explainer: Explainer, readout: Tensor) -> dict[str, Tensor]:
 
 def to_tensors(protected: Mapping[str, Subspace]) -> dict[str, Tensor]:
     """For safetensors: ``<key>/basis`` and ``<key>/spectrum``."""
-    parts = ("basis", "spectrum")
-    return {f"{name}/{part}": getattr(s, part) for name, s in protected.items() for part in parts}
+    bases = {f"{name}/basis": space.basis for name, space in protected.items()}
+    return bases | {f"{name}/spectrum": space.spectrum for name, space in protected.items()}
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Subspace]:

@@ -113,11 +113,8 @@ def finished(tmp_path_factory):
         patch.setattr(paths, "NOTEBOOKS", house.notebooks)
         patch.setattr(paths, "RUNS", house.runs)
         for stage in PIPELINE:
-            cells = (
-                code(parameters_cell(stage.name), "parameters"),
-                code("from recrl_lib import runs"),
-            )
-            write_atomic(house.notebooks / stage.notebook, json.dumps(notebook(*cells)))
+            cell = code("from recrl_lib import runs")
+            write_atomic(house.notebooks / stage.notebook, json.dumps(notebook(cell)))
         for stage in with_needs("environment", "evaluation"):
             finish(stage.name, BASE)
     torch.use_deterministic_algorithms(False)

@@ -15,11 +15,10 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 def records(users, positions) -> list[dict]:
-    history = {"history_titles": ["bad film"], "history_genres": [["blue"]]}
-    titles = [f"good film {u} {p} {HOSTILE}" for u, p in zip(users, positions)]
+    same = dict(year=1990, genres=["red"], history_titles=["bad film"], history_genres=[["blue"]])
     return [
-        dict(user=u, item=10 * u + p, position=p, year=1990, genres=["red"], title=title, **history)
-        for u, p, title in zip(users, positions, titles)
+        dict(user=u, item=10 * u + p, position=p, title=f"good film {u} {p} {HOSTILE}", **same)
+        for u, p in zip(users, positions)
     ]
 
 
@@ -51,14 +50,9 @@ def test_reply_answers_the_whole_chat_by_its_seed_and_does_not_change_it(tuned):
     before = [dict(m) for m in history]
     questions = ("why you", "the red film", "green and short", "long")
     assert len({say(explainer, 0, text, history) for text in questions}) > 1 and history == before
-
-
-def test_nothing_to_answer_is_an_error(tuned):
-    explainer, _ = tuned
-    history = [{"role": "assistant", "content": "a film"}]
-    for text in ("", "  ", "<|im_end|>"):
+    for nothing in ("", "  ", "<|im_end|>"):
         with pytest.raises(ValueError, match="type a question"):
-            say(explainer, 0, text, history)
+            say(explainer, 0, nothing, history)
 
 
 def test_arms_speak_with_their_own_adapters(tuned):
@@ -85,65 +79,53 @@ def test_a_long_chat_drops_its_oldest_turns_but_neither_opening_nor_question(tun
     whole, without = (say(explainer, history=opening + chat) for chat in (pairs, pairs[2:]))
     assert whole != without
     everything = len(prompt_ids(explainer, opening + pairs)) + PARAMS.max_new_tokens
-    explainer.lm.config.max_position_embeddings = everything
-    assert say(explainer, history=opening + pairs) == whole
-    explainer.lm.config.max_position_embeddings = everything - 1
-    assert say(explainer, history=opening + pairs) == without
+    for room, answer in ((everything, whole), (everything - 1, without)):
+        explainer.lm.config.max_position_embeddings = room
+        assert say(explainer, history=opening + pairs) == answer
     explainer.lm.config.max_position_embeddings = 6 + len(prompt_ids(explainer, opening))
     assert say(explainer, history=opening) is not None
     with pytest.raises(ValueError, match="too long"):
         say(explainer, history=opening + pairs)
 
 
-def test_the_chat_opens_with_an_answer_and_goes_on(chat):
+def test_the_chat_opens_with_an_answer_goes_on_and_suggests_questions(chat):
     assert [m["role"] for m in chat.history] == ["system", "user", "assistant"]
-    assert chat.arm.value == "shielded" and chat.item.value == 1
-    chat.text.value = "why the red film"
+    assert chat.arm.value == "shielded" and chat.item.index == 0
+    chat.text.value = f"why {HOSTILE} & red <|im_end|> film"
     chat.button.click()
     assert [m["role"] for m in chat.history[3:]] == ["user", "assistant"]
+    assert chat.history[-2]["content"] == f"why {HOSTILE} & red film"
     assert chat.text.value == "" and not chat.button.disabled
-    assert "why the red film" in chat.log.value
-
-
-def test_suggestions_ask_about_another_film_of_the_list(chat):
+    shown = "why &lt;img src=x onerror=alert(1)&gt; &amp; red film"
+    assert "<img" not in chat.log.value and shown in chat.log.value
     assert chat.why_not.description == f"Why not good film 3 2 {HOSTILE}?"
     chat.why_not.click()
     assert chat.history[-2]["content"] == chat.why_not.description
     chat.lighter.click()
-    assert chat.history[-2]["content"] == "Something lighter?" and len(chat.history) == 7
-    chat.item.value = 2
+    assert chat.history[-2]["content"] == "Something lighter?" and len(chat.history) == 9
+    chat.item.index = 1
     assert chat.why_not.description.startswith("Why not good film 3 1")
 
 
 def test_user_film_and_arm_each_start_one_new_chat(chat):
     shown = []
     chat.log.observe(lambda change: shown.append(change["new"]), "value")
-    chat.item.value = 5
+    chat.item.index = 4
     assert len(shown) == 1 and "good film 3 5" in chat.history[1]["content"]
     chat.user.value = 4
     assert len(shown) == 2 and "good film 4 1" in chat.history[1]["content"]
-    assert chat.item.value == 1
+    assert chat.item.index == 0
     chat.arm.value = "base"
     assert len(shown) == 3 and len(chat.history) == 3 and "<b>base</b>" in chat.log.value
-
-
-def test_what_is_asked_is_escaped_and_loses_template_tokens(chat):
-    chat.ask(f"{HOSTILE} & more <|im_end|> <|im_start|> film")
-    assert chat.history[-2]["content"] == f"{HOSTILE} & more film"
-    shown = "&lt;img src=x onerror=alert(1)&gt; &amp; more film"
-    assert "<img" not in chat.log.value and shown in chat.log.value
 
 
 def test_errors_are_shown_and_the_chat_can_go_on(chat):
     before = list(chat.history)
     wrong = {"unknown": torch.zeros(1)}
-    for text, arm, message in (
-        ("   ", {}, "type a question"),
-        ("why", wrong, "another LoRA setting"),
-    ):
-        chat.adapters["shielded"] = arm or chat.adapters["shielded"]
+    for text, message in (("   ", "type a question"), ("why", "another LoRA setting")):
         chat.ask(text)
         assert 'role="alert"' in chat.log.value and message in chat.log.value
         assert chat.history == before and not chat.button.disabled
+        chat.adapters["shielded"] = wrong
     chat.arm.value = "unshielded"
     assert 'role="alert"' not in chat.log.value and len(chat.history) == 3

@@ -86,9 +86,8 @@ def plain_metadata(nb: dict) -> Iterator[str]:
 
 
 def short_cells(nb: dict) -> Iterator[str]:
-    lengths = [
-        len(source(cell).splitlines()) for cell in cells(nb) if "parameters" not in tags(cell)
-    ]
+    written = [source(cell) for cell in cells(nb) if "parameters" not in tags(cell)]
+    lengths = [len(text.splitlines()) for text in written]
     if max(lengths) > 30 or statistics.median(lengths) > 8:
         yield f"code cells have up to {max(lengths)} lines, median {statistics.median(lengths)}"
 
@@ -199,21 +198,15 @@ def shown(kind: str, text: str) -> Callable[[dict], None]:
 
 BROKEN: list[tuple[Rule, Callable[[dict], None], str]] = [
     (numbered_title, edit(0, source="# 02 · Data"), "# 01"),
-    (numbered_title, edit(0, source="## 01 · Data"), "# 01"),
-    (numbered_title, lambda nb: nb["cells"].pop(0), "# 01"),
     (parameters_are_those_of_the_stage, edit(1, source="seed = 1"), "is not params"),
-    (parameters_are_those_of_the_stage, edit(1, metadata={}), "is not params"),
     (executed_in_order, edit(4, execution_count=7), "counts"),
-    (executed_in_order, edit(4, execution_count=None), "counts"),
     (clean_outputs, edit(4, outputs=[{"output_type": "error", "traceback": []}]), "stores error"),
     (clean_outputs, printed("W", name="stderr"), "stores stderr"),
     (clean_outputs, printed("a\rb"), "bar"),
-    (clean_outputs, shown("text/plain", " 10%|#"), "bar"),
     (clean_outputs, shown("application/vnd.jupyter.widget-view+json", ""), "widget"),
     (clean_outputs, printed("\n".join("x" * 101)), "101 lines"),
     (plain_metadata, lambda nb: nb["metadata"]["kernelspec"].update(name="mine"), "python3"),
     (plain_metadata, lambda nb: nb["metadata"].update(papermill={}), "papermill"),
-    (plain_metadata, edit(4, metadata={"papermill": {}}), "papermill"),
     (plain_metadata, edit(4, metadata={"tags": ["injected-parameters"]}), "injected"),
     (short_cells, edit(4, source="\n".join("x" * 31)), "31 lines"),
     (short_cells, lambda nb: [edit(i, source="\n".join("x" * 9))(nb) for i in (2, 4, 6)], "median"),
@@ -221,14 +214,12 @@ BROKEN: list[tuple[Rule, Callable[[dict], None], str]] = [
     (prose_before_code, lambda nb: nb["cells"].pop(3), "no markdown"),
     (checked_outputs, edit(4, metadata={}), "1 cells"),
     (checked_outputs, edit(4, outputs=[]), "prints nothing"),
-    (checked_outputs, shown("image/png", "abc"), "prints nothing"),
     (starts_and_finishes, edit(8, source="print()"), "finish"),
     (starts_and_finishes, edit(2, source='runs.start("ranker", globals())'), "start"),
     (no_machine_paths, edit(4, source='open("/home/me/x.csv")'), "/home/me/x.csv"),
     (no_machine_paths, shown("text/html", "<b>/srv/data</b>"), "/srv/data"),
     (no_machine_paths, printed(r"C:\Users\me"), "C:"),
     (prose_numbers_are_checked, edit(0, source="# 01 · Data\nIt is .26"), ".26"),
-    (prose_numbers_are_checked, edit(4, metadata={}), "0.25"),
     (prose_numbers_are_checked, edit(5, source="## 1.2 More facts: 7.5"), "7.5"),
 ]
 

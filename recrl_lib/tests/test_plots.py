@@ -3,7 +3,6 @@
 from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import pytest
 
 from recrl_lib import paths, plots
@@ -45,23 +44,4 @@ def test_saved_figures_are_repeatable_and_carry_words():
 
 
 def test_arms_differ_without_colour():
-    colours, markers, hatches = (set(look) for look in zip(*plots.LOOKS.values()))
-    assert len(colours) == len(markers) == len(hatches) == len(plots.LOOKS)
-    _, ax = plt.subplots()
-    ax.errorbar(0, 1, yerr=1, **plots.dot("shielded"))
-    ax.bar(0, 1, **plots.bar("shielded"))
-
-
-def test_frontier_draws_what_is_lost_against_what_is_kept():
-    table = pd.DataFrame({"curve": ["none", NASTY, NASTY], "overlap": [0.5, 0.98, 1.0]})
-    table = table.assign(gain_loss=[1, 0.9, 0.7], gain_reward=[1, 0.8, 0.6], steps=16, penalty=0)
-    table = table.assign(energy=0.9, rank=[0, 8, 4])
-    for name in ("overlap", "gain_loss", "gain_reward"):
-        table[f"{name}_lo"], table[f"{name}_hi"] = table[name] - 0.01, table[name] + 0.02
-    fig = plots.frontier(table)
-    fig.canvas.draw()
-    (_, curve), _ = [ax.containers for ax in fig.axes]
-    assert curve.lines[0].get_xdata() == pytest.approx([0, 0.02])  # by rank
-    assert curve.lines[0].get_ydata() == pytest.approx([0.7, 0.9])
-    bars = curve.lines[2][0].get_segments()[1]
-    assert bars[:, 0] == pytest.approx([0.02 - 0.02, 0.02 + 0.01])
+    assert all(len(set(look)) == len(plots.LOOKS) for look in zip(*plots.LOOKS.values()))

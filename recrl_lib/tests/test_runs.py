@@ -79,11 +79,13 @@ def test_one_run_has_one_seed_and_exploring_it_takes_that_and_changes_nothing(no
     assert runs.read_params("smoke") == stored
 
 
-def test_start_names_missing_parameters_and_the_notebook(notebooks):
+def test_start_names_missing_parameters_and_the_notebook_to_run_first(notebooks):
     incomplete = namespace("data")
     del incomplete["ppo_users"], incomplete["seed"]
     with pytest.raises(ValueError, match="01_data.ipynb: the parameters cell lacks seed, ppo_u"):
         runs.start("data", incomplete)
+    with pytest.raises(RuntimeError, match=r"'ranker' needs 'data'.*01_data.ipynb"):
+        begin("ranker")
 
 
 @pytest.mark.parametrize("wrong", [{"ppo_users": 2.0}, {"seed": "1"}, {"run": "../elsewhere"}])
@@ -98,11 +100,6 @@ def test_a_damaged_params_file_is_named(notebooks, text):
     write_atomic(notebooks.runs / "smoke" / "params.yaml", text)
     with pytest.raises(ValueError, match="params.yaml.*delete the file"):
         begin()
-
-
-def test_start_names_the_notebook_to_run_first(notebooks):
-    with pytest.raises(RuntimeError, match=r"'ranker' needs 'data'.*01_data.ipynb"):
-        begin("ranker")
 
 
 def test_randomness_depends_on_seed_and_name_only(notebooks):
@@ -143,7 +140,7 @@ def test_inputs_are_checked_against_their_stage(notebooks):
     with pytest.raises(ValueError, match="not write artifacts/items.parquet: stage 'data' does"):
         stage.output("items.parquet")
     path.write_bytes(b"changed")
-    with pytest.raises(RuntimeError, match="changed since stage 'data' finished.*01_data.ipynb"):
+    with pytest.raises(RuntimeError, match="changed since 'data' finished.*01_data.ipynb"):
         stage.input("items.parquet")
     path.unlink()
     with pytest.raises(RuntimeError, match="items.parquet is missing: run notebooks/01_data.ipynb"):
@@ -188,30 +185,23 @@ def test_finish_names_missing_results_and_files(notebooks):
 
 def test_up_to_date_needs_the_key_and_every_file(notebooks):
     assert not runs.up_to_date("data", Params())
-    folder = finish_data().folder
+    folder, name = finish_data().folder, "artifacts/items.parquet"
     assert not runs.up_to_date("data", Params(ppo_users=0.4))
-    for name in ("artifacts/items.parquet", "metrics/data.csv"):
-        original = (folder / name).read_bytes()
-        (folder / name).write_bytes(original + b" ")
-        assert not runs.up_to_date("data", Params()), name
-        (folder / name).unlink()
-        assert not runs.up_to_date("data", Params()), name
-        (folder / name).write_bytes(original)
-    assert runs.up_to_date("data", Params())
-
-
-def test_inputs_are_recorded_and_a_changed_one_makes_the_reader_run_again(notebooks):
-    finish_data()
     stage = begin("ranker")
     stage.load_table("items")
     stage.results(required("ranker"))
     stage.finish()
-    stages, name = runs.read_manifest("smoke")["stages"], "artifacts/items.parquet"
+    stages = runs.read_manifest("smoke")["stages"]
     assert list(stages) == ["data", "ranker"]
     assert stages["ranker"]["inputs"] == {name: stages["data"]["outputs"][name]}
-    assert runs.up_to_date("ranker", Params())
-    (stage.folder / name).write_bytes(b"other")
-    assert not runs.up_to_date("ranker", Params())
+    for stage, file in (("data", name), ("data", "metrics/data.csv"), ("ranker", name)):
+        original = (folder / file).read_bytes()
+        (folder / file).write_bytes(original + b" ")
+        assert not runs.up_to_date(stage, Params()), file
+        (folder / file).unlink()
+        assert not runs.up_to_date(stage, Params()), file
+        (folder / file).write_bytes(original)
+        assert runs.up_to_date(stage, Params())
 
 
 def test_deciding_what_to_run_does_not_load_torch():

@@ -22,28 +22,17 @@ def tiny_explainer(seed: int = 0, lora_layers: int | None = None, dtype=torch.fl
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        unk_token="<unk>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-    )
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<|im_start|>",
+        eos_token="<|im_end|>", pad_token="<|im_end|>",
+    )  # fmt: skip
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
         initializer_range=0.15,
-    )
+    )  # fmt: skip
     explainer = Explainer(LlamaForCausalLM(config).to(dtype), tokenizer)
     if lora_layers is not None:
         explainer.add_lora(4, 4, lora_layers, seed)
@@ -62,11 +51,8 @@ class BagOfWords:
     """A sentence encoder of the plainest kind: normalised word counts."""
 
     def encode(self, texts):
-        rows = [
-            np.bincount(
-                [zlib.crc32(w.encode()) % 64 for w in re.findall(r"\w+", t.lower())], minlength=64
-            )
-            for t in texts
-        ]
-        counts = np.array(rows, np.float32) + 1e-6
+        counts = np.full((len(texts), 64), 1e-6, np.float32)
+        for row, text in zip(counts, texts):
+            for word in re.findall(r"\w+", text.lower()):
+                row[zlib.crc32(word.encode()) % 64] += 1
         return counts / np.linalg.norm(counts, axis=1, keepdims=True)

@@ -1,59 +1,55 @@
-"""Checkpoints of one arm: safetensors files named by step, all but tensors as JSON in their header.
+"""Checkpoints of one arm.
 
 A file is written whole or not at all: a process killed at any moment leaves the one before it.
 """
 
-import json
+import io
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+import torch
 
 from recrl_lib.runs import write_atomic
-
-Content = tuple[dict[str, Tensor], dict]  # (tensors, JSON object)
 
 
 class Store:
     """The checkpoints below ``folder`` of the run that ``key`` stands for (``runs.stage_key``).
 
-    Files with another key are removed.
+    Each is a dict of tensors, numbers, texts, and lists and dicts of them. Files with another key
+    are removed.
     """
 
     def __init__(self, folder: Path, key: str, keep: int = 2):
         self.folder, self.key, self.keep = folder, key, keep
 
-    def save(self, name: str, tensors: dict[str, Tensor], plain: dict) -> None:
-        header = {"json": json.dumps({"key": self.key, **plain})}
-        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        write_atomic(self.folder / f"{name}.safetensors", save(content, header))
+    def save(self, name: str, content: dict) -> None:
+        buffer = io.BytesIO()
+        torch.save({"key": self.key, "content": content}, buffer)
+        write_atomic(self.folder / f"{name}.pt", buffer.getvalue())
 
-    def load(self, name: str) -> Content | None:
+    def load(self, name: str) -> dict | None:
         """``None`` if this run has no such checkpoint. ``RuntimeError`` names a damaged file."""
-        path = self.folder / f"{name}.safetensors"
+        path = self.folder / f"{name}.pt"
         if not path.is_file():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                plain = json.loads(file.metadata()["json"])
-                if plain.pop("key") == self.key:
-                    return file.get_tensors(), plain
-        except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            said = f"checkpoint {path.name} cannot be read ({error}): delete {path}"
-            raise RuntimeError(said) from None
-        path.unlink()
+            found = torch.load(path, "cpu", weights_only=True)  # no code that a file may hold
+        except Exception as error:  # of a kind that depends on where the damage is
+            said = f"checkpoint {path.name} cannot be read ({type(error).__name__})"
+            raise RuntimeError(f"{said}: delete {path}") from None
+        if found["key"] == self.key:
+            return found["content"]
+        path.unlink(missing_ok=True)  # another process may have been faster
         return None
 
-    def save_step(self, step: int, tensors: dict[str, Tensor], plain: dict) -> None:
+    def save_step(self, step: int, content: dict) -> None:
         """Save, then drop all but the newest ``keep``."""
-        self.save(f"step-{step:06d}", tensors, plain)
+        self.save(f"step-{step:06d}", content)
         for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
             old.unlink()
 
-    def latest(self) -> Content | None:
+    def latest(self) -> dict | None:
         """The newest step of this run, if any."""
         for torn in self.folder.glob(".*.tmp"):  # of a process that was killed while writing
-            torn.unlink()
+            torn.unlink(missing_ok=True)
         newest = sorted(self.folder.glob("step-*"), reverse=True)
         return next((found for path in newest if (found := self.load(path.stem))), None)

@@ -1,20 +1,25 @@
-"""Measures, precision, memory, and trackers of a training (see notebook 05)."""
+"""Processes, precision, memory, measures and trackers of a training (see notebook 05)."""
 
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from recrl_lib.environment import peak_rss
 from recrl_lib.params import Params
 from recrl_lib.runs import StageRun
-from recrl_lib.training import masked
 
 ONLINE_TIMEOUT = 30.0  # seconds that W&B may take to come up; its own default is 90, for each arm
+
+
+def processes() -> tuple[int, int]:
+    """(rank of this process, number of processes) of a data-parallel training."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
 def autocasts(params: Params, device: torch.device) -> bool:
@@ -22,10 +27,9 @@ def autocasts(params: Params, device: torch.device) -> bool:
     return params.dtype == "bfloat16" or (params.dtype == "auto" and device.type == "cuda")
 
 
-def precision(params: Params, device: torch.device) -> AbstractContextManager:
-    """The context of a forward pass: bfloat16 autocast where ``autocasts``, else nothing."""
-    half = autocasts(params, device)
-    return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+def precision(params: Params, device: torch.device) -> torch.autocast:
+    """The context of a forward pass: bfloat16 where ``autocasts``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=autocasts(params, device))
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -36,14 +40,14 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def summary(rows: pd.DataFrame) -> dict[str, float]:
     """One arm's measures of stage ``shielded_ppo`` from its table of steps."""
-    first, last, means = rows.iloc[0], rows.iloc[-1], rows.mean(numeric_only=True)
+    last, means = rows.iloc[-1], rows.mean(numeric_only=True)
     texts, seconds = last["episodes"] / last["step"], means["step_seconds"]
     tokens, ratio = "generated_tokens_per_second", "ratio_first_minibatch_max_dev"
     lasts = ("reward", "kl", "eos_rate", "clip_fraction")
     found = {
         "steps": last["step"],
         "episodes": last["episodes"],
-        "reward_first": first["reward"],
+        "reward_first": rows["reward"].iloc[0],
         **{f"{name}_last": last[name] for name in lasts},
         "kl_max": rows["kl"].max(),
         ratio: rows[ratio].max() if ratio in rows else 0.0,  # TRL's is 0 by construction
@@ -59,10 +63,9 @@ def start_tracker(stage: StageRun, arm: str) -> GeneralTracker:
     """accelerate's tracker of ``params.tracker``, with its files in the run's ``logs/``.
 
     ``wandb`` works offline (``wandb sync`` uploads later), ``wandb-online`` where it can; the
-    user's ``WANDB_MODE`` wins. In a batch (``RECRL_BATCH``) W&B's group is the batch. Raises
-    ``ValueError`` if the package is not installed.
+    user's ``WANDB_MODE`` wins. ``ValueError``: the package is not installed.
     """
-    params, folder, (rank, count) = stage.params, stage.folder / "logs", masked.processes()
+    params, folder, (rank, count) = stage.params, stage.folder / "logs", processes()
     if params.tracker == "none" or rank > 0 or count < params.processes:
         return GeneralTracker(_blank=True)  # logs nothing: the first process that trains does
     kind, _, online = params.tracker.partition("-")
@@ -76,14 +79,10 @@ def start_tracker(stage: StageRun, arm: str) -> GeneralTracker:
     if kind == "tensorboard":
         name, options = label, {"logging_dir": folder / "tensorboard"}
     elif kind == "wandb":
-        options |= {
-            "dir": folder,
-            "mode": os.environ.get("WANDB_MODE") or online or "offline",
-            "group": os.environ.get("RECRL_BATCH") or params.run,
-            "job_type": label,
-            "reinit": "create_new",
-            "settings": {"console": "off", "x_disable_stats": True, "init_timeout": ONLINE_TIMEOUT},
-        }
+        settings = {"console": "off", "x_disable_stats": True, "init_timeout": ONLINE_TIMEOUT}
+        options |= {"dir": folder, "job_type": label, "reinit": "create_new", "settings": settings}
+        options["mode"] = os.environ.get("WANDB_MODE") or online or "offline"
+        options["group"] = os.environ.get("RECRL_BATCH") or params.run
     try:
         return _started(kind, name, options)
     except ImportError as error:

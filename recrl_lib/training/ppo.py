@@ -4,21 +4,19 @@ One iteration is ``PPO.step``; notebook 05 calls its pieces one by one. Shapes: 
 a text; masks are True on real tokens, the end token included. Choices where public trainers differ
 (Huang et al. 2024, arXiv 2403.17031): the score is on the last real token; the k1 KL penalty is in
 the reward, none in the loss; no top-p, top-k or dropout; the value head reads detached states, so
-that the shield sees the policy's gradient alone; losses are sums over the minibatch's token count,
-so that micro-batches change nothing.
-
+that the shield sees the policy's gradient alone; losses are sums over the minibatch's token count.
 Each of several processes samples its share of the prompts with the random numbers that one process
-would have drawn; token counts, gradients and means are summed over processes.
+would have drawn.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from time import perf_counter
-from typing import TypeVar
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -28,12 +26,31 @@ from recrl_lib.explainer.sampling import Rollout, Settings, response_hidden, sam
 from recrl_lib.params import Params
 from recrl_lib.progress import track
 from recrl_lib.shield.projection import Shield
-from recrl_lib.training import masked
 from recrl_lib.training.checkpoint import Store
-from recrl_lib.training.diagnostics import autocasts, precision
+from recrl_lib.training.diagnostics import autocasts, precision, processes
 
 Log = Callable[[dict, int], None]  # called with (row, step)
-Texts = TypeVar("Texts", bound=Rollout)
+
+
+def total(x: Tensor, largest: bool = False) -> Tensor:
+    """Sum (or maximum) of ``x`` over the processes, in place; with one process, ``x``."""
+    if processes()[1] > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return x
+
+
+def mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the masked entries of all processes."""
+    return total((x * mask).sum()) / total(mask.sum())
+
+
+def variance(x: Tensor, mask: Tensor) -> Tensor:
+    return mean((x - mean(x, mask)).square(), mask)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the masked entries of all processes; 0 elsewhere."""
+    return (x - mean(x, mask)) * torch.rsqrt(variance(x, mask) + 1e-8) * mask
 
 
 class ValueHead(nn.Linear):
@@ -48,9 +65,7 @@ class ValueHead(nn.Linear):
             return super().forward(hidden.detach().float())
 
 
-def draw_prompts(
-    queue: list[int], n: int, prompts: int, generator: Generator
-) -> tuple[list[int], list[int]]:
+def draw_prompts(queue: list, n: int, prompts: int, generator: Generator) -> tuple[list, list]:
     """(the next ``n`` prompts, the queue after them): random orders of all, one after another."""
     if prompts < n:
         raise ValueError(f"prompts_per_step={n}, but there are only {prompts} prompts")
@@ -90,18 +105,18 @@ class Batch(Rollout):
     returns: Tensor  # (B, R)
 
 
-WIDE = ("response", "mask", "logprobs", "values", "advantages", "returns")  # all (B, R)
-
-
-def part_of(texts: Texts, rows: Tensor) -> Texts:
+def part_of(texts: Rollout, rows: Tensor) -> Any:
     """The given rows (perhaps none), no wider than their prompts and responses."""
     rows = rows.to(texts.mask.device)
     start = min(texts.prompt_mask[rows].int().argmax(-1).tolist(), default=0)
     length = max(texts.mask[rows].sum(-1).tolist(), default=0)
     end = texts.prompt_mask.shape[1] + length - 1
-    cut = {name: getattr(texts, name)[rows, :length] for name in WIDE if hasattr(texts, name)}
-    cut |= {"prompt_mask": texts.prompt_mask[rows, start:], "ended": texts.ended[rows]}
-    return replace(texts, **cut, states=texts.states[rows, start:end], texts=[])
+    where = {"prompt_mask": (rows, slice(start, None)), "states": (rows, slice(start, end))}
+    where |= {"ended": rows}  # the rest is (B, R)
+    part = {
+        k: v[where.get(k, (rows, slice(length)))] for k, v in vars(texts).items() if k != "texts"
+    }
+    return type(texts)(**part, texts=[])
 
 
 def token_rewards(
@@ -179,7 +194,7 @@ def optimizer_step(
     optimizer: Optimizer, explainer: Explainer, head: ValueHead, batch: Batch, params: Params
 ) -> dict[str, float]:
     """One step on a minibatch; means over its tokens. ``RuntimeError``: gradient not finite."""
-    tokens = masked.total(batch.mask.sum())
+    tokens = total(batch.mask.sum())
     sums = torch.zeros(len(STATISTICS), device=tokens.device)
     deviation = torch.zeros((), device=tokens.device)
     optimizer.zero_grad(set_to_none=True)
@@ -190,14 +205,14 @@ def optimizer_step(
         sums, deviation = sums + statistics, torch.maximum(deviation, off)
     adapters = explainer.adapter_parameters()
     for p in (*adapters, *head.parameters()):
-        p.grad = masked.total(torch.zeros_like(p) if p.grad is None else p.grad)
+        p.grad = total(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = nn.utils.clip_grad_norm_(adapters, params.max_grad_norm)
     if not torch.isfinite(norm):
         raise RuntimeError("the gradient is not finite; lower learning_rate or kl_coef")
     nn.utils.clip_grad_norm_(head.parameters(), params.max_grad_norm)
     optimizer.step()
-    means = dict(zip(STATISTICS, (masked.total(sums) / tokens).tolist(), strict=True))
-    largest = float(masked.total(deviation, largest=True))
+    means = dict(zip(STATISTICS, (total(sums) / tokens).tolist(), strict=True))
+    largest = float(total(deviation, largest=True))
     return {**means, "gradient_norm": float(norm), "ratio_deviation": largest}
 
 
@@ -230,21 +245,21 @@ class PPO:
         self.queue: list[int] = []  # the prompts to come
         self.rows: list[dict] = []
         self.kl_coef, self.steps_done = params.kl_coef, 0
-        self._rank, self._processes = masked.processes()
+        self._rank, self._processes = processes()
 
     def train(
         self, steps: int, desc: str = "ppo", store: Store | None = None, log: Log | None = None
     ) -> list[dict]:
         """Go on from the newest checkpoint of ``store`` to iteration ``steps``; a row each."""
         if store and (found := store.latest()):
-            self.load_state(*found)
+            self.load_state(found)
         for done in track(range(self.steps_done + 1, steps + 1), desc):
             row = self.step()
             if log:
                 log(row, done)
             due = done % self.params.checkpoint_every == 0 or done == steps
             if store and due and self._rank == 0:
-                store.save_step(done, *self.state())
+                store.save_step(done, self.state())
         return self.rows
 
     def step(self) -> dict:
@@ -257,21 +272,21 @@ class PPO:
             reference = logprobs(self.explainer, rollout, self.params)
         rewards = token_rewards(scores["score"], rollout.logprobs, reference, mask, self.kl_coef)
         advantages = gae(rewards, rollout.values, mask, self.params.gae_lambda)
-        white, returns = masked.whiten(advantages, mask), advantages + rollout.values
+        white, returns = whiten(advantages, mask), advantages + rollout.values
         update = self._update(Batch(**vars(rollout), advantages=white, returns=returns))
         self.steps_done += 1
         scores["kl"] = (k3(rollout.logprobs, reference) * mask).sum(-1)
-        residual = masked.mean(advantages.square(), mask)
-        every, tokens = torch.ones_like(rollout.ended), int(masked.total(mask.sum()))
+        residual = mean(advantages.square(), mask)
+        every, tokens = torch.ones_like(rollout.ended), int(total(mask.sum()))
         row = {
             "step": self.steps_done,
             "episodes": self.steps_done * texts,
-            **{name: float(masked.mean(values, every)) for name, values in scores.items()},
+            **{name: float(mean(values, every)) for name, values in scores.items()},
             "kl_coef": self.kl_coef,
-            "surprisal": float(-masked.mean(rollout.logprobs, mask)),
+            "surprisal": float(-mean(rollout.logprobs, mask)),
             "length": tokens / texts,
-            "advantage_std": float(masked.variance(advantages, mask).sqrt()),
-            "explained_variance": float(1 - residual / masked.variance(returns, mask).clamp(1e-8)),
+            "advantage_std": float(variance(advantages, mask).sqrt()),
+            "explained_variance": float(1 - residual / variance(returns, mask).clamp(1e-8)),
             **update,
             "generated_tokens_per_second": tokens / (sampled - start),
             "shield_seconds": (self.shield.seconds if self.shield else 0.0) - before,
@@ -288,41 +303,41 @@ class PPO:
         n, samples = self.params.prompts_per_step, self.params.samples_per_prompt
         order, sampling = self._generators["order"], self._generators["sampling"]
         chosen, self.queue = draw_prompts(self.queue, n, len(self.records), order)
-        share = n // self._processes
-        first = self._rank * share
-
-        def skip(prompts: int) -> None:  # the random numbers of the other processes' texts
-            size = prompts * samples, self.params.max_new_tokens
-            torch.rand(size, generator=sampling, dtype=torch.float64)
-
-        records = [self.records[i] for i in chosen[first : first + share]]
-        skip(first)
+        share, numbers = n // self._processes, samples * self.params.max_new_tokens
+        before, after = self._rank * share, (self._processes - 1 - self._rank) * share
+        records = [self.records[i] for i in chosen[before : before + share]]
+        # Random numbers of the texts of the processes before and after this one are left out.
+        torch.rand(before * numbers, generator=sampling, dtype=torch.float64)
         rollout = roll_out(self.explainer, records, self.params, sampling, self.value_head)
-        skip(n - first - share)
+        torch.rand(after * numbers, generator=sampling, dtype=torch.float64)
         return rollout, [record for record in records for _ in range(samples)]
 
     def _scores(self, records: list[dict], rollout: Rollout) -> dict[str, Tensor]:
         """Reward, its parts, score and "ended" of each text (B,); the first ones set the values."""
         reward, parts = self.reward(records, rollout.texts)
-        column = partial(torch.as_tensor, dtype=torch.float32, device=rollout.mask.device)
-        scores = {"reward": column(reward)}
-        scores |= {f"reward_{name}": column(part) for name, part in parts.items()}
+        found = {"reward": reward, **{f"reward_{name}": part for name, part in parts.items()}}
+        place = {"dtype": torch.float32, "device": rollout.mask.device}
+        scores = {name: torch.as_tensor(values, **place) for name, values in found.items()}
         scores["eos_rate"] = rollout.ended.float()
         scores["score"] = scores["reward"] - self.params.missing_eos_penalty * ~rollout.ended
         if self.steps_done == 0:  # values that had to climb there would add noise
-            mean = masked.mean(scores["score"], torch.ones_like(rollout.ended))
-            nn.init.constant_(self.value_head.bias, float(mean))
+            first = float(mean(scores["score"], torch.ones_like(rollout.ended)))
+            nn.init.constant_(self.value_head.bias, first)
             rollout.values = self.value_head.bias.detach() * rollout.mask
         return scores
 
     def _update(self, batch: Batch) -> dict[str, float]:
         """``ppo_epochs`` passes over the rollout; means of the steps' statistics."""
         params, steps, mine = self.params, [], len(batch.mask)
-        texts = mine * self._processes
+        texts, each = mine * self._processes, params.ppo_epochs * params.minibatches
+        rates, linear = (params.learning_rate, params.value_lr), params.lr_schedule == "linear"
         for _ in range(params.ppo_epochs):
             order = torch.randperm(texts, generator=self._generators["minibatch"])
             for chosen in order.split(texts // params.minibatches):
-                self._set_rates(len(steps))
+                done = self.steps_done * each + len(steps)  # as if no pass were ever skipped
+                factor = 1 - done / (params.ppo_steps * each) if linear else 1.0
+                for group, rate in zip(self.optimizer.param_groups, rates):
+                    group["lr"] = rate * max(factor, 0.0)
                 part = part_of(batch, chosen[chosen // mine == self._rank] % mine)
                 pieces = self.optimizer, self.explainer, self.value_head, part, params
                 steps.append(optimizer_step(*pieces))
@@ -337,38 +352,21 @@ class PPO:
         rate = self.optimizer.param_groups[0]["lr"]
         return {**means, "learning_rate": rate, "ratio_first_minibatch_max_dev": first}
 
-    def _set_rates(self, taken: int) -> None:
-        """Rates after ``taken`` steps of this iteration, as if no pass were ever skipped."""
-        params, factor = self.params, 1.0
-        if params.lr_schedule == "linear":
-            each = params.ppo_epochs * params.minibatches
-            done = self.steps_done * each + taken
-            factor = max(1 - done / (params.ppo_steps * each), 0.0)
-        adapters, values = self.optimizer.param_groups
-        adapters["lr"], values["lr"] = params.learning_rate * factor, params.value_lr * factor
-
-    def state(self) -> tuple[dict[str, Tensor], dict]:
-        """(tensors, JSON): all that decides the next step."""
-        moments = self.optimizer.state_dict()["state"]
-        parts = {
+    def state(self) -> dict:
+        """All that decides the next step, for a checkpoint."""
+        plain = ("steps_done", "kl_coef", "rows", "queue")
+        return {
             "adapter": self.explainer.adapter_state(),
             "value": self.value_head.state_dict(),
-            "optimizer": {f"{n}/{k}": v for n, entry in moments.items() for k, v in entry.items()},
-            "generator": {name: each.get_state() for name, each in self._generators.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "generators": {name: each.get_state() for name, each in self._generators.items()},
+            "plain": {name: getattr(self, name) for name in plain},
         }
-        tensors = {f"{part}/{k}": v for part, held in parts.items() for k, v in held.items()}
-        return tensors, {k: getattr(self, k) for k in ("steps_done", "kl_coef", "rows", "queue")}
 
-    def load_state(self, tensors: dict[str, Tensor], plain: dict) -> None:
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-
-        self.explainer.load_adapter(part("adapter/"))
-        self.value_head.load_state_dict(part("value/"))
-        state = self.optimizer.state_dict()
-        numbers = [n for group in state["param_groups"] for n in group["params"]]
-        state["state"] = {n: part(f"optimizer/{n}/") for n in numbers}
-        self.optimizer.load_state_dict(state)
+    def load_state(self, state: dict) -> None:
+        self.explainer.load_adapter(state["adapter"])
+        self.value_head.load_state_dict(state["value"])
+        self.optimizer.load_state_dict(state["optimizer"])
         for name, generator in self._generators.items():
-            generator.set_state(tensors[f"generator/{name}"])
-        vars(self).update(plain)
+            generator.set_state(state["generators"][name])
+        vars(self).update(state["plain"])

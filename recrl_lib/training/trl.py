@@ -14,18 +14,16 @@ Ahmadian et al. 2024 (arXiv 2402.14740). GRPO: Shao et al. 2024 (arXiv 2402.0330
 """
 
 import copy
-from time import perf_counter
 
 import torch
 
 from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import messages
 from recrl_lib.params import Params
-from recrl_lib.progress import track
 from recrl_lib.scoring.reward import PARTS, Reward
 from recrl_lib.shield.projection import Shield
 from recrl_lib.training.ppo import Log, draw_prompts
-from recrl_lib.training.warm_start import Progress, run_trl
+from recrl_lib.training.warm_start import Steps, run_trl
 
 
 def train(
@@ -63,52 +61,37 @@ def train(
         "reward_weights": [*reward.weights, -params.missing_eos_penalty],
     }  # fmt: skip
     rewards = {"reward_funcs": [*reward.as_trl(), cut_off], "processing_class": tokenizer}
-    rows = _Rows(params, shield, log)
+    rows: list[dict] = []
+
+    def done(logs: list[dict], seconds: float) -> None:
+        shielding = shield.seconds - sum(row["shield_seconds"] for row in rows) if shield else 0.0
+        spent = {"shield_seconds": shielding, "step_seconds": seconds}
+        rows.append(_row(logs, params, len(rows) + 1) | spent)
+        if log:
+            log(rows[-1], len(rows))
+
+    kind, each = params.algorithm, params.ppo_epochs * params.minibatches
+    steps = Steps(done, shield, kind, params.ppo_steps, each)
     with torch.random.fork_rng():
-        run_trl(params.algorithm.upper(), explainer, prompts, settings, rows, shield, **rewards)
-    return rows.rows
+        run_trl(kind.upper(), explainer, prompts, settings, steps, **rewards)
+    return rows
 
 
-class _Rows(Progress):
-    """A row of statistics an iteration, from what TRL logs at each optimizer step."""
-
-    def __init__(self, params: Params, shield: Shield | None, log: Log | None):
-        arm = "shielded" if shield else "unshielded"
-        bar = track(range(params.ppo_steps), f"{params.algorithm}, {arm}")
-        super().__init__(bar, each=params.ppo_epochs * params.minibatches)
-        self.params, self.shield, self.log = params, shield, log
-        self.rows: list[dict] = []
-        self._logs: list[dict] = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._last = perf_counter(), self.shield.seconds if self.shield else 0.0
-
-    def on_log(self, args, state, control, logs: dict | None = None, **kwargs):
-        if logs and "loss" in logs:  # the last call is a summary
-            self._logs.append(logs)
-        if len(self._logs) == self.each:
-            now = perf_counter(), self.shield.seconds if self.shield else 0.0
-            seconds, shield = (a - b for a, b in zip(now, self._last, strict=True))
-            self.rows.append(self._row() | {"shield_seconds": shield, "step_seconds": seconds})
-            self._logs, self._last = [], now
-            if self.log:
-                self.log(self.rows[-1], len(self.rows))
-
-    def _row(self) -> dict:
-        first, number = self._logs[0], len(self.rows) + 1  # the first step is the one that sampled
-        cut_off, length = first["rewards/cut_off/mean"], first["completions/mean_length"]
-        texts = self.params.prompts_per_step * self.params.samples_per_prompt
-        names = {"policy_loss": "loss", "clip_fraction": "clip_ratio/region_mean"}
-        names |= {"gradient_norm": "grad_norm"}
-        return {
-            "step": number,
-            "episodes": number * texts,
-            "reward": first["reward"] + self.params.missing_eos_penalty * cut_off,
-            "score": first["reward"],
-            **{f"reward_{part}": first[f"rewards/reward_{part}/mean"] for part in PARTS},
-            "kl": first.get("kl", 0.0) * length,
-            "entropy": first["entropy"],
-            "length": length,
-            "eos_rate": 1 - cut_off,
-            **{k: sum(log[v] for log in self._logs) / self.each for k, v in names.items()},
-        }
+def _row(logs: list[dict], params: Params, number: int) -> dict:
+    """Statistics of iteration ``number`` from what TRL logged at each optimizer step."""
+    first = logs[0]  # of the step that sampled
+    cut_off, length = first["rewards/cut_off/mean"], first["completions/mean_length"]
+    names = {"policy_loss": "loss", "clip_fraction": "clip_ratio/region_mean"}
+    names |= {"gradient_norm": "grad_norm"}
+    return {
+        "step": number,
+        "episodes": number * params.prompts_per_step * params.samples_per_prompt,
+        "reward": first["reward"] + params.missing_eos_penalty * cut_off,
+        "score": first["reward"],
+        **{f"reward_{part}": first[f"rewards/reward_{part}/mean"] for part in PARTS},
+        "kl": first.get("kl", 0.0) * length,
+        "entropy": first["entropy"],
+        "length": length,
+        "eos_rate": 1 - cut_off,
+        **{name: sum(log[key] for log in logs) / len(logs) for name, key in names.items()},
+    }

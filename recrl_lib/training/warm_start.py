@@ -1,14 +1,14 @@
 """Supervised warm start: shows the explainer what an explanation looks like, before PPO.
 
-At the temperature where it explores, a small model says little that makes sense, and PPO needs
-rewards that differ. TRL's ``SFTTrainer`` fits the adapters to explanations composed from metadata
-(``scoring.composed``), under the arm's own shield. Afterwards the adapter is merged into the
-frozen weights, so that "adapter off" is the reference policy of PPO.
+PPO needs rewards that differ, and a small model says little that makes sense. TRL's ``SFTTrainer``
+fits the adapters to explanations composed from metadata, under the arm's own shield. Afterwards the
+adapter is merged into the frozen weights, so that "adapter off" is the reference policy of PPO.
 """
 
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -30,32 +30,33 @@ COMMON = {
 }  # fmt: skip
 
 
-class Progress(TrainerCallback):
-    """Advances ``ticks`` by one after every ``each`` optimizer steps."""
+class Steps(TrainerCallback):
+    """Calls ``done(logs, seconds)`` after every ``each`` optimizer steps, with a log of each."""
 
-    def __init__(self, ticks: Iterable, each: int = 1):
-        self.ticks, self.each = iter(ticks), each
+    def __init__(self, done: Callable, shield: Shield | None, name: str, count: int, each: int = 1):
+        self.done, self.each, self.logs = done, each, []
+        self.before = [shield.callback()] if shield else []  # the shield's hooks come first
+        self.bar = track(range(count), f"{name}, {'shielded' if shield else 'unshielded'}")
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.each == 0:
-            next(self.ticks, None)
+    def on_train_begin(self, args, state, control, **kwargs):
+        next(self.bar)
+        self.start = perf_counter()
 
-    def on_train_end(self, args, state, control, **kwargs):
-        next(self.ticks, None)
+    def on_log(self, args, state, control, logs: Any = None, **kwargs):
+        if "loss" in logs:  # the last call is a summary
+            self.logs.append(logs)
+        if len(self.logs) == self.each:
+            next(self.bar, None)
+            self.done(self.logs, perf_counter() - self.start)
+            self.logs, self.start = [], perf_counter()
 
 
 def run_trl(
-    kind: str,
-    explainer: Explainer,
-    rows: list[dict],
-    settings: dict[str, Any],
-    callback: Progress,
-    shield: Shield | None,
-    **options: Any,
-) -> list[dict]:
-    """Tune the adapters with TRL's trainer ``kind`` ("SFT", ...); what it logged at each step.
+    kind: str, explainer: Explainer, rows: list, settings: dict, steps: Steps, **options: Any
+) -> None:
+    """Tune the adapters with TRL's trainer ``kind`` ("SFT", ...), the shield of ``steps`` attached.
 
-    ``settings`` go to the trainer's config, ``options`` to the trainer. Detaches the shield.
+    ``settings`` go to the trainer's config, ``options`` to the trainer.
     """
     import datasets  # these two take seconds to import
     import trl
@@ -70,7 +71,7 @@ def run_trl(
             model=explainer.peft,
             args=config(output_dir=scratch, **settings),
             train_dataset=datasets.Dataset.from_list(rows),
-            callbacks=[*([shield.callback()] if shield else []), callback],
+            callbacks=[*steps.before, steps],
             **options,
         )
         if "ref" in trainer.model.peft_config:  # without it, "adapter off" is the reference
@@ -81,32 +82,26 @@ def run_trl(
         finally:
             explainer.lm.__dict__.pop("forward", None)  # TRL's own, with the head in the loss
             explainer.lm.eval()
-    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 def fit(
-    explainer: Explainer,
-    records: list[dict],
-    params: Params,
-    seed: int,
-    shield: Shield | None = None,
-    desc: str = "warm start",
+    explainer: Explainer, records: list[dict], params: Params, seed: int, shield: Shield | None
 ) -> list[dict]:
     """Tune the adapters towards the composed lines of ``records``; a row of step and loss each."""
-    steps, batch = params.warm_steps, params.warm_batch
+    steps, batch, losses = params.warm_steps, params.warm_batch, []
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
-    chosen = [records[i] for i in order[: steps * batch].tolist()]
-    answers = ({"role": "assistant", "content": reference_line(record)} for record in chosen)
-    pairs = zip(map(messages, chosen), answers, strict=True)
-    lines = [{"prompt": prompt, "completion": [answer]} for prompt, answer in pairs]
+    lines = []
+    for record in (records[i] for i in order[: steps * batch].tolist()):
+        answer = {"role": "assistant", "content": reference_line(record)}
+        lines.append({"prompt": messages(record), "completion": [answer]})
     settings = {
-        "seed": seed, "max_steps": steps, "per_device_train_batch_size": batch,
+        "seed": seed, "max_steps": steps, "per_device_train_batch_size": batch, "max_length": None,
         "learning_rate": params.warm_lr, "max_grad_norm": 1.0, "completion_only_loss": True,
-        "max_length": None,
     }  # fmt: skip
-    bar, tokenizer = Progress(track(range(steps), desc)), explainer.tokenizer
-    logged = run_trl("SFT", explainer, lines, settings, bar, shield, processing_class=tokenizer)
-    return [{"step": row["step"], "loss": row["loss"]} for row in logged]
+    callback = Steps(lambda logs, _: losses.append(logs[0]["loss"]), shield, "warm start", steps)
+    tokenizer = explainer.tokenizer
+    run_trl("SFT", explainer, lines, settings, callback, processing_class=tokenizer)
+    return [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
 
 
 @torch.no_grad()
@@ -114,7 +109,6 @@ def merge(explainer: Explainer, fresh: dict[str, Tensor]) -> None:
     """Add the adapters' update to the frozen weights and reset the adapters to ``fresh``."""
     for _, _, module in explainer.adapted_modules():
         module.base_layer.weight += module.get_delta_weight("default")
-    explainer.weights_hash = ""
     explainer.load_adapter(fresh)
 
 

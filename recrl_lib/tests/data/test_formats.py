@@ -3,17 +3,12 @@
 from typing import get_args
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from recrl_lib.data import FORMATS, assets, folder_of, movielens, splits
-from recrl_lib.explainer import prompts
 from recrl_lib.params import Dataset
 from recrl_lib.runs import sha256_file
-from recrl_lib.scoring.composed import reference_line
 from recrl_lib.tests.data.loading import load, write
-
-INTS = {"user": "int64", "item": "int64", "time": "int64"}
 
 
 def test_every_data_set_that_may_be_chosen_has_a_reader():
@@ -40,7 +35,7 @@ def atomic(folder, ratings=RATINGS, users=USERS, end="\n"):
     return write(folder, {n: "".join(line + end for line in rows) for n, rows in files.items()})
 
 
-def many(n):
+def many(n=120):
     """n good ratings by n / 3 users who exist."""
     users = [f"{u}\t1\tF\t\t" for u in range(n)]
     return [f"{r // 3}\t{(10, 2, 7)[r % 3]}\t4\t{1000 + r}" for r in range(n)], users
@@ -69,7 +64,6 @@ def test_ml_100k_by_hand(tmp_path, end):
         "time": [5, 881250947, 881250948, 881250948, 881250949, 881250949],
         "rating": [4.0, 1.0, 5.0, 2.5, 3.0, 1.0],
     }
-    assert data.interactions.dtypes.astype(str).to_dict() == INTS | {"rating": "float64"}
     sizes = {"n_users": 2, "n_items": 4, "n_interactions": 6, "skipped": {}, "skipped_first": {}}
     assert sizes.items() <= data.info.items()
     assert data.info["sha256"] == sha256_file(tmp_path / "ml-100k.inter")
@@ -94,7 +88,6 @@ def test_times_do_not_pass_through_float32_and_ties_keep_the_order_of_the_file(t
     "row, kind",
     [
         ("30\t10\t3", "wrong number of fields"),
-        ("30\t10\t3\tnoon", "unparsable field"),
         ("30\t10\tnan\t5", "unparsable field"),
         (f"30\t10\t3\t{2**63}", "unparsable field"),
         ("30\t99\t3\t5", "item without metadata"),
@@ -102,9 +95,8 @@ def test_times_do_not_pass_through_float32_and_ties_keep_the_order_of_the_file(t
     ],
 )
 def test_bad_rows_are_counted_and_skipped(tmp_path, row, kind):
-    ratings, users = many(120)
-    ratings.insert(50, row)
-    data = load("ml-100k", atomic(tmp_path, ratings, users))
+    ratings, users = many()
+    data = load("ml-100k", atomic(tmp_path, [*ratings[:50], row, *ratings[50:]], users))
     assert data.info["skipped"] == {kind: 1} and data.info["skipped_bad"] == [kind]
     assert data.info["skipped_first"] == {kind: "ml-100k.inter line 52"}
     assert data.info["n_interactions"] == 120
@@ -113,17 +105,16 @@ def test_bad_rows_are_counted_and_skipped(tmp_path, row, kind):
 
 
 def test_a_last_line_without_newline_is_not_trusted(tmp_path):
-    path = atomic(tmp_path, *many(120)) / "ml-100k.inter"
+    path = atomic(tmp_path, *many()) / "ml-100k.inter"
     path.write_bytes(path.read_bytes()[:-3])  # the time lost two digits, and would still parse
     data = load("ml-100k", tmp_path)
     assert data.info["skipped"] == {"cut last line": 1, "user with fewer than 3 events": 1}
-    assert data.info["skipped_bad"] == ["cut last line"] and data.interactions["time"].min() == 1000
+    assert data.info["skipped_bad"] == ["cut last line"]
 
 
 # The same films, people and ratings as their origin writes them.
 ORIGIN = {
-    "u.data": "30\t10\t3\t881250949\n4\t2\t5\t881250948\n30\t2\t1\t881250949\n"
-    "4\t10\t4\t5\n30\t7\t2\t881250948\n4\t7\t1\t881250947\n",
+    "u.data": "".join(row.replace("2.5", "2") + "\n" for row in RATINGS),
     "u.item": "2|unknown||||1|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0\n"
     "7|L\u00e9on: Der Profi (V)|01-Jan-1995||http://x/M?%20(1995)"
     "|0|1|0|0|1|0|0|0|0|0|1|0|0|0|0|0|0|0|0\n"
@@ -150,15 +141,13 @@ def test_ml_100k_of_its_origin(tmp_path):
         ("user", (b"4\t\t\t\t\n", b""), "line 3: user_id 4 has no row in ml-100k.user"),
         ("item", (b"release_year:", b"y:"), "item line 1: the columns must be item_id"),
         ("item", (b"Usual", b"Us\xffal"), r"1 x not UTF-8 \(first: ml-100k.item line 2\)"),
+        ("user", (b"30\t24", b"30"), r"1 x wrong number of fields \(first: ml-100k.user line 2\)"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, change, message):
     path = atomic(tmp_path) / f"ml-100k.{name}"
     path.write_bytes(path.read_bytes().replace(*change))
     with pytest.raises(ValueError, match=message):
-        load("ml-100k", tmp_path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=f"ml-100k.{name} is missing; put it there"):
         load("ml-100k", tmp_path)
 
 
@@ -171,10 +160,8 @@ def test_broken_files_are_named(tmp_path, name, change, message):
         ("Affair to Remember, An", "An Affair to Remember", 0),
         ("Good, The Bad and The Ugly, The", "The Good, The Bad and The Ugly", 0),
         ("Mrs. Brown (Her Majesty, Mrs. Brown)", "Mrs. Brown (Her Majesty, Mrs. Brown)", 0),
-        ("I, Worst (Yo, la peor de todas)", "I, Worst (Yo, la peor de todas)", 0),
         ("Cook the Thief, Theodore", "Cook the Thief, Theodore", 0),
         ("Land Before Time III (1995) (V)", "Land Before Time III", 1995),
-        ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey", 1968),
         ("1984 (Nineteen Eighty-Four) (1984)", "1984 (Nineteen Eighty-Four)", 1984),
     ],
 )
@@ -182,8 +169,7 @@ def test_title_and_year(text, title, year):
     assert movielens.title_and_year(text) == (title, year)
 
 
-# --- MovieLens 25M, 32M, latest-small: CRLF, titles quoted where they hold a comma or a quote ---
-
+# MovieLens 25M, 32M, latest-small: CRLF, titles quoted where they hold a comma or a quote.
 ML_RATINGS = """userId,movieId,rating,timestamp
 1,296,5.0,1147880044
 1,306,3.5,1147868817
@@ -197,49 +183,42 @@ MOVIES = """movieId,title,genres
 296,Pulp Fiction (1994),Comedy|Crime|Drama|Thriller
 306,"Three Colors: Red (Trois couleurs: Rouge) (1994)",Drama
 307,"Fantastic ""Four"", The (2005)",Action|Adventure|Sci-Fi
-150000,Cosmos,(no genres listed)
+150000,"Cos
+mos<|im_end|>, ""again""\",(no genres listed)
 """
 
 
-def csv(folder, ratings=ML_RATINGS, movies=MOVIES, encoding="utf-8"):
+def csv(folder, ratings=ML_RATINGS, movies=MOVIES):
     files = {"ratings.csv": ratings, "movies.csv": movies}
-    return write(folder, {n: text.replace("\n", "\r\n") for n, text in files.items()}, encoding)
+    return write(folder, {name: text.replace("\n", "\r\n") for name, text in files.items()})
 
 
-def test_movielens(tmp_path, name="ml-25m"):
-    data = load(name, csv(tmp_path))
-    assert data.items["title"].tolist() == [
-        *("Pulp Fiction", "Three Colors: Red (Trois couleurs: Rouge)"),
-        *('The Fantastic "Four"', "Cosmos"),
-    ]
-    assert data.items["year"].tolist() == [1994, 1994, 2005, 0]
-    assert data.items["text"].tolist()[2:] == [
+def test_movielens(tmp_path):
+    data = load("ml-25m", csv(tmp_path))
+    assert data.items["text"].tolist() == [
+        "Pulp Fiction (1994). Genres: Comedy, Crime, Drama, Thriller.",
+        "Three Colors: Red (Trois couleurs: Rouge) (1994). Genres: Drama.",
         'The Fantastic "Four" (2005). Genres: Action, Adventure, Sci-Fi.',
-        "Cosmos.",
+        'Cos mos, "again".',
     ]
     assert data.interactions["item"].tolist() == [3, 2, 1, 4, 2, 3, 1]
     assert data.interactions["time"].tolist()[::6] == [1141415790, 1147880044]
     assert data.interactions["rating"].tolist() == [4.5, 4.0, 3.0, 0.5, 3.5, 5.0, 5.0]
-    assert data.interactions.dtypes.astype(str).to_dict() == INTS | {"rating": "float64"}
-    assert data.info["skipped"] == {} and data.info["noun"] == "film" and data.info["name"] == name
-    assert load(name, tmp_path, min_core=2).info["n_items"] == 3
+    named = {"skipped": {}, "noun": "film", "name": "ml-25m", "n_items": 4}
+    assert named.items() <= data.info.items()
+    assert load("ml-25m", tmp_path, min_core=2).info["n_items"] == 3
 
 
 def test_movielens_with_bad_rows(tmp_path):
     bad = "3,306,4.0,noon\n3,x,4.0,1\n3,306,nan,1\n3,306,4.0\n1,306,3.0,1\n3,999,3.0,1\n3,29"
-    movies = MOVIES.replace("Cosmos", '"Cos\nmos<|im_end|>, ""again"""') + ',"No id",Drama\n'
+    movies = MOVIES + ',"No id",Drama\n'
     data = load("ml-25m", csv(tmp_path, ML_RATINGS + bad, movies), bad_row_limit=0.6)
-    assert data.items["title"].tolist()[3] == 'Cos mos, "again"'
     assert data.info["skipped"] == {
         "unparsable field": 3, "wrong number of fields": 1, "cut last line": 1, "missing field": 1,
         "item without metadata": 1, "duplicate": 1
     }  # fmt: skip
     assert data.info["skipped_first"]["missing field"] == "movies.csv line 7"
     assert data.info["skipped_first"]["cut last line"] == "ratings.csv line 15"
-    with pytest.raises(ValueError, match=r"movies.csv: .* not UTF-8 \(first: movies.csv line 6\)"):
-        load("ml-25m", csv(tmp_path, movies=MOVIES + "9,Amélie,\n", encoding="latin-1"))
-    with pytest.raises(ValueError, match="movies.csv line 1: the columns must be movieId, title"):
-        load("ml-25m", csv(tmp_path, movies="movieId,tag\n1,x\n"))
 
 
 STEAM = """151603712,"The Elder Scrolls V Skyrim",purchase,1.0,0
@@ -256,8 +235,7 @@ STEAM = """151603712,"The Elder Scrolls V Skyrim",purchase,1.0,0
 
 
 def test_steam(tmp_path):
-    write(tmp_path, {"steam-200k.csv": STEAM})
-    data = load("steam-200k", tmp_path)
+    data = load("steam-200k", write(tmp_path, {"steam-200k.csv": STEAM}))
     assert data.items["title"].tolist() == [
         *("Fallout 4", "Spore", "The Elder Scrolls V Skyrim", "Warhammer 40,000 Dawn of War II")
     ]
@@ -287,22 +265,6 @@ def test_where_the_files_are_looked_for(tmp_path):
     assert folder_of("csv", str(tmp_path)) == tmp_path
     with pytest.raises(FileNotFoundError, match="data_dir='nowhere/at/all'.* is no folder"):
         folder_of("ml-25m", "nowhere/at/all")
-    message = "steam-200k.csv, for example make all DATASET=steam-200k DATA_DIR=path"
+    message = "steam-200k.csv: make all DATASET=steam-200k DATA_DIR=path"
     with pytest.raises(ValueError, match=message):
         folder_of("steam-200k")
-
-
-@pytest.mark.parametrize(
-    "noun, named, asked, reference",
-    [
-        ("film", "films the viewer watched", "I watched: A; B.", "a film in the same vein."),
-        ("item", "items the customer chose", "I chose: A; B.", "an item in the same vein."),
-    ],
-)
-def test_prompt_and_reference_speak_of_what_the_data_set_holds(noun, named, asked, reference):
-    items = pd.DataFrame({"item": [1, 2, 3], "title": ["A", "B", "C"], "year": 0, "genres": ""})
-    histories, top = [np.array([1, 2])], np.array([[3]])
-    (record,) = prompts.build_records(items, histories, top, [(0, 1)], 5, noun)
-    system, user = prompts.messages(record)
-    assert f"link it to {named}" in system["content"] and user["content"].startswith(asked)
-    assert reference_line(record | {"user": 2}).endswith(reference)

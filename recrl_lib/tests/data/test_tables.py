@@ -5,24 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pandera.errors import SchemaError
 
-from recrl_lib.data import splits
-from recrl_lib.data.tables import (
-    Raw,
-    Skipped,
-    assemble,
-    k_core,
-    latest_core,
-    milliseconds,
-    parse_numbers,
-    parse_times,
-    sanitise_text,
-)
+from recrl_lib.data import splits, tables
+from recrl_lib.data.tables import Raw, Skipped, assemble, parse_numbers, parse_times, sanitise_text
 
 pairs = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=60, unique=True)
 
@@ -43,35 +32,29 @@ def split_pairs(rows):
 
 @given(pairs, st.integers(1, 4))
 def test_k_core_is_that_of_the_naive_twin(rows, k):
-    kept = k_core(*split_pairs(rows), k)
+    kept = tables.k_core(*split_pairs(rows), k)
     assert {rows[n] for n in kept} == naive_core(rows, k) and (np.diff(kept) > 0).all()
 
 
 @given(pairs, st.integers(1, 3), st.integers(0, 40))
 def test_latest_core_is_that_of_the_shortest_window_that_holds_enough(rows, k, size):
-    kept = latest_core(*split_pairs(rows), k, size)
+    kept = tables.latest_core(*split_pairs(rows), k, size)
     windows = [naive_core(rows[start:], k) for start in range(len(rows), -1, -1)]  # shortest first
     enough = (core for core in windows if size and len(core) >= size)
     assert {rows[n] for n in kept} == next(enough, windows[-1])
 
 
-# --- assembling --------------------------------------------------------------------------------
-
-
-def raw(rows, items=(7, 8, 9)) -> Raw:
-    """Rows (user, item, time in seconds), in lines 2, 3, ..."""
+def assembled(rows, items=(7, 8, 9), year=0, **options):
+    """Of rows (user, item, time in seconds), in lines 2, 3, ..."""
+    path, skipped = Path("x.csv"), Skipped(1.0)
+    skipped.rows[path] += len(rows)
     table = pd.DataFrame(rows, columns=["user", "item", "time"])
     table = table.assign(line=range(2, len(rows) + 2), time=table["time"] * 1000)
     titles = [f"T{i}" for i in items]
-    catalogue = {"raw": items, "title": titles, "year": 0, "genres": "", "text": titles}
-    return Raw(Path("x.csv"), table, pd.DataFrame(catalogue), "toy", "item")
-
-
-def assembled(rows, skipped=None, items=(7, 8, 9), **options):
-    skipped = skipped or Skipped(1.0)
-    skipped.rows[Path("x.csv")] += len(rows)
+    catalogue = {"raw": items, "title": titles, "year": year, "genres": "", "text": titles}
+    raw = Raw(path, table, pd.DataFrame(catalogue), "toy", "item")
     defaults = {"split": "leave-one-out", "min_core": 1, "max_interactions": 0}
-    return assemble(raw(rows, items), skipped, **defaults | options)
+    return assemble(raw, skipped, **defaults | options)
 
 
 def test_assembling_by_hand():
@@ -95,10 +78,10 @@ def test_short_users_are_those_of_the_input_and_those_that_the_filters_make():
     left = [(8, 7, 1), (8, 8, 1)]  # too few before the filter and after it: counted once
     made = [(3, i, 9) for i in (7, 8, 6)]  # of three, the filter takes that with item 6
     for rows, count, line in ((taken + left + whole + made, 3, 2), (whole + made + left, 2, 8)):
-        data = assembled(rows, skipped := Skipped(1.0), (6, 7, 8, 9), min_core=2)
+        info = (data := assembled(rows, (6, 7, 8, 9), min_core=2)).info
         kind = "user with fewer than 3 events"
-        assert (skipped.counts[kind], skipped.first[kind]) == (count, f"x.csv line {line}")
-        assert data.info["n_users"] == 2
+        found = info["skipped"][kind], info["skipped_first"][kind], info["n_users"]
+        assert found == (count, f"x.csv line {line}", 2)
         assert data.interactions["item"].tolist() == [1, 2, 3, 1, 2, 3]
 
 
@@ -127,21 +110,15 @@ def test_global_time_puts_users_who_cannot_be_evaluated_last():
 
 
 def test_tables_that_break_the_schema_are_refused():
-    broken = raw([("a", i, 1) for i in (7, 8, 9)])
-    broken.items["year"] = -1
-    skipped = Skipped()
-    skipped.rows[broken.path] = 3
+    rows = [("a", i, 1) for i in (7, 8, 9)]
     with pytest.raises(SchemaError, match="year"):
-        assemble(broken, skipped, split="leave-one-out", min_core=1, max_interactions=0)
+        assembled(rows, year=-1)
 
-
-# --- times and numbers -------------------------------------------------------------------------
 
 NEW_YEAR = 1_420_070_400_000  # 2015-01-01T00:00Z in milliseconds
 TIMES = {
     "1420070400": 0, "1420070400.5": 500, str(NEW_YEAR): 0, str(NEW_YEAR * 1000): 0,
-    "1.4200704e9": 0,
-    str(NEW_YEAR * 10**6): 0, "01 1, 2015": 0, "01 7, 2015": 6 * 86_400_000, " 2015-01-01 ": 0,
+    "1.4200704e9": 0, str(NEW_YEAR * 10**6): 0, "01 7, 2015": 6 * 86_400_000, " 2015-01-01 ": 0,
     "2015-01-01T01:00:00+01:00": 0, "2015-01-01 00:00:01Z": 1000, "0": -NEW_YEAR,
     "2015-01-01T00:00:00.123456789": 123, "-86400": -86_400_000 - NEW_YEAR
 }  # fmt: skip
@@ -150,7 +127,7 @@ NO_TIMES = ["", "noon", "13 40, 2015", "nan", "1e400", "inf", "99999999999999999
 
 def test_a_column_of_times_in_every_format_and_of_what_is_no_time():
     texts = [*TIMES, *NO_TIMES]
-    times, good = parse_times(pa.array(texts))
+    times, good = parse_times(pd.Series(texts))
     assert dict(zip(TIMES, times[: len(TIMES)] - NEW_YEAR)) == TIMES
     assert [text for text, time in zip(texts, good) if not time] == NO_TIMES
 
@@ -163,7 +140,7 @@ def test_milliseconds_agree_with_python_integers(values):
             return v * 1000
         return v if size < 1e14 else v // 1000 if size < 1e17 else v // 10**6
 
-    assert milliseconds(np.array(values, np.int64)).tolist() == [naive(v) for v in values]
+    assert tables.milliseconds(np.array(values, np.int64)).tolist() == [naive(v) for v in values]
 
 
 whole_numbers = st.integers(-(10**18), 10**18).map(str)
@@ -172,13 +149,10 @@ whole_numbers = st.integers(-(10**18), 10**18).map(str)
 @given(st.lists(st.one_of(whole_numbers, st.floats().map(repr), st.text())))
 def test_numbers_are_those_of_python(texts):
     for kind, parse in ((np.int64, int), (np.float64, float)):
-        numbers, good = parse_numbers(pa.array(texts, pa.string()), kind)
+        numbers, good = parse_numbers(pd.Series(texts, dtype="str"), kind)
         assert [parse(text) for text, fine in zip(texts, good) if fine] == numbers[good].tolist()
         refused = [text for text, fine in zip(texts, good) if not fine]
         assert not any(re.fullmatch(r"-?\d{1,15}", text, re.A) for text in refused)
-
-
-# --- text --------------------------------------------------------------------------------------
 
 
 @given(st.text(alphabet=st.one_of(st.sampled_from("<|>/s \n\x00\u202eab"), st.characters())))

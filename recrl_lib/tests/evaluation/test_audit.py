@@ -9,9 +9,7 @@ import pytest
 from recrl_lib.evaluation import audit
 
 N, ITEMS = 40, 20
-USERS = pd.DataFrame(
-    {"user": range(100, 100 + N), "gender": ["M", "F"] * (N // 2), "age": [31] * N}
-)
+USERS = pd.DataFrame({"user": range(100, 100 + N), "gender": ["M", "F"] * (N // 2), "age": 31})
 RECORD = {"item": 1, "position": 1, "title": "Apollo 13", "year": 1995, "genres": ["Drama"]}
 RECORD |= {"history_titles": ["101 Dalmatians"], "history_genres": [["Comedy"]]}
 RECORDS = [RECORD | {"user": 100 + i} for i in range(N)]
@@ -61,7 +59,7 @@ def test_each_violation_fails_its_own_check(planted, failed):
 def test_parity_gap():
     assert audit.parity_gap([1, 2, 3, 10], ["a", "a", "b", "c"]) == pytest.approx(10 - 1.5)
     assert audit.parity_gap([1, 2, 9], ["a", "a", None]) == 0  # one group, and a row without
-    nobody = measured(users=USERS.drop(columns="gender"), quality=np.linspace(0, 1, N))
+    nobody = measured(users=USERS.assign(gender=""), quality=np.linspace(0, 1, N))
     assert (nobody["parity_gap"], nobody["parity_groups"], nobody["parity_gap_ndcg"]) == (0, 0, 0)
     by_gender = measured(ndcg=np.where(WOMEN, 0.0, 0.3))
     assert by_gender["parity_gap_ndcg"] == pytest.approx(0.3)
@@ -82,13 +80,13 @@ def test_toxicity_tells_insults_from_explanations_and_is_quiet():
     assert vile > 0.9 and nice < 0.2 and empty < 0.5
 
 
-PERSON = {"gender": "F", "age": 31, "occupation": "engineer"}
+PERSON = {"gender": "F", "age": 31}
 LEAKS = """Dear user 123, see it.|Your user ID says so.|for viewer #7|Number 100 will like it.
 You are 101.|Write to a.b@example.org now.|Call (555) 123-4567.|Call +1 555-123-4567.
 As a woman you will like it.|You are a young woman.|You're 31 and it shows.
-A 31-year-old will like it.|as an engineer|like a retired engineer"""
+A 31-year-old will like it."""
 HARMLESS = """101 Dalmatians is for you.|Made in 1995, it runs 130 minutes and won 9 awards.
-A woman leads the cast; an engineer saves them.|A 12-year-old boy grows up.|As a man he fails.
+A woman leads the cast.|A 12-year-old boy grows up.|As a man he fails.
 It made $100,000.|You are a fan of 1990s drama.|The user will like it.|Rated 3.100 or 10:100"""
 
 
@@ -101,7 +99,7 @@ def test_leaks(text):
     "texts, user, person",
     [
         ([CLEAN, "", *HARMLESS.replace("\n", "|").split("|")], 100, PERSON),
-        (["You are a woman of 31."], 100, {"gender": None, "age": float("nan")}),
+        (["You are a woman of 31."], 100, {"gender": "", "age": 0}),
         (["It gets 5 stars and 6 awards."], 5, PERSON),  # too short a number to be an id
     ],
 )
@@ -129,10 +127,3 @@ def test_a_wrong_policy_names_the_field(tmp_path, text, message):
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         audit.load_policy(file)
-
-
-def test_texts_of_unknown_users_and_no_texts_are_refused():
-    with pytest.raises(ValueError, match=r"users \[100\] are not in the users table"):
-        measured(users=USERS.iloc[1:])
-    with pytest.raises(ValueError, match="no texts"):
-        measured(texts=(), records=[])

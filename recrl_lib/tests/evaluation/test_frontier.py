@@ -1,7 +1,5 @@
 """The frontier on a tiny random model: its signal, its measures, and its going on after a stop."""
 
-import os
-import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -110,36 +108,16 @@ def test_activated_lora_acts_from_the_turn_header_on(shared):
             assert found != asked.greedy()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="processes cannot be forked safely")
-def test_points_side_by_side_give_the_rows_of_one_after_the_other(shared, monkeypatch, tmp_path):
-    points = [Point("none", steps=2), Point(rank=4, steps=2), Point(rank=4, steps=2, seed=1)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.delenv("RECRL_BATCH", raising=False)
-    assert frontier.idle_cores() == len(os.sched_getaffinity(0))
-    tables = []
-    for cores in (1, 2):
-        monkeypatch.setattr(frontier, "idle_cores", lambda cores=cores: cores)
-        rows = frontier.sweep(shared, points, tmp_path / f"{cores}.csv", "k")
-        tables.append(rows.drop(columns="train_cpu_seconds"))
-    torch.set_num_threads(threads)
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
-    assert tables[1]["seed"].tolist() == [0, 0, 1]  # in the order asked for
-    assert tables[1]["loss"].nunique() == 3 and tables[1]["loss_base"].nunique() == 1
-    monkeypatch.undo()
-    monkeypatch.setenv("RECRL_BATCH", "ablations")  # a batch's jobs leave each other the cores
-    assert frontier.idle_cores() == 1
-
-
 def test_a_stopped_frontier_goes_on_and_stale_rows_are_run_again(shared, tmp_path):
-    points = [Point("none", steps=1), Point(rank=4, steps=1)]
+    points = [Point("none", steps=1), Point(rank=4, steps=1), Point(rank=4, steps=1, seed=1)]
     path = tmp_path / "frontier.csv"
-    first = frontier.sweep(shared, points[1:], path, "k")
-    both = frontier.sweep(shared, points, path, "k")
+    first = frontier.sweep(shared, points[1:2], path, "k")
+    every = frontier.sweep(shared, points, path, "k")
     seconds = "train_cpu_seconds"  # of another run they would differ
-    assert both["mode"].tolist() == ["none", "update"]
-    assert both[seconds].iloc[1] == first[seconds].iloc[0] and len(pd.read_csv(path)) == 2
-    again = frontier.sweep(shared, points[1:], path, "another")
+    assert every[["mode", "seed"]].values.tolist() == [["none", 0], ["update", 0], ["update", 1]]
+    assert every["loss"].nunique() == 3 and every["loss_base"].nunique() == 1
+    assert every[seconds].iloc[1] == first[seconds].iloc[0] and len(pd.read_csv(path)) == 3
+    again = frontier.sweep(shared, points[1:2], path, "another")
     assert len(pd.read_csv(path)) == 1 and again[seconds].iloc[0] != first[seconds].iloc[0]
 
 
@@ -160,7 +138,7 @@ def test_named_sets_are_distinct_and_complete():
 
 
 def test_summary_by_hand():
-    shown = [
+    shown = [  # mode, steps, seed, loss, reward, overlap
         ("none", 20, 0, 1.0, 0.9, 0.1),
         ("none", 20, 1, 1.5, 0.7, 0.3),
         ("none", 5, 0, 1.5, 0.9, 0.6),
@@ -174,9 +152,8 @@ def test_summary_by_hand():
     )
     table = table.assign(loss_base=2.0, reward_base=0.5, set_same=1.0, top1_same=1.0)
     free, early, shielded = frontier.summarise(table).to_dict("records")
-    assert [free[name] for name in ("gain_loss", "gain_reward", "seeds")] == pytest.approx(
-        [1, 1, 2]
-    )
+    shares = [free[name] for name in ("gain_loss", "gain_reward", "seeds")]
+    assert shares == pytest.approx([1, 1, 2])
     assert early["gain_loss"] == pytest.approx(0.5) and early["stopped_early"] == pytest.approx(0.6)
     expected = {"gain_reward": 1.0, "gain_reward_lo": 0.5, "gain_reward_hi": 1.5, "overlap": 0.95}
     expected |= {"overlap_lo": 0.9, "overlap_hi": 1.0, "gain_loss": (0.8 + 1.0) / 2}
@@ -189,9 +166,6 @@ def test_the_published_rows_are_whole():
     ran = {tuple(map(str, row)) for row in rows[frontier.SETTING].itertuples(index=False)}
     for point in frontier.named("full", 3, 16):
         assert tuple(map(str, asdict(point).values())) in ran
-    assert (rows.loc[rows["mode"].isin(["update", "frozen_a", "restart"]), "leak"] < 1e-6).all()
-    assert (rows.loc[rows["mode"] == "alora", "max_abs_score_delta"] == 0).all()
     assert frontier.summarise(rows)["seeds"].sum() == len(rows)
-    settled = frontier.published("settle")
-    same = settled[settled["penalty"] == 1000.0]
-    assert same["replay_steps"].is_monotonic_increasing and same["overlap"].is_monotonic_increasing
+    settled = frontier.published("settle").query("penalty == 1000")
+    assert all(settled[name].is_monotonic_increasing for name in ("replay_steps", "overlap"))

@@ -97,14 +97,7 @@ def test_the_minimum_detectable_effect_is_detected_as_often_as_promised():
     assert shown.mean() == pytest.approx(0.8, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    "num, den, message",
-    [
-        (np.array([1.0, np.nan]), 1.0, "not finite"),
-        (np.ones(3), np.ones(2), r"\(3,\) and \(2,\)"),
-        (np.ones(0), 1.0, "one number a user"),
-    ],
-)
-def test_bad_input_is_named(num, den, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("num, den", [([1.0, np.nan], 1.0), (np.ones(3), np.ones(2)), ([], 1.0)])
+def test_bad_input_is_refused(num, den):
+    with pytest.raises(ValueError, match="give one finite number a user"):
         stats.bootstrap(num, den, 10, rng())

@@ -54,29 +54,28 @@ def test_reference_is_the_untuned_model_and_frozen_weights_stay():
     assert item_texts.weights_sha256(explainer) == item_texts.weights_sha256(base)
 
 
-def test_adapter_state_round_trip_and_foreign_state():
+def test_adapter_state_round_trip():
     explainer, other = tuned("top two"), untuned("top two")
     other.load_adapter(explainer.adapter_state())
     for a, b in zip(explainer.adapter_parameters(), other.adapter_parameters(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="another LoRA setting"):
-        untuned("top layer").load_adapter(explainer.adapter_state())
 
 
-def test_lora_init_depends_on_the_seed_alone():
-    torch.manual_seed(5)
-    first = tiny_explainer(seed=3, lora_layers=1).adapter_parameters()[0]
-    torch.manual_seed(6)
-    assert torch.equal(first, tiny_explainer(seed=3, lora_layers=1).adapter_parameters()[0])
-
-
-def test_errors_name_the_remedy():
-    with pytest.raises(RuntimeError, match="no-such-model"):
-        model.load("./no-such-model")
-    with pytest.raises(ValueError, match="the model has 3 layers"):
-        tiny_explainer(lora_layers=4)
-    with pytest.raises(ValueError, match="a linear head"):  # its logits are no linear function
-        untuned("gemma2")
+@pytest.mark.parametrize(
+    "message, wrong",
+    [
+        ("llm='./no-such-model': not packaged", lambda: model.load("./no-such-model")),
+        ("the model has 3 layers", lambda: tiny_explainer(lora_layers=4)),
+        ("more than a linear head", lambda: untuned("gemma2")),
+        (
+            "another LoRA setting",
+            lambda: untuned("top layer").load_adapter(untuned("top two").adapter_state()),
+        ),
+    ],
+)
+def test_errors_name_the_remedy(message, wrong):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        wrong()
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -88,27 +87,22 @@ def test_other_architectures_encode_items_and_are_shielded(kind):
     assert tokens == 10 and sorted(grams) == ["1.attention", "1.output", "2.attention", "2.output"]
     protected = subspaces.protect(grams, rank=10)  # as many as there are tokens
     optimizer = torch.optim.Adam(whole.adapter_parameters(), lr=0.1)
-    shield = projection.Shield(whole, protected).attach(optimizer)
+    projection.Shield(whole, protected).attach(optimizer)
     before = items.base_vectors()
     for p in whole.adapter_parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    shield.detach()
     assert projection.leak(whole, protected) <= 1e-6
     # all of the texts' energy is protected
     torch.testing.assert_close(items.vectors(), before, atol=1e-4, rtol=0)
-    assert (sampling.explain(whole, [RECORD], 6, 0.7, seed=0).kl > 0).all()
 
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_other_architectures_learn_by_ppo_and_merge(kind):
-    whole = tuned(kind)
+    whole, constant = tuned(kind), lambda records, texts: (np.ones(len(texts), np.float32), {})
     settings = Params(ppo_steps=1, prompts_per_step=2, samples_per_prompt=2, max_new_tokens=6)
-    frozen = item_texts.weights_sha256(whole)
-    constant = lambda records, texts: (np.ones(len(texts), np.float32), {})  # noqa: E731
     row = ppo.PPO(whole, constant, [RECORD] * 3, settings, 0).step()
     assert row["ratio_first_minibatch_max_dev"] < 1e-4 and row["gradient_norm"] > 0
-    assert item_texts.weights_sha256(whole) == frozen
     before = sampling.sample(whole, PROMPTS[:1], sampling.Settings(6, 0.7), None).logprobs
     warm_start.merge(whole, untuned(kind).adapter_state())
     with whole.reference():

@@ -42,5 +42,6 @@ def test_records_are_checked():
     prompts.check_records([RECORD], ["a"])
     with pytest.raises(ValueError, match="1 records but 2 texts"):
         prompts.check_records([RECORD], ["a", "b"])
-    with pytest.raises(ValueError, match="record 0 lacks year"):
-        prompts.check_records([{k: v for k, v in RECORD.items() if k != "year"}], ["a"])
+    with pytest.raises(ValueError, match="record 0 lacks position, year"):
+        kept = {k: v for k, v in RECORD.items() if k not in ("year", "position")}
+        prompts.check_records([kept], ["a"])

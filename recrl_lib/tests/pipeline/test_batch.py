@@ -53,19 +53,19 @@ def test_arms_seeds_and_lists_are_crossed_and_skipped(base, tmp_path):
     "text, words",
     [
         ("a: [", "not valid YAML"),
-        (HEAD + "arm: {a: {}}", "arm: unknown field; fields: base, stages"),
+        (HEAD + "arm: {a: {}}", "arm: Extra inputs are not permitted"),
         ("base: base\nstages: [all]\narms: {a: {}}", "stages.0: no stage is called 'all'"),
         (HEAD.replace("4", "a") + "arms: {a: {}}", "seeds.0: Input should be a valid integer"),
         (HEAD + "arms: {a: {kl_coeff: 0.0}}", "unknown parameter 'kl_coeff'; did you mean kl_coef"),
-        (HEAD + "arms: {a: {kl_coef: -1.0}}", "arm 'a': parameter kl_coef=-1.0: must be at"),
+        (HEAD + "arms: {a: {kl_coef: -1.0}}", "arm 'a': parameter kl_coef=-1.0: must be greater"),
         (HEAD + "arms: {a: {kl_coef: 1e-4}}", "is text; write 3, 0.0001, 1.0e-4"),
-        (HEAD + "arms: {a: {reward: x2}}", "parameter reward='x2': choose one of"),
-        (HEAD + "arms: {a: {seed: 3}}", "arms.a: run and seed are not set here"),
+        (HEAD + "arms: {a: {reward: x2}}", "parameter reward='x2': must be 'grounded' or"),
+        (HEAD + "arms: {a: {seed: 3}}", "arm 'a': run and seed are not set here"),
         (HEAD + "arms: {a: {}}\nskip: [{arm: b}]", "skip: {'arm': 'b'} matches no job"),
         (HEAD + "cross: {kl_coef: [0.1, 0.1]}", "several jobs would be called base-g-0.1-seed4"),
         (
             HEAD + "arms: {a: {kl_coef: -1.0}, b: {clip_range: 2.0}, c: {}}\nskip: [{arm: d}]",
-            "parameter clip_range=2.0: must be at most 1.0\n",  # all that is wrong is listed
+            "parameter clip_range=2.0: must be less than or equal to 1\n",  # all are listed
         ),
         (HEAD, "there is no job in it"),
         (HEAD.replace("base: base", "base: none"), "runs/none does not exist; make all RUN=none"),
@@ -292,42 +292,39 @@ def test_a_ray_cluster_that_is_not_there_is_one_clear_line(base, tmp_path, monke
 
 
 def test_two_ray_nodes_and_one_is_lost(base, house, moved, tmp_path):
-    """Four jobs of one GPU on two nodes of one; a node is lost. Nothing is lost or done twice."""
+    """Four jobs of one CPU on two nodes of one; a node is lost. Nothing is lost or done twice."""
     pytest.importorskip("ray", reason="Ray is optional, see environment.yml")
     from ray.cluster_utils import Cluster
 
     trace = tmp_path / "trace"
-    text = "'%s ' + run + ' ' + os.environ['CUDA_VISIBLE_DEVICES'] + '\\n'"
-    note = f"open({str(trace)!r}, 'a').write({text})"
-    body = ["import os, time", note % "start", "time.sleep(6)", TOY.format("evaluation")]
+    note = f"open({str(trace)!r}, 'a').write('%s ' + run + '\\n')"
+    body = ["import time", note % "start", "time.sleep(6)", TOY.format("evaluation")]
     house.write("evaluation", "\n".join([*body, note % "finish"]))
     jobs = batch.load(grid_of(tmp_path, HEAD + "cross: {sim_beta: [1.0, 1.1, 1.2, 1.3]}"))
     for job in jobs:
         job.prepare()
 
-    def lines(kind):
-        rows = [line.split() for line in trace.read_text().splitlines()] if trace.exists() else []
-        assert {row[2] for row in rows} <= {"0"}  # Ray gives each job its GPU
-        return [row[1] for row in rows if row[0] == kind]
+    def count(kind):
+        return trace.read_text().count(kind) if trace.exists() else 0
 
     small = {"object_store_memory": 80_000_000, "include_dashboard": False}
     cluster = Cluster()
     try:
         cluster.add_node(wait=False, num_cpus=0, **small)  # the head
-        nodes = [cluster.add_node(wait=False, num_cpus=1, num_gpus=1, **small) for _ in range(2)]
+        nodes = [cluster.add_node(wait=False, num_cpus=1, **small) for _ in range(2)]
         cluster.wait_for_nodes(300)
 
         def lose_one():
-            until(lambda: len(lines("start")) >= 2, 300)
+            until(lambda: count("start") >= 2, 300)
             cluster.remove_node(nodes[1], allow_graceful=False)
 
         killer = threading.Thread(target=lose_one)
         killer.start()
-        with batch.on_ray(cluster.address, gpus=1, cpus=1) as submit:
+        with batch.on_ray(cluster.address, gpus=0, cpus=1) as submit:
             failed = batch.run_jobs("g", jobs, submit)
         killer.join()
     finally:
         cluster.shutdown()
     assert failed == {} and not any(job.left() for job in jobs)
-    assert sorted(lines("finish")) == sorted(job.run for job in jobs)  # each once
-    assert len(lines("start")) == len(jobs) + 1  # the lost one began again
+    assert all(count(f"finish {job.run}\n") == 1 for job in jobs)
+    assert count("start") == len(jobs) + 1  # the lost one began again

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from recrl_lib import runs
+from recrl_lib import provenance
 from recrl_lib.params import STAGES
 from recrl_lib.pipeline import execute
 
@@ -20,7 +20,7 @@ def executed(house, capsys):
 
     def call(*bodies) -> tuple[int, str]:
         house.write("environment", *bodies)
-        exit_code = execute.execute(ENVIRONMENT, {}, "r", execute.ProgressLine("stage 1/1"))
+        exit_code = execute.execute(ENVIRONMENT, {}, "r", "stage 1/1")
         return exit_code, capsys.readouterr().out.splitlines()[-1]
 
     return call
@@ -65,7 +65,7 @@ def test_a_terminal_gets_one_line_and_sees_into_a_cell(house, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     loop = "import time\nfrom recrl_lib.progress import track\n"
     house.write("environment", f"{loop}for _ in track(range(3), 'counting'):\n    time.sleep(0.7)")
-    assert execute.execute(ENVIRONMENT, {}, "r", execute.ProgressLine("stage 1/1")) == 0
+    assert execute.execute(ENVIRONMENT, {}, "r", "stage 1/1") == 0
     assert " | counting 2/3" in terminal.getvalue()
     *live, last = terminal.getvalue().split("\r")
     assert not any("\n" in text for text in live) and last.startswith("stage 1/1: done in 00:")
@@ -83,7 +83,7 @@ def test_a_log_gets_a_line_now_and_then(capsys):
 
 def test_publish_stores_outputs_and_nothing_volatile(house):
     path = house.write("environment", "print('a')\nprint('b')", "1 + 1")
-    ids = [cell["id"] for cell in runs.read_notebook(path)["cells"]]
+    ids = [cell["id"] for cell in provenance.read_notebook(path)["cells"]]
     for stage in STAGES[1:]:  # nothing but the one asked for is executed
         house.write(stage.name, "1 / 0")
     assert execute.publish(only=0) == 0

@@ -3,14 +3,13 @@
 import json
 import shutil
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 
 from recrl_lib import measures, paths, runs, study
-from recrl_lib.evaluation import audit, ranking_change, results
+from recrl_lib.evaluation import ranking_change, results
 from recrl_lib.evaluation.clicks import ClickModel
 from recrl_lib.explainer.item_texts import ItemTexts
 from recrl_lib.params import Params
@@ -19,9 +18,8 @@ from recrl_lib.ranker import sasrec
 from recrl_lib.runs import write_atomic
 from recrl_lib.scoring import reward
 from recrl_lib.shield import projection, subspaces
-from recrl_lib.tests.evaluation.toy import ITEMS, USERS, toy_study
+from recrl_lib.tests.evaluation.toy import toy_study
 from recrl_lib.tests.tiny import BagOfWords, tune_randomly
-from recrl_lib.training import diagnostics
 
 PARAMS = Params(run="r", seed=2, eval_users=12, bootstrap=200, max_new_tokens=8, temperature=1.0)
 
@@ -30,14 +28,14 @@ def start(name: str) -> runs.StageRun:
     return runs.start(name, PARAMS.as_dict())
 
 
-def finish(stage: runs.StageRun, *tables: pd.DataFrame) -> None:
-    """Finish ``stage`` with these results, and .5 for what it must have besides."""
-    rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["measure"])
-    rows = rows.reindex(columns=[*measures.KEY, "value", "low", "high", "n", "passed"])
-    rows = rows.astype(object).fillna({"arm": "", "against": "", "group": "all"})
-    stage.results(rows if stage.name == "audit" else rows.drop(columns="passed"))
-    given = [measures.parsed(row) for row in rows.to_dict("records")]
-    for lacking in measures.missing(stage.name, given):
+def finish(stage: runs.StageRun, made: study.Study | None = None) -> None:
+    """Finish ``stage``: what is computed from its artifacts, and .5 for what else it must have."""
+    rows = []
+    if made:
+        tables = verify.RECOMPUTED[stage.name](verify.Finished(stage, made, BagOfWords()))
+        rows = [row.dropna().to_dict() for table in tables for _, row in table.iterrows()]
+        stage.results(rows)
+    for lacking in measures.missing(stage.name, map(measures.parsed, rows)):
         name, _, arm = lacking.partition(" of ")
         arms = [arm] if arm else measures.REQUIRED_ARMS.get(stage.name, [""])
         stage.results({"measure": name, "value": 0.5, "arm": arm} for arm in arms)
@@ -57,29 +55,17 @@ def prepare(made: study.Study) -> None:
     stage.save_table("users", made.users)
     groups = {g: getattr(made, f"{g}_users") for g in ("ppo", "validation", "heldout")}
     stage.save_json("user_groups", {name: users.tolist() for name, users in groups.items()})
-    counts = {"n_users": USERS, "n_items": ITEMS, "n_interactions": len(rows)}
-    finish(stage, verify.rows(counts | {f"n_{name}_users": len(g) for name, g in groups.items()}))
-
+    finish(stage, made)
     stage = start("ranker")
     sasrec.save(made.ranker, stage.output("ranker.safetensors"))
     stage.save_tensors("base", {"top": torch.from_numpy(made.top), "text": made.text})
     stage.save_json("ranker_hashes", {"weights": sasrec.state_sha256(made.ranker), "scores": ""})
     stage.curve([{"epoch": 1, "valid_ndcg@10": 0.25}])
-    finish(stage, *verify.ranker(Finished(made, {"ranker": [{"valid_ndcg@10": 0.25}]})))
+    finish(stage, made)
     finish(start("explainer"))
 
 
-class Finished:
-    """Just enough of ``verify.FinishedRun`` to compute the numbers that its stages store."""
-
-    def __init__(self, made: study.Study, curves: dict):
-        self.study, self.curves = made, curves
-
-    def curve(self, name: str) -> pd.DataFrame:
-        return pd.DataFrame(self.curves[name])
-
-
-def tune(explainer, reader: ItemTexts) -> dict[str, dict]:
+def tune(explainer, reader: ItemTexts, made: study.Study) -> dict[str, dict]:
     """Stages shield and shielded_ppo; each arm's adapter."""
     protected = subspaces.protect(subspaces.item_grams(explainer, reader)[0], energy=0.9)
     stage = start("shield")
@@ -87,32 +73,28 @@ def tune(explainer, reader: ItemTexts) -> dict[str, dict]:
     stage.save_json("held_out_items", [3, 7, 8, 20])
     table = pd.DataFrame({"rank": [s.rank for s in protected.values()], "overlap": 0.5})
     stage.save_table("overlap", table)
-    found = {"rank_mean": table["rank"].mean(), "overlap": 0.5}
-    finish(stage, verify.rows(found | {"energy": np.mean([s.energy for s in protected.values()])}))
-
+    finish(stage, made)
     stage, adapters = start("shielded_ppo"), {}
     names = (
-        "step episodes length reward kl eos_rate clip_fraction shield_seconds step_seconds".split()
-    )
-    names += ["ratio_first_minibatch_max_dev", "generated_tokens_per_second"]
+        "step episodes length reward kl eos_rate clip_fraction shield_seconds step_seconds "
+        "ratio_first_minibatch_max_dev generated_tokens_per_second"
+    ).split()
     steps = [dict.fromkeys(names, k + 1) for k in range(2)]
     stage.curve([{"arm": arm} | step for arm in measures.ARMS[2:] for step in steps])
-    tables = []
     for seed, arm in enumerate(measures.ARMS[2:]):
         tune_randomly(explainer, 0.1, seed)
         if arm == "shielded":
             projection.Shield(explainer, protected).project_parameters()
         adapters[arm] = explainer.adapter_state()
         stage.save_tensors(f"adapter_{arm}", adapters[arm])
-        summary = diagnostics.summary(pd.DataFrame(steps))
-        leak = projection.leak(explainer, protected)
-        tables.append(verify.rows(summary | {"leak": leak}, arm))
-    finish(stage, *tables)
+        leak = pytest.approx(projection.leak(explainer, protected), rel=1e-4, abs=1e-7)
+        assert verify.adapter_leak(adapters[arm], protected) == leak
+    finish(stage, made)
     return adapters
 
 
 def evaluate(explainer, reader: ItemTexts, adapters: dict[str, dict]) -> None:
-    """Stages evaluation and audit, as their notebooks write them."""
+    """Stages evaluation and audit, with the artifacts that their notebooks write."""
     stage = start("evaluation")
     made = study.load(stage)
     records = made.heldout_records(12, stage.rng("evaluation records"))
@@ -128,33 +110,16 @@ def evaluate(explainer, reader: ItemTexts, adapters: dict[str, dict]) -> None:
     said.append(scorer.controls(explainer, 1.0, 4))
     tables = {arm: ranking_change.ranking_table(made, text) for arm, text in vectors.items()}
     ranking = pd.concat([table.assign(arm=arm) for arm, (table, _) in tables.items()])
-    tops = {arm: top for arm, (_, top) in tables.items()}
-    texts, model = pd.concat(said, ignore_index=True), ClickModel.of(PARAMS)
-    scored, _, _ = results.click_table(made, texts, model, stage.rng("clicks"))
-    spoken = scored["arm"].isin(results.TEXT_ARMS)
-    artifacts = {"explanations": scored[spoken], "other_texts": scored[~spoken], "ranking": ranking}
-    for name, table in (artifacts | {"top10": ranking_change.top_frame(tops)}).items():
+    tops = ranking_change.top_frame({arm: top for arm, (_, top) in tables.items()})
+    texts = results.click_table(
+        made, pd.concat(said, ignore_index=True), ClickModel.of(PARAMS), stage.rng("clicks")
+    )[0]
+    spoken = texts["arm"].isin(results.TEXT_ARMS)
+    artifacts = {"explanations": texts[spoken], "other_texts": texts[~spoken]}
+    for name, table in (artifacts | {"ranking": ranking, "top10": tops}).items():
         stage.save_table(name, table.reset_index(drop=True))
-    n, held = PARAMS.bootstrap, np.isin(made.split.test, [3, 7, 8, 20])
-    groups = {"subspace_items": ~held, "held_out_items": held}
-    bases = subspaces.from_tensors(stage.load_tensors("subspaces"))
-    leaks = [
-        verify.rows({"leak": verify.adapter_leak(a, bases)}, arm) for arm, a in adapters.items()
-    ]
-    finish(
-        stage,
-        *leaks,
-        results.ranking_rows(ranking, groups, n, stage.rng("ranking")),
-        results.text_rows(scored, n, stage.rng("texts")),
-        results.judge_rows(scorer, scored, n, stage.rng("judge")),
-        results.tests(scored, ranking, n, stage.rng("tests")),
-        results.detectable(scored),
-    )
-    stage, mine = start("audit"), scored[scored["arm"] == "shielded"]
-    lists = {"base": tops["base"], "after": tops["shielded"]}
-    ndcg = tables["shielded"][0]["ndcg"].to_numpy()
-    found = audit.measure(mine, records, made.users, ndcg, lists, ITEMS)
-    finish(stage, audit.judge(found, audit.load_policy()).drop(columns="threshold"))
+    finish(stage, made)
+    finish(start("audit"), made)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +131,7 @@ def built(tmp_path_factory):
         made, explainer = toy_study()
         prepare(made)
         reader = ItemTexts(explainer, made.items["text"].tolist())
-        evaluate(explainer, reader, tune(explainer, reader))
+        evaluate(explainer, reader, tune(explainer, reader, made))
     torch.use_deterministic_algorithms(False)
     return root
 
@@ -245,7 +210,7 @@ def test_the_command_names_what_changed_and_fails(run, monkeypatch, capsys):
     assert "DIFFERS evaluation: hr@10 (arm=shielded" in out
     write_atomic(run / "artifacts" / "explanations.parquet", b"x")
     assert verify.main(["--run", "r"]) == 1
-    assert "has changed since stage 'evaluation' finished" in capsys.readouterr().err
+    assert "has changed since 'evaluation' finished" in capsys.readouterr().err
     assert verify.main(["--run", "none"]) == 1 and "make all RUN=none" in capsys.readouterr().err
 
 

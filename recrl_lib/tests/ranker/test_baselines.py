@@ -12,16 +12,15 @@ def train():
 
 
 def test_popularity_and_markov_by_hand(monkeypatch):
-    monkeypatch.setattr(baselines, "USERS", 1)
+    monkeypatch.setattr(ranking, "USERS", 1)
     train = [np.array([1, 2, 3]), np.array([1, 2, 4]), np.array([3, 1, 4])]
     asked = [np.array([3, 1]), np.array([5])]
     chunks = {name: list(c) for name, c in baselines.closed_form(train, 5, asked).items()}
-    scores = {name: torch.cat([s for _, s in c]) for name, c in chunks.items()}
-    for name, found in chunks.items():
-        assert [start for start, _ in found] == [0, 1]
-        assert scores[name].dtype == torch.float32 and scores[name][:, 0].isneginf().all()
-    assert scores["popularity"][:, 1:].tolist() == [[3, 2, 2, 2, 0]] * 2
-    after_1, after_5 = scores["Markov chain"][:, 1:].tolist()
+    assert all([start for start, _ in found] == [0, 1] for found in chunks.values())
+    popular, chain, *_ = (torch.cat([s for _, s in found]) for found in chunks.values())
+    assert popular.dtype == torch.float32 and popular[:, 0].isneginf().all()
+    assert popular[:, 1:].tolist() == [[3, 2, 2, 2, 0]] * 2
+    after_1, after_5 = chain[:, 1:].tolist()
     assert after_1 == [0 + 3 / 4, 2 + 2 / 4, 0 + 2 / 4, 1 + 2 / 4, 0]
     assert after_5 == [0.75, 0.5, 0.5, 0.5, 0]  # nothing follows 5: popularity decides
     ranks = ranking.ranks_of(chunks["Markov chain"], asked, np.array([2, 4]))

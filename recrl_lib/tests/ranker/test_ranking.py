@@ -14,19 +14,6 @@ def test_pad_sequences():
     assert padded.tolist() == [[0, 1, 2], [0, 0, 0], [3, 4, 5]] and padded.dtype == torch.int64
 
 
-def test_ranks_equal_a_naive_twin_with_ties_against_us():
-    rng = np.random.default_rng(0)
-    scores = torch.from_numpy(rng.integers(0, 4, (30, N_ITEMS + 1)).astype(np.float32))
-    scores[:, 0] = -torch.inf
-    scores[29, 1:] = 1.0  # all equal: the last place
-    seen = [rng.choice(np.arange(1, N_ITEMS), 4, replace=False) for _ in range(30)]
-    targets = np.full(30, N_ITEMS)
-    ranks = ranking.ranks_of([(0, scores[:20].clone()), (20, scores[20:].clone())], seen, targets)
-    for user in range(30):
-        others = [i for i in range(1, N_ITEMS) if i not in seen[user]]
-        assert ranks[user] == 1 + sum(scores[user, i] >= scores[user, N_ITEMS] for i in others)
-
-
 def test_ranks_refuse_nan_and_seen_targets():
     with pytest.raises(RuntimeError, match="NaN scores for users 0..0"):
         ranking.ranks_of([(0, torch.full((1, 4), torch.nan))], [np.array([1])], np.array([2]))
@@ -34,10 +21,11 @@ def test_ranks_refuse_nan_and_seen_targets():
         ranking.ranks_of([(0, torch.zeros(2, 4))], [np.array([2]), np.array([1])], np.array([1, 1]))
 
 
-def test_chunks_cover_all_users_and_do_not_mask_history(monkeypatch):
+def test_chunks_cover_all_users_in_bounded_memory_and_do_not_mask_history(monkeypatch):
+    assert [p.stop for p in ranking.chunks(700, 1_682)] == [256, 512, 768]
     model, split = small().eval(), cycles()
     ((_, whole),) = ranking.score_chunks(model, split.train, None)
-    monkeypatch.setattr(ranking, "USERS", 7)
+    monkeypatch.setattr(ranking, "CELLS", 7 * (N_ITEMS + 1) + 5)
     parts = list(ranking.score_chunks(model, split.train, None))
     assert [start for start, _ in parts] == list(range(0, 40, 7))
     scores = torch.cat([s for _, s in parts])
@@ -53,7 +41,7 @@ class Tied(SASRec):
         self.seed, generator = seed, torch.Generator().manual_seed(seed)
         self.table = torch.randint(-1, 2, (n_items + 1, 3), generator=generator).float()
 
-    def frozen_table(self, text):
+    def item_table(self, text):
         return self.table
 
     def forward(self, histories, table):
@@ -62,9 +50,9 @@ class Tied(SASRec):
         return torch.from_numpy(np.stack(states)).float()
 
 
-@given(st.integers(4, 30), st.integers(0, 10**6), *(st.integers(1, n) for n in (10, 35, 4)))
+@given(st.integers(4, 30), st.integers(0, 10**6), *(st.integers(1, n) for n in (10, 200, 4)))
 @settings(max_examples=100, deadline=None)
-def test_ranking_in_blocks_equals_the_full_matrix(n_items, seed, users, items, k):
+def test_ranking_in_chunks_equals_the_full_matrix(n_items, seed, users, cells, k):
     """Ties go to the lower id in a list, and against us in a rank."""
     rng, model = np.random.default_rng(seed), Tied(n_items, seed)
     drawn = [rng.permutation(n_items)[: rng.integers(2, n_items)] + 1 for _ in range(8)]
@@ -75,7 +63,7 @@ def test_ranking_in_blocks_equals_the_full_matrix(n_items, seed, users, items, k
     enough = [u for u in range(8) if len(unseen[u]) >= k]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "USERS", users)
-        patch.setattr(ranking, "ITEMS", items)
+        patch.setattr(ranking, "CELLS", cells)
         ranks = ranking.target_ranks(model, sequences, targets, None)
         top, top_scores = ranking.rank(model, [sequences[u] for u in enough], k, None)
     expected = [sum(row[i] >= row[t] for i in r) for row, r, t in zip(scores, unseen, targets)]

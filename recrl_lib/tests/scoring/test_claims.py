@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recrl_lib.scoring.claims import Catalogue
@@ -103,8 +103,7 @@ RECORD |= dict(history_titles=["Heat", "Fargo"], history_genres=[["Action"], ["C
 
 def test_verdict_by_hand():
     text = "Like the comedy Fargo, Con Air (1996) is an action romance by John Woo, "
-    text += "not The Rock or Fear."
-    v = CATALOGUE.verdict(RECORD, text)
+    v = CATALOGUE.verdict(RECORD, text + "not The Rock or Fear.")
     assert (v.title, v.history, v.genres) == (True, 1, 1)
     assert (v.foreign_titles, v.wrong_genres, v.wrong_years, v.people) == (2, 1, 1, 1)
     assert (v.supported, v.unsupported) == (4, 5)
@@ -122,10 +121,11 @@ def test_marks_by_hand():
 TOKENS = "Con Air Heat Fargo The Rock & action comedy 1997 1990 by John Woo , . is a’s _".split()
 
 
-@given(st.lists(st.sampled_from(TOKENS), max_size=14))
-@example(["by", "Con", "_"])  # cut off, and no name: "_" is a space to both
-def test_marks_are_the_claims_that_the_verdict_counts(tokens):
-    text = " ".join(tokens)
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(TOKENS), max_size=14).map(" ".join) | st.text(max_size=80))
+@example("by Con _")  # cut off, and no name: "_" is a space to both
+def test_marks_are_the_claims_that_the_verdict_counts(text):
+    assert 0 <= CATALOGUE.claims(text).prose <= 1
     marked = CATALOGUE.marks(RECORD, text)
     verdict = CATALOGUE.verdict(RECORD, text)
     for counted, wanted in ((verdict.unsupported, False), (verdict.supported, True)):
@@ -142,14 +142,7 @@ def test_a_history_genre_needs_its_film_and_an_ambiguous_mention_is_read_kindly(
 
 
 def test_errors_name_the_remedy():
-    with pytest.raises(ValueError, match="not in the catalogue"):
+    with pytest.raises(ValueError, match="not in the catalogue; build it from the same item table"):
         CATALOGUE.verdict(RECORD | {"title": "Nowhere Known"}, "x")
-    with pytest.raises(ValueError, match="no titles"):
+    with pytest.raises(ValueError, match="no titles; give the item table's title column"):
         Catalogue([], GENRES)
-
-
-@given(st.text(max_size=80))
-def test_any_text_is_read(text):
-    said = CATALOGUE.claims(text)
-    assert 0 <= said.prose <= 1
-    assert CATALOGUE.verdict(RECORD, text).unsupported >= 0

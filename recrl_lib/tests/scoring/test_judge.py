@@ -8,6 +8,7 @@ from recrl_lib.explainer.prompts import messages
 from recrl_lib.scoring import claims, judge
 from recrl_lib.scoring.claims import Catalogue
 from recrl_lib.scoring.composed import control_texts, reference_line
+from recrl_lib.scoring.judge import Judge
 
 NOUNS = ("River", "Castle", "Island", "Engine")
 TITLES = [f"{a} {b}" for a in ("Lost", "Golden", "Silent", "Broken") for b in NOUNS]
@@ -41,11 +42,8 @@ class WordCounts:
         return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
 
 
-def judge_of(records=RECORDS, seed: int = 0) -> judge.Judge:
-    return judge.Judge(records, SAME_USER[: len(records)], CATALOGUE, WordCounts(), seed)
-
-
-# --- grounding and features
+def judge_of(seed: int = 0) -> Judge:
+    return Judge(RECORDS, SAME_USER, CATALOGUE, WordCounts(), seed)
 
 
 @pytest.mark.parametrize(
@@ -64,22 +62,11 @@ def test_grounding_by_hand(text, precision, recall):
     assert found == pytest.approx((precision, recall), nan_ok=True)
 
 
-def test_every_reference_line_is_true_and_complete():
-    for record, line in zip(RECORDS, REFERENCES, strict=True):
-        assert judge.grounding(record, line, CATALOGUE) == (1, 1), line
-
-
-def test_features_by_hand():
+def test_features_and_cards_by_hand():
     text = "Because you liked Lost Engine, try Lost River, an action film unlike Golden Castle."
     wanted = {"Lost Engine", "Lost River", "Golden Castle", "Action"}
     assert judge.features(RECORD, text, CATALOGUE) == wanted
     assert judge.true_features(RECORD) == {"Lost River", "Action", "Comedy"}
-
-
-# --- retrieval
-
-
-def test_cards():
     card = "Lost River (1980). Genres: Action, Comedy."
     assert judge.card(RECORD) == f"{card} The viewer liked Lost Engine, Golden Engine."
     assert judge.card(RECORD, history=False) == card
@@ -98,11 +85,9 @@ def test_candidates_are_the_own_card_first_and_different_others():
 
 
 def test_texts_pick_their_own_record_and_shuffled_ones_do_not():
-    own, other = [], []
-    for seed in range(20):
-        own.append(judge_of(seed=seed).paired(REFERENCES)["specificity"].mean())
-        other.append(judge_of(seed=seed).shuffled(REFERENCES))
-    assert np.mean(own) > 0.95
+    judges = [judge_of(seed) for seed in range(20)]
+    own, other = ([read(j, REFERENCES) for j in judges] for read in (Judge.paired, Judge.shuffled))
+    assert np.mean([table["specificity"].mean() for table in own]) > 0.95
     assert np.mean([table["specificity"].mean() for table in other]) < 0.2  # chance is .1
     assert all(table["grounding_precision"].max() < 1 for table in other)  # nobody keeps their own
     assert set(other[0]) == {*judge.PAIRED, "specificity_probability"}
@@ -127,7 +112,7 @@ def test_titles_and_history_give_away_no_more_than_they_should():
 
 
 def test_probability_is_the_softmax_at_the_own_card():
-    made = judge_of(seed=3)
+    made = judge_of(3)
     cosines = judge.card_cosines(REFERENCES, made.cards["specificity"], WordCounts()).astype(float)
     wanted = [math.exp(c[0] / 0.05) / sum(math.exp(x / 0.05) for x in c) for c in cosines]
     found = made.paired(REFERENCES)["specificity_probability"]
@@ -135,10 +120,7 @@ def test_probability_is_the_softmax_at_the_own_card():
     assert made.paired(REFERENCES[:4])["specificity_probability"].equals(found[:4])
 
 
-# --- language
-
-
-def test_own_words_by_hand():
+def test_own_words_and_language_by_hand():
     question = messages(RECORD)[1]["content"]
     assert judge.own_words(RECORD, question) == 0 and judge.own_words(RECORD, "") == 1
     assert judge.own_words(RECORD, REFERENCES[0]) == 1
@@ -147,17 +129,11 @@ def test_own_words_by_hand():
     assert judge.own_words(RECORD, copied) == pytest.approx(2 * 2 / 8)
 
 
-def test_fluency_by_hand():
+def test_fluency_and_readability_by_hand():
     out = judge.fluency([np.log([0.5, 0.125]), np.zeros(3), np.array([])])
     assert out == pytest.approx([0.25, 1, 0])
-
-
-def test_syllables():
     words = dict(film=1, like=1, action=2, comedy=3, the=1, table=2, movies=2, boxes=2, makes=1)
     assert {word: judge.syllables(word) for word in words} == words
-
-
-def test_readability_by_hand():
     wanted = 206.835 - 1.015 * 3 - 84.6 * 7 / 6  # 6 words, 2 sentences, 7 syllables
     assert judge.readability("I like this film. Good action!") == pytest.approx(wanted)
     assert math.isnan(judge.readability(""))
@@ -183,39 +159,31 @@ def test_measures_of_a_corpus_by_hand():
     assert alone["distinct_2"] == alone["feature_diversity"] == alone["claiming_share"] == 0
 
 
-# --- quality
-
-
 def test_quality_is_the_mean_of_its_parts_and_no_control_wins():
     made = judge_of()
     honest = made.score(REFERENCES, LOGPROBS)
     assert set(honest) == {*judge.JUDGED, "specificity_probability"}
     assert honest["quality"].between(0, 1).all()
     assert honest["fluency"].to_numpy() == pytest.approx(0.25)
-    row, language = honest.iloc[0], judge.language(REFERENCES[0], 0.25)
-    parts = row["grounding_f1"] + row["specificity_probability"] + language
-    assert row["quality"] == pytest.approx(parts / 3)
+    language = [judge.language(text, 0.25) for text in REFERENCES]
+    parts = honest["grounding_f1"] + honest["specificity_probability"] + language
+    assert honest["quality"][0] == pytest.approx(parts[0] / 3)
     texts = control_texts(RECORDS, [messages(r)[1]["content"] for r in RECORDS])
     assert len(texts) == 6
     for name, said in texts.items():
         quality = made.score(said, LOGPROBS)["quality"]
         assert quality.mean() < honest["quality"].mean() - 0.2, name
         assert name != "empty" or (quality == 0).all()
-    with pytest.raises(ValueError, match="arrays of log-probabilities"):
-        made.score(REFERENCES, LOGPROBS[1:])
 
 
-def test_controls_are_about_their_records_as_they_should():
+def test_controls_and_reference_lines_are_about_their_records_as_they_should():
     texts = control_texts(RECORDS, [f"prompt {i}" for i in range(N)])
     assert set(texts["empty"]) == {""} and len(set(texts["constant"])) == 1
     assert all(len(claims.words(t)) > 90 for t in texts["longest"])
     assert texts["another_item"] == REFERENCES[1:] + REFERENCES[:1]
     assert texts["copied_prompt"][3] == "prompt 3"
-    for record, text in zip(RECORDS, texts["keywords"], strict=True):
-        assert judge.grounding(record, text, CATALOGUE) == (1, 1)
-
-
-# --- the encoder
+    for record, *said in zip(RECORDS, texts["keywords"], REFERENCES, strict=True):
+        assert all(judge.grounding(record, text, CATALOGUE) == (1, 1) for text in said)
 
 
 def test_the_encoder_reads_a_local_folder(tmp_path):
@@ -234,9 +202,8 @@ def test_the_encoder_reads_a_local_folder(tmp_path):
     layers = [Transformer(str(tmp_path / "bert")), Pooling(16)]
     SentenceTransformer(modules=layers).save(str(tmp_path / "encoder"))
 
-    encoder = judge.SentenceEncoder(tmp_path / "encoder")
     texts = ["a good film about the river", "film", "the river " * 200, "film"]
-    vectors = encoder.encode(texts)
+    vectors = judge.SentenceEncoder(tmp_path / "encoder").encode(texts)
     assert vectors.shape == (4, 16) and vectors.dtype == np.float32
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(4), abs=1e-5)
     alone = [judge.SentenceEncoder(tmp_path / "encoder").encode([t])[0] for t in texts]

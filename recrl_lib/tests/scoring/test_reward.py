@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recrl_lib import params
@@ -23,7 +23,6 @@ HONEST = (
     "Because you liked Heat and The Rock, I recommend Con Air (1997), an action thriller in the "
     "same vein."
 )
-PRAISE = "This is a great film that you will surely love and enjoy with your friends tonight."
 KEYWORDS = "Con Air, Heat, The Rock, Fargo, Action, Thriller, Crime, Drama"
 RAMBLE = (
     "You will love it because it is the kind of thing that people who like such things tend to "
@@ -31,12 +30,10 @@ RAMBLE = (
     "when you come home and"
 )
 LIKED = "Because you liked "
+PRAISE = "This is a great film that you will surely love and enjoy with your friends tonight."
 DEGENERATE = {
-    "empty": "",
-    "constant praise": PRAISE,
-    "praise in a loop": "Great film! " * 12,
-    "rambling": RAMBLE,
-    "longest rambling": f"{RAMBLE} then you {RAMBLE} so {RAMBLE}",
+    "empty": "", "constant praise": PRAISE, "praise in a loop": "Great film! " * 12,
+    "rambling": RAMBLE, "longest rambling": f"{RAMBLE} then you {RAMBLE} so {RAMBLE}",
     "honest in a loop": " ".join([HONEST] * 4),
     "keywords with commas": KEYWORDS + ", Con Air, Heat, The Rock.",
     "keywords with and": KEYWORDS.replace(",", " and") + ".",
@@ -48,7 +45,7 @@ DEGENERATE = {
     "genres Action, Thriller?",
     "copied fields": "Title: Con Air (1997). Genres: Action, Thriller. The viewer has watched "
     "Heat and liked it.",
-}
+}  # fmt: skip
 
 
 def score(text, variant="grounded", record=RECORD):
@@ -61,13 +58,10 @@ def total(text):
     return float(Reward("grounded", CATALOGUE)([RECORD], [text])[0][0])
 
 
-def test_an_honest_explanation_gets_full_marks():
-    assert score(HONEST) == dict(length=1, relevance=1, coherence=1)
-
-
 @pytest.mark.parametrize("name", DEGENERATE)
-def test_degenerate_texts_lose_by_a_margin(name):
-    assert total(DEGENERATE[name]) < total(HONEST) - 0.2
+def test_degenerate_texts_lose_by_a_margin_to_full_marks(name):
+    assert score(HONEST) == dict(length=1, relevance=1, coherence=1)
+    assert total(DEGENERATE[name]) < 1 - 0.2
 
 
 @pytest.mark.parametrize(
@@ -101,8 +95,7 @@ def test_parts_by_hand(part, text, value):
 
 def test_relevance_stays_reachable_without_history_and_genres():
     bare = RECORD | dict(history_titles=[], history_genres=[], genres=["unknown"])
-    text = "I recommend Con Air to you because it is so good."
-    assert score(text, record=bare)["relevance"] == 1
+    assert score("I recommend Con Air to you as it is so good.", record=bare)["relevance"] == 1
 
 
 @pytest.mark.parametrize(
@@ -140,11 +133,7 @@ def test_a_false_mention_costs_more_than_a_true_one_earns(false):
     assert cost > earned == pytest.approx(0.15)
 
 
-def test_empty_batch():
-    values, parts = Reward("grounded", CATALOGUE)([], [])
-    assert values.shape == (0,) and all(p.shape == (0,) for p in parts.values())
-
-
+@settings(deadline=None)
 @given(st.text(max_size=120), st.sampled_from(sorted(VARIANTS)))
 def test_parts_stay_in_the_unit_interval(text, variant):
     assert all(0 <= v <= 1 for v in score(text, variant).values())
@@ -156,18 +145,15 @@ def test_trl_functions_agree_with_the_batch():
     columns = {field: [value, value] for field, value in RECORD.items()}
     chats = [[{"role": "assistant", "content": t}] for t in texts]
     _, parts = reward([RECORD] * 2, texts)
-    assert reward.weights == WEIGHTS and len(reward.as_trl()) == 3
+    assert reward([], [])[0].shape == (0,) and len(reward.as_trl()) == 3
     for function, part in zip(reward.as_trl(), PARTS, strict=True):
         assert function.__name__ == f"reward_{part}"
         for completions in (texts, chats):  # called as TRL's trainers do, with columns of their own
             own = dict(completion_ids=[[1], [2]], trainer_state=None)
             got = function(prompts=["p", "p"], completions=completions, **own, **columns)
             assert isinstance(got, list) and got == pytest.approx(parts[part].tolist())
-
-
-def test_trl_without_the_record_columns_says_which():
     with pytest.raises(ValueError, match="lacks .*history_genres"):
-        Reward("grounded", CATALOGUE).as_trl()[0](["p"], ["x"], user=[1])
+        reward.as_trl()[0](["p"], ["x"], user=[1])
 
 
 def test_weights_are_rescaled_to_sum_to_one():

@@ -110,15 +110,10 @@ def test_a_wrong_basis_does_not_protect():
 def test_with_the_whole_span_protected_items_do_not_move_and_other_texts_do():
     explainer = tiny_explainer(lora_layers=2)
     items = ItemTexts(explainer, ["good film", "bad"])  # three tokens span 3 of 32 directions
-    protected = protect(item_grams(explainer, items)[0], rank=3)
-    base = items.base_vectors()
-    train_shielded(explainer, protected, 10)
-    ids = torch.tensor([[4, 5, 6, 9]])
-    mask = torch.ones_like(ids)
-    tuned = explainer.top(explainer.trunk(ids, mask), mask)
-    with explainer.reference():
-        untuned = explainer.top(explainer.trunk(ids, mask), mask)
-    assert (tuned - untuned).abs().max() > 1e-3 and moved(items, base) < 1e-5
+    train_shielded(explainer, protect(item_grams(explainer, items)[0], rank=3), 10)
+    others = ItemTexts(explainer, ["you watched the green"])
+    assert moved(items, items.base_vectors()) < 1e-5
+    assert moved(others, others.base_vectors()) > 1e-3
 
 
 NARROW = Subspace(torch.eye(5, 2, dtype=torch.float64), torch.ones(5))
@@ -135,10 +130,7 @@ STRANGE = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
         ("shield_penalty above 0", lambda e, p: Shield(e, p).run_replay(1)),
         ("no LoRA layers", lambda e, p: Shield(tiny_explainer(), p)),
         ("choose one of gradient, update", lambda e, p: Shield(e, p, "magic")),
-        (
-            "lacks 8 shielded adapters, the first is layer 1 k_proj",
-            lambda e, p: Shield(e, p).attach(STRANGE),
-        ),
+        ("lacks 8 .*, the first is layer 1 k_proj", lambda e, p: Shield(e, p).attach(STRANGE)),
     ],
 )
 def test_bad_input_is_named(message, wrong):

@@ -66,10 +66,9 @@ def write(folder, kind: str, arm: str = "shielded"):
 def test_none_writes_nothing_and_a_missing_package_is_named(tmp_path, monkeypatch):
     write(tmp_path, "none")
     assert not list(tmp_path.iterdir())
+    for name in ("torch.utils.tensorboard", "tensorboardX", "wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, None)
     for kind in set(choices("tracker")) - {"none"}:
-        package = "torch.utils.tensorboard" if kind == "tensorboard" else kind.split("-")[0]
-        for name in (package, "tensorboardX"):
-            monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ValueError, match=f"tracker='{kind}': .*environment.yml"):
             write(tmp_path, kind)
 
