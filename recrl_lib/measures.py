@@ -26,7 +26,8 @@ REQUIRED_MEASURES = {
         "shield_seconds step_seconds peak_memory_gb"
     ).split(),
     "evaluation": (
-        "reward grounding_precision grounding_recall ctr ctr_lift kl ndcg@10 hr@10 top10_overlap "
+        "reward faithfulness faithfulness_served rank_drop specificity grounding_precision "
+        "grounding_recall ctr ctr_lift kl ndcg@10 hr@10 top10_overlap "
         "top10_set_same top10_exact kendall_tau rbo max_abs_score_delta distinct_2 tokens finished"
     ).split(),
     "audit": (

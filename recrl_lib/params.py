@@ -116,14 +116,16 @@ class ExplainerParams(StageParams):
     lora_rank: int = _p(16, "rank of the LoRA adapters (paper: 16)", 1)
     lora_alpha: int = _p(16, "LoRA alpha; the update is scaled by alpha / rank", 1)
     lora_layers: int = _p(4, "adapt the top n layers; 0 = all", 0)
-    history_length: int = _p(5, "most recent titles in the prompt", 1)
-    temperature: float = _p(0.7, "divides the logits, in every log-probability too", 0.05)
+    history_length: int = _p(6, "most recent titles in the prompt", 1)
+    evidence: Literal["none", "order", "named"] = _p(
+        "order", "of what moved the ranker, in prompts"
+    )
+    temperature: float = _p(1.0, "divides the logits, in every log-probability too", 0.05)
     max_new_tokens: int = _p(24, "longest explanation", 4)
     explain_users: int = _p(8, "users whose base explanations are sampled in notebook 03", 1)
-    reward: Literal["grounded", "paper"] = _p("grounded", "reward variant")
-    weight_length: float = _p(0.5, "reward: weight of length, rescaled to sum 1", 0.0)
-    weight_relevance: float = _p(0.3, "reward: weight of relevance", 0.0)
-    weight_coherence: float = _p(0.2, "reward: weight of coherence", 0.0)
+    reward: Literal["faithful", "grounded", "paper"] = _p("faithful", "reward variant")
+    weight_form: float = _p(0.2, "faithful reward: weight of form, rescaled to sum 1", 0.0)
+    weight_faithfulness: float = _p(0.8, "faithful reward: weight of faithfulness", 0.0)
 
 
 class ShieldParams(StageParams):
@@ -149,11 +151,12 @@ class PPOParams(StageParams):
     ppo_steps: int = _p(2, "rollout-update iterations", 1)
     prompts_per_step: int = _p(4, "different prompts in a rollout", 1)
     samples_per_prompt: int = _p(4, "explanations sampled per prompt", 1)
-    ppo_epochs: int = _p(2, "passes over each rollout", 1)
+    ppo_epochs: int = _p(1, "passes over each rollout", 1)
     minibatches: int = _p(2, "optimizer steps per pass", 1)
     learning_rate: float = _p(2e-3, "AdamW rate of the adapters", 0.0)
     value_lr: float = _p(1e-5, "AdamW rate of the value head", 0.0)
-    kl_coef: float = _p(0.02, "per-token KL penalty in the reward", 0.0)
+    baseline: Literal["leave_one_out", "value"] = _p("leave_one_out", "of the advantages")
+    kl_coef: float = _p(0.01, "per-token KL penalty in the reward", 0.0)
     clip_range: float = _p(0.2, "PPO clip range of the ratio", 0.0, 1.0)
     value_clip: float = _p(0.2, "clip range of the value", 0.0)
     gae_lambda: float = _p(1.0, "GAE lambda (gamma is 1)", 0.0, 1.0)
@@ -213,21 +216,22 @@ class Params(
         """What must hold between parameters: the one to name, whether it holds, the remedy."""
         ppo, penalty = self.algorithm == "ppo", self.shield_penalty
         prompts, samples = self.prompts_per_step, self.samples_per_prompt
-        weights = (self.weight_length, self.weight_relevance, self.weight_coherence)
         only_ppo = (self.lr_schedule, self.kl_target, self.stop_kl, self.processes)
         return [
             ("run", self.run != "reference",
              "that folder holds the published runs; choose another name"),
             ("ranker_dim", self.ranker_dim % self.ranker_heads == 0,
              f"must be a multiple of ranker_heads={self.ranker_heads}"),
-            ("weight_length", sum(weights) > 0,
-             "weight_length, weight_relevance or weight_coherence must be above 0"),
+            ("weight_form", self.weight_form + self.weight_faithfulness > 0,
+             "weight_form or weight_faithfulness must be above 0"),
             ("shield_penalty", penalty > 0 or self.shield_mode != "penalty",
              "shield_mode='penalty' has nothing else; give it a weight, 100.0 say"),
             ("shield_replay_steps", penalty > 0 or self.shield_replay_steps == 0,
              "nothing to replay by; give shield_penalty a weight, 1000.0 say"),
-            ("minibatches", prompts * samples % self.minibatches == 0,
-             f"must divide prompts_per_step x samples_per_prompt = {prompts} x {samples}"),
+            ("minibatches", prompts % self.minibatches == 0,
+             f"must divide prompts_per_step={prompts}: all texts of a prompt go together"),
+            ("baseline", samples > 1 or self.baseline == "value",
+             "leave_one_out needs samples_per_prompt above 1"),
             ("processes", prompts % self.processes == 0, f"must divide prompts_per_step={prompts}"),
             ("algorithm", ppo or only_ppo == ("constant", 0.0, 0.0, 1),
              "lr_schedule, kl_target, stop_kl and processes work with 'ppo' only"),

@@ -1,17 +1,19 @@
 """What the notebooks after 02 share: one run's tables, split, frozen ranker and base ranking."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from recrl_lib.data import splits
-from recrl_lib.explainer.prompts import build_records
+from recrl_lib.explainer.prompts import Record, build_records
 from recrl_lib.params import TOP_K
 from recrl_lib.ranker import sasrec
 from recrl_lib.runs import StageRun
+from recrl_lib.scoring import attribution
 from recrl_lib.scoring.claims import Catalogue
 
 
@@ -32,11 +34,32 @@ class Study:
     catalogue: Catalogue  # titles and genres that a text may claim
     history_length: int  # titles in a prompt
     noun: str = "film"  # what an item is called
+    evidence: str = "none"  # of what moved the ranker, in a prompt: see ``prompts.messages``
 
     def records(self, users: Iterable[int], positions: Iterable[int]) -> list[dict]:
-        """One record a user, about the item at the given place (from 1) of the user's top 10."""
-        history, asked = self.split.with_valid, zip(users, positions)
-        return build_records(self.items, history, self.top, asked, self.history_length, self.noun)
+        """One record a user, about the item at the given place (from 1) of the user's top 10.
+
+        With the weights of the history films in the recommendation (``scoring.attribution``), and
+        their similarity to the recommended film, the cosine of the ranker's item vectors.
+        """
+        history, asked, shown = self.split.with_valid, zip(users, positions), self.history_length
+        records = build_records(self.items, history, self.top, asked, shown, self.noun)
+        history, asked, shown = self.split.with_valid, zip(users, positions), self.history_length
+        records = build_records(self.items, history, self.top, asked, shown, self.noun)
+        vectors = torch.nn.functional.normalize(self.ranker.item_table(self.text).detach())
+        for record, weights in zip(records, self.weights(records, self.text), strict=True):
+            near = vectors[history[record["user"]][-shown:]] @ vectors[record["item"]]
+            record["history_weights"], record["history_similarity"] = weights, near.tolist()
+            record["evidence"] = self.evidence
+        return records
+
+    def weights(self, records: Sequence[Record], vectors: Tensor | None) -> list[list[float]]:
+        """What moved the ranker that reads item vectors (I+1, d): of each record, the weights of
+        its history films, see ``scoring.attribution``."""
+        read = [self.split.with_valid[record["user"]] for record in records]
+        items = [record["item"] for record in records]
+        found = attribution.weights(self.ranker, read, items, self.history_length, vectors)
+        return [weights.tolist() for weights in found]
 
     def training_records(self) -> list[dict]:
         """Every top-10 item of every PPO user, held-out items excepted."""
@@ -92,6 +115,7 @@ def load(stage: StageRun) -> Study:
         catalogue=catalogue_of(items),
         history_length=params.history_length,
         noun=stage.load_json("dataset")["noun"],
+        evidence=params.evidence,
     )
 
 

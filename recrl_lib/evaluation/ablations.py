@@ -15,10 +15,10 @@ from recrl_lib import runs
 from recrl_lib.evaluation import stats
 from recrl_lib.evaluation.findings import rows_of
 from recrl_lib.params import Params
-from recrl_lib.scoring import reward
 
 MAIN, NO_PROJECTION = "main", "no_projection"
-PAIRED = ["reward", "quality", "kl"]  # columns of the texts
+# Columns of the texts; not the reward, which means another thing where its parts are changed.
+PAIRED = ["faithfulness", "rank_drop", "quality", "kl"]
 OF_RUN = (("ctr_lift", "base"), ("top10_overlap", ""), ("ndcg@10", ""), ("max_abs_score_delta", ""))
 
 
@@ -39,9 +39,6 @@ def collect(params: Params) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     all_texts, all_results = [], []
     for run, arm, seed in chosen:
         texts = pd.read_parquet(runs.run_folder(run) / "artifacts" / "explanations.parquet")
-        # An arm may be tuned for another sum of the parts: all are compared by the study's weights.
-        parts = (texts[f"reward_{part}"].astype(float) for part in reward.PARTS)
-        texts["reward"] = sum(w * part for w, part in zip(reward.WEIGHTS, parts, strict=True))
         policies = {"shielded": arm} | ({"unshielded": NO_PROJECTION} if arm == MAIN else {})
         results = runs.read_results(run, "evaluation")
         for found, table in ((all_texts, texts), (all_results, results)):

@@ -16,20 +16,25 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from recrl_lib.evaluation import stats
+from recrl_lib.evaluation import rank_drop, stats
 from recrl_lib.evaluation.clicks import ClickModel, standardised_score
 from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
 from recrl_lib.explainer.sampling import explain
 from recrl_lib.params import PROFILES, TOP_K, Params, resolve
 from recrl_lib.ranker.ranking import mask_seen, score_chunks
-from recrl_lib.scoring import composed, judge
+from recrl_lib.scoring import attribution, composed, judge
 from recrl_lib.study import Study
 
 TEXT_ARMS = ("base", "unshielded", "shielded")
-CONTROL = "control_"  # arms of texts composed by rule; "reference" is the human-made ceiling
-HEADLINE = ("reward", "quality", "ctr")
+CONTROL, RULE = "control_", "rule_"  # arms of texts composed by rule: must not win, and rivals
+CEILING = "rule_oracle"
+HEADLINE = ("reward", "faithfulness", "rank_drop", "quality", "ctr")
+# Of a text: faithfulness whatever its form, to the base ranking, to the one that its arm would
+# serve, and of the texts that cite at all; the judge's measure of it.
+FAITHFUL = ("faithfulness", "faithfulness_served", "faithfulness_cited", "cites", "rank_drop")
 # Columns of the ranking table, and the measures that their means are.
 RANKING = {
     "ndcg": "ndcg@10", "hr": "hr@10", "overlap": "top10_overlap", "set_same": "top10_set_same",
@@ -56,14 +61,27 @@ class Scorer:
         self.study, self.records, self.reward, self.seed = study, records, reward, seed
         self.judge = judge.Judge(records, same_user, study.catalogue, encoder, seed)
 
+    def faithfulness(self, texts: Sequence[str], vectors: Tensor | None) -> np.ndarray:
+        """(n,) of each text to the ranking by item vectors (I+1, d)."""
+        records, read = self.records[: len(texts)], self.study.catalogue
+        pairs = zip(self.study.weights(records, vectors), records, texts, strict=True)
+        return np.array([attribution.faithfulness(w, read.cited(r, t)) for w, r, t in pairs])
+
     def score(self, arm: str, texts: list[str], logprobs: Sequence[np.ndarray]) -> pd.DataFrame:
-        """One row a text: reward, parts, judge's measures. ``logprobs``: by token, of the base."""
+        """One row a text: reward, parts, ``FAITHFUL``, judge's measures. ``logprobs``: by token, of
+        the base. ``faithfulness_served`` is to the base ranking: where an arm serves another, put
+        ``faithfulness`` by its vectors there."""
         records = self.records[: len(texts)]
         total, parts = self.reward(records, texts)
+        faithful = self.faithfulness(texts, self.study.text)
+        cites = np.array([bool(self.study.catalogue.cited(r, t)) for r, t in zip(records, texts)])
+        only, rng = np.where(cites, faithful, np.nan), np.random.default_rng(self.seed)
+        drop = rank_drop.rank_drop(self.study, records, texts, rng)
+        measured = dict(zip(FAITHFUL, (faithful, faithful, only, cites, drop), strict=True))
         frame = pd.DataFrame(records)[["user", "item", "position", "title"]]
         scored = {f"reward_{name}": part for name, part in parts.items()}
         new = frame["item"].isin(self.study.heldout_items)
-        frame = frame.assign(arm=arm, new_item=new, text=texts, reward=total, **scored)
+        frame = frame.assign(arm=arm, new_item=new, text=texts, reward=total, **scored, **measured)
         return frame.join(self.judge.score(texts, logprobs))
 
     def explain(
@@ -78,11 +96,14 @@ class Scorer:
         return scored.assign(kl=said.kl, tokens=tokens, finished=said.ended)
 
     def controls(self, explainer: Explainer, temperature: float, n: int) -> pd.DataFrame:
-        """``score`` of control texts and reference lines, for the first ``n`` records."""
+        """``score`` of the controls and of each rule's lines, for the first ``n`` records."""
         records = self.records[:n]
         made = composed.control_texts(records, [messages(r)[1]["content"] for r in records])
         texts = {f"{CONTROL}{name}": said for name, said in made.items()}
-        texts["reference"] = [composed.reference_line(r) for r in records]
+        texts |= {
+            f"{RULE}{rule}": [composed.composed_line(r, rule) for r in records]
+            for rule in composed.RULES
+        }
         scored = []
         for arm, said in texts.items():
             logprobs = base_logprobs(explainer, records, said, temperature)
@@ -176,18 +197,19 @@ def text_rows(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) ->
     """Every comparison of texts and clicks of ``click_table``: each arm, the tuned against base
     (also by group of items), their own warm start and each control."""
     parts = [name for name in scored if name.startswith("reward_")]
-    measures = ["reward", *parts, *judge.JUDGED, "kl", "tokens", "finished", "ctr"]
+    measures = ["reward", *parts, *FAITHFUL, *judge.JUDGED, "kl", "tokens", "finished", "ctr"]
     compared = Comparison(scored, measures, resamples, rng)
     arms = list(scored["arm"].unique())
-    rivals = [arm for arm in arms if arm.startswith(CONTROL) or arm == "reference"]
+    rivals = [arm for arm in arms if arm.startswith((CONTROL, RULE))]
     new = scored.loc[scored["arm"] == "base", "new_item"].to_numpy(bool)
-    few = np.arange(len(new)) < (scored["arm"] == "reference").sum()
+    few = np.arange(len(new)) < (scored["arm"] == CEILING).sum()
     asked: list[tuple] = [(arm, against) for against in ("", "base") for arm in arms]
     for arm in TEXT_ARMS:
         asked += [(arm, against, "control_users", few, HEADLINE) for against in ("", "base")]
     for arm in TEXT_ARMS[1:]:
         asked += [(arm, "base", "seen_items", ~new), (arm, "base", "new_items", new)]
-        asked += [(arm, warm) for warm in arms if warm == f"{arm}_warm"]
+        if (warm := f"{arm}_warm") in arms:
+            asked += [(arm, warm), (arm, warm, "new_items", new)]
         asked += [(arm, rival, "all", None, HEADLINE) for rival in rivals]
     out = [compared.rows(*key) for key in asked] + [gain_kept(scored, resamples, rng)]
     return with_separate(pd.concat(out, ignore_index=True))
@@ -196,7 +218,10 @@ def text_rows(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) ->
 def with_separate(rows: pd.DataFrame) -> pd.DataFrame:
     """``rows`` and those of ``separate``, whose texts are the unshielded policy's."""
     own = rows[(rows["arm"] == "unshielded") & (rows["against"].isin(["", "base"]))]
-    return pd.concat([rows, own.assign(arm="separate")], ignore_index=True)
+    own = own[own["measure"] != "faithfulness_served"]  # the base ranking is what separate serves
+    served = own[own["measure"] == "faithfulness"].assign(measure="faithfulness_served")
+    own = pd.concat([own, served]).assign(arm="separate")
+    return pd.concat([rows, own], ignore_index=True)
 
 
 def judge_rows(
@@ -205,7 +230,7 @@ def judge_rows(
     """The judge's measures of each arm's texts as a whole, and its paired measures of the same
     texts shuffled."""
     out, shuffled = [], []
-    for arm in (*TEXT_ARMS, "reference"):
+    for arm in (*TEXT_ARMS, CEILING):
         said = scored[scored["arm"] == arm]
         texts = said["text"].tolist()
         whole = pd.Series(scorer.judge.corpus(texts), name="value").rename_axis("measure")
@@ -246,8 +271,8 @@ def gain_kept(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) ->
 def tests(
     scored: pd.DataFrame, ranking: pd.DataFrame, resamples: int, rng: np.random.Generator
 ) -> pd.DataFrame:
-    """p-values of eight questions (random signs), ``<measure>_p``, and after Holm's correction over
-    all of them, ``<measure>_p_holm``, as rows of results."""
+    """p-values of the headline questions (random signs), ``<measure>_p``, and by Holm's correction
+    for their number, ``<measure>_p_holm``, as rows of results."""
     tables = {name: scored for name in HEADLINE} | {"ndcg@10": ranking.rename(columns=RANKING)}
     rows = []
     for arm in TEXT_ARMS[1:]:

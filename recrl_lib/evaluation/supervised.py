@@ -15,7 +15,7 @@ from recrl_lib.explainer import sampling
 from recrl_lib.explainer.model import Explainer, left_pad, position_ids
 from recrl_lib.explainer.prompts import messages, prompt_ids
 from recrl_lib.progress import track
-from recrl_lib.scoring.composed import reference_line
+from recrl_lib.scoring.composed import composed_line
 from recrl_lib.shield.subspaces import state_grams
 
 TEXT_TOKENS = 40  # longest explanation of ``Demonstrations.greedy``
@@ -24,7 +24,7 @@ Rows = range | list[int]
 
 
 class Demonstrations:
-    """Prompts followed by explanations, by default those that ``reference_line`` composes.
+    """Prompts followed by explanations, by default those that ``composed_line`` composes.
     ``states`` is what the layers below the adapters make of the tokens ``ids``, read once."""
 
     @torch.no_grad()
@@ -32,7 +32,7 @@ class Demonstrations:
         self.explainer, self.records = explainer, records
         self.peft: Any = explainer.peft
         self.prompts = [prompt_ids(explainer, messages(r)) for r in records]
-        texts = [reference_line(r) for r in records] if texts is None else list(texts)
+        texts = [composed_line(r) for r in records] if texts is None else list(texts)
         answers = explainer.tokenizer(texts, add_special_tokens=False)["input_ids"]
         self.ids, self.labels, self.states = [], [], []  # (T,), (T,), (T, d) each
         for prompt, answer in zip(self.prompts, answers):

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -49,6 +49,41 @@ def left_pad(prompts: list[list[int]], pad_id: int, device: Any) -> tuple[Tensor
 def position_ids(mask: Tensor) -> Tensor:
     """Positions (B, T) that count each row's real tokens from 0, wherever its padding is."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class Layout(NamedTuple):
+    """What each of the last T of S tokens attends to, and its place in its own text."""
+
+    allowed: Tensor  # (B, 1, T, S) bool
+    positions: Tensor  # (B, T)
+
+
+def causal_layout(mask: Tensor, new: int) -> Layout:
+    """Of the last ``new`` tokens of rows that hold one text each; ``mask`` (B, S): real tokens.
+
+    A token sees the real ones up to its own. Padding sees itself: no softmax over nothing.
+    """
+    square = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
+    allowed = square[-new:] & mask.bool()[:, None] | square.triu()[-new:]
+    return Layout(allowed[:, None], position_ids(mask)[:, -new:])
+
+
+def shared_layout(prompt_mask: Tensor, answers: Tensor) -> Layout:
+    """Of rows that hold a prompt, then s answers to it side by side.
+
+    ``prompt_mask`` (B, P), ``answers`` (B, s, R): real tokens. An answer sees the prompt and
+    itself, and its places count on from the prompt's end, as if each had a row of its own.
+    """
+    samples, width = answers.shape[1:]
+    place = position_ids(prompt_mask)
+    owner = torch.arange(samples, device=answers.device).repeat_interleave(width)
+    owner = torch.cat([owner.new_full(place.shape[1:], -1), owner])  # -1: the prompt
+    square = torch.ones(len(owner), len(owner), dtype=torch.bool, device=owner.device).tril()
+    seen = square & ((owner == -1) | (owner[:, None] == owner))
+    real = torch.cat([prompt_mask, answers.flatten(1)], 1)
+    within = position_ids(answers) + place[:, -1:, None] + 1
+    allowed = seen & real[:, None] | square.triu()
+    return Layout(allowed[:, None], torch.cat([place, within.flatten(1)], 1))
 
 
 class Explainer:
@@ -153,8 +188,11 @@ class Explainer:
             embedded = self.lm.get_input_embeddings()(ids)
             return self._run(embedded, mask, slice(self.cut), cache) if self.split else embedded
 
-    def top(self, states: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        """Last hidden states (B, T, d), normed, from trunk states, through the adapters if on."""
+    def top(self, states: Tensor, mask: Any, cache: Any = None) -> Tensor:
+        """Last hidden states (B, T, d), normed, from trunk states, through the adapters if on.
+
+        ``mask`` as for ``trunk``; for a split model a ``Layout`` will do too.
+        """
         if self.split:
             h = self._run(states, mask, slice(self.cut, None), cache)
             return self.lm.model.norm(h)
@@ -163,13 +201,9 @@ class Explainer:
             given["position_ids"] = position_ids(mask)
         return body(inputs_embeds=states, **given).last_hidden_state
 
-    def _run(self, h: Tensor, mask: Tensor, layers: slice, cache: Any) -> Tensor:
+    def _run(self, h: Tensor, mask: Any, layers: slice, cache: Any) -> Tensor:
         """Hidden states (B, T, d) after ``layers``: the one forward pass of sampler and update."""
-        new, length = h.shape[1], mask.shape[1]
-        square = torch.ones(length, length, dtype=torch.bool, device=h.device).tril()[-new:]
-        own = square.triu(length - new)  # padding sees itself: no softmax over nothing
-        allowed = (square & mask.bool()[:, None] | own)[:, None]  # (B, 1, T, S)
-        positions = position_ids(mask)[:, -new:]
+        allowed, positions = mask if isinstance(mask, Layout) else causal_layout(mask, h.shape[1])
         rotary = self.lm.model.rotary_emb(h, positions)
         shared = {"attention_mask": allowed, "position_ids": positions, "past_key_values": cache}
         for layer in self.lm.model.layers[layers]:

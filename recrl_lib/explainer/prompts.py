@@ -64,15 +64,23 @@ def build_records(
 
 
 def messages(record: Record) -> list[dict[str, str]]:
-    """The chat that asks for one explanation."""
-    noun = record.get("noun", "film")
+    """The chat that asks for one explanation.
+
+    The record's ``evidence`` of what moved the ranker: ``none``, the ``order`` of the history, or
+    the two films that moved it most ``named``.
+    """
+    noun, titles = record.get("noun", "film"), record["history_titles"]
     person, did = NOUNS[noun]
+    weights, evidence = record.get("history_weights", ()), record.get("evidence", "none")
+    ordered = [title for _, title in sorted(zip(weights, titles), key=lambda pair: -pair[0])]
+    watched = f"I {did}: {'; '.join(titles)}.\n"
+    if evidence == "order":
+        watched = f"I {did}, what counted most first: {'; '.join(ordered)}.\n"
+    elif evidence == "named":
+        watched += f"What counted most: {' and '.join(ordered[:2])}.\n"
     year = f" ({record['year']})" if record["year"] else ""
     genres = f", genres {', '.join(record['genres'])}" if record["genres"] else ""
-    question = (
-        f"I {did}: {'; '.join(record['history_titles'])}.\n"
-        f"Why do you recommend {record['title']}{year}{genres}?"
-    )
+    question = f"{watched}Why do you recommend {record['title']}{year}{genres}?"
     return [
         {"role": "system", "content": SYSTEM.format(noun=noun, person=person, did=did)},
         {"role": "user", "content": question},

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recrl_lib.explainer.model import Explainer, left_pad
+from recrl_lib.explainer.model import Explainer, left_pad, shared_layout
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
 from recrl_lib.progress import track
 
@@ -29,21 +29,26 @@ class Settings(NamedTuple):
 
 @dataclass
 class Rollout:
-    """Sampled responses with all that PPO needs of the moment they were sampled."""
+    """Sampled responses with all that PPO needs of the moment they were sampled.
 
-    prompt_mask: Tensor  # (B, P) bool
+    G prompts have s responses each, in adjacent rows: B = G s. Of a model that cannot read several
+    answers in one row, every response has a prompt of its own: G = B and s = 1.
+    """
+
+    prompt_mask: Tensor  # (G, P) bool
+    prompt_states: Tensor  # (G, P, d) trunk states
     response: Tensor  # (B, R) token ids
     mask: Tensor  # (B, R) bool: real response tokens, the EOS included
     logprobs: Tensor  # (B, R) of the sampled tokens under the sampling policy
     values: Tensor  # (B, R) V(state before the token); 0 without a value head
-    states: Tensor  # (B, P + R - 1, d) trunk states of prompt and response
+    states: Tensor  # (B, R - 1, d) trunk states of all tokens but the last
     ended: Tensor  # (B,) bool: the response has its EOS
     texts: list[str]
 
     @property
-    def full_mask(self) -> Tensor:
-        """(B, P + R - 1): real tokens of prompt and response, the last response token excepted."""
-        return torch.cat([self.prompt_mask, self.mask[:, :-1]], dim=1)
+    def samples(self) -> int:
+        """s: responses to each prompt."""
+        return len(self.mask) // len(self.prompt_mask)
 
 
 @dataclass
@@ -73,14 +78,15 @@ def sample(
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(explainer.device)
     with torch.no_grad():
         run = _decode if explainer.split else _generate
-        prompt_mask, response, mask, logprobs, values, states = run(
+        prompt_mask, prompt_states, response, mask, logprobs, values, states = run(
             explainer, prompts, settings, uniforms, value_head or torch.zeros_like
         )
     response = response.masked_fill(~mask, explainer.pad_id)
     logprobs, values = (x.masked_fill(~mask, 0.0) for x in (logprobs, values))
     ended = (response == explainer.eos_id).any(-1)
     texts = [decode(explainer, row[keep]) for row, keep in zip(response, mask)]
-    return Rollout(prompt_mask, response, mask, logprobs, values, states, ended, texts)
+    sampled = response, mask, logprobs, values, states, ended, texts
+    return Rollout(prompt_mask, prompt_states, *sampled)
 
 
 def decode(explainer: Explainer, ids: Tensor) -> str:
@@ -89,15 +95,27 @@ def decode(explainer: Explainer, ids: Tensor) -> str:
 
 
 def response_hidden(explainer: Explainer, rollout: Rollout) -> Tensor:
-    """Hidden states (B, R, d) *before* each response token, under the adapters as they are."""
-    first = rollout.prompt_mask.shape[1] - 1
-    return explainer.top(rollout.states, rollout.full_mask)[:, first:]
+    """Hidden states (B, R, d) *before* each response token, under the adapters as they are.
+
+    A prompt and all its responses go through the network as one row.
+    """
+    (groups, width), samples = rollout.prompt_mask.shape, rollout.samples
+    answers = rollout.mask[:, :-1].unflatten(0, (groups, samples))
+    seen = torch.cat([rollout.prompt_mask, answers[:, 0]], 1)
+    if samples > 1:
+        seen = shared_layout(rollout.prompt_mask, answers)
+    states = rollout.states.unflatten(0, (groups, samples)).flatten(1, 2)
+    hidden = explainer.top(torch.cat([rollout.prompt_states, states], 1), seen)
+    first = hidden[:, None, width - 1 : width].expand(-1, samples, -1, -1)
+    return torch.cat([first, hidden[:, width:].unflatten(1, (samples, -1))], 2).flatten(0, 1)
 
 
 def token_logprobs(explainer: Explainer, rollout: Rollout, temperature: float) -> Tensor:
     """Log-probabilities (B, R) of the sampled tokens, adapters as they are; 0 where masked."""
-    logp = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
-    return _of(rollout.response, logp).masked_fill(~rollout.mask, 0.0)
+    real = rollout.mask
+    logp = explainer.log_softmax(response_hidden(explainer, rollout)[real], temperature)
+    zeros = torch.zeros_like(rollout.logprobs)
+    return zeros.masked_scatter(real, _of(rollout.response[real], logp))
 
 
 @torch.no_grad()
@@ -118,11 +136,12 @@ def explain(
         if explainer.adapters_off:  # the reference sampled: its log-probabilities are at hand
             chosen, kl = rollout.logprobs, torch.zeros(len(prompts))
         else:
-            new = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
+            real, zeros = rollout.mask, torch.zeros_like(rollout.logprobs)
+            new = explainer.log_softmax(response_hidden(explainer, rollout)[real], temperature)
             with explainer.reference():
-                ref = explainer.log_softmax(response_hidden(explainer, rollout), temperature)
-            kl = (new.exp() * (new - ref)).sum(-1).masked_fill(~rollout.mask, 0.0).sum(-1)
-            chosen = _of(rollout.response, ref)
+                ref = explainer.log_softmax(response_hidden(explainer, rollout)[real], temperature)
+            kl = zeros.masked_scatter(real, (new.exp() * (new - ref)).sum(-1)).sum(-1)
+            chosen = zeros.masked_scatter(real, _of(rollout.response[real], ref))
         said.texts += rollout.texts
         said.reference += [row[keep].cpu().numpy() for row, keep in zip(chosen, rollout.mask)]
         said.kl = np.append(said.kl, kl.clamp(min=0).cpu().numpy())
@@ -150,11 +169,12 @@ def _of(ids: Tensor, logprobs: Tensor) -> Tensor:
 def _decode(
     explainer: Explainer, prompts: list, settings: Settings, uniforms: Tensor | None, value: Any
 ) -> tuple[Tensor, ...]:
-    """A rollout's first six fields by a Llama-type model's layers, one token at a time."""
+    """A rollout's first seven fields by a Llama-type model's layers, one token at a time."""
     device, tokens = explainer.device, settings.max_new_tokens
     room = tokens + max(map(len, prompts))
-    h, prompt_mask, states, cached, cache = _read(explainer, prompts, settings.samples, room)
-    rows, width = prompt_mask.shape
+    h, prompt_mask, prompt_states, cached, cache = _read(explainer, prompts, settings.samples, room)
+    rows, width = h.shape
+    states = h.new_zeros(rows, tokens - 1, width)
     response = torch.full((rows, tokens), explainer.pad_id, device=device)
     mask = torch.zeros(rows, tokens, dtype=torch.bool, device=device)
     logprobs, values = (torch.zeros(rows, tokens, device=device) for _ in range(2))
@@ -177,9 +197,9 @@ def _decode(
             alive, token = alive[keep], token[keep]
         seen = torch.cat([cached, mask[:, : t + 1]], dim=1)[alive]
         state = explainer.trunk(token[:, None], seen, cache)
-        h, states[alive, width + t] = explainer.top(state, seen, cache)[:, -1], state[:, 0]
+        h, states[alive, t] = explainer.top(state, seen, cache)[:, -1], state[:, 0]
     found = (x[:, : t + 1] for x in (response, mask, logprobs, values))
-    return prompt_mask, *found, states[:, : width + t]
+    return prompt_mask, prompt_states, *found, states[:, :t]
 
 
 def _read(
@@ -187,9 +207,9 @@ def _read(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, "Cache"]:
     """Run the prompts through the network, once each, and their common beginning once for all.
 
-    Returns the last hidden state (B, d), the mask (B, P) of left-padded prompts, trunk states
-    (B, room - 1, d), the cache's own mask (B, P), and the cache, which has its padding between the
-    common beginning and the rest.
+    Returns the last hidden state (B, d), mask (G, P) and trunk states (G, P, d) of the left-padded
+    prompts, the cache's own mask (B, P), and the cache, which has its padding between the common
+    beginning and the rest.
     """
     device = explainer.device
     common = commonprefix(prompts)[: min(map(len, prompts)) - 1] if len(prompts) > 1 else []
@@ -208,10 +228,9 @@ def _read(
     order = mask.long().argsort(dim=1, stable=True)  # padding first
     states = torch.cat([*states, rest], 1)
     states = states.gather(1, order[..., None].expand_as(states))
-    states = F.pad(states, (0, 0, 0, room - 1 - states.shape[1]))
     repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
     cache.take(repeat)
-    return h[repeat], mask.gather(1, order)[repeat], states[repeat], mask[repeat], cache
+    return h[repeat], mask.gather(1, order), states, mask[repeat], cache
 
 
 class Cache:
@@ -271,4 +290,5 @@ def _generate(
     logprobs = torch.zeros(response.shape, device=ids.device)
     for row in range(len(ids)):  # a row at a time: the logits of a whole batch may not fit
         logprobs[row] = _of(response[row], explainer.log_softmax(hidden[row], settings.temperature))
-    return prompt_mask, response, mask, logprobs, value(hidden)[..., 0].float(), states
+    sampled = response, mask, logprobs, value(hidden)[..., 0].float(), states[:, width:]
+    return prompt_mask, states[:, :width], *sampled

@@ -25,6 +25,7 @@ MARKER = "<!-- results -->"  # stands before and after the README's table
 RECORDS = ("params.yaml", "manifest.json")
 COLUMNS = {  # heading of the main table: measure, against
     "reward": ("reward", ""),
+    "faithfulness": ("faithfulness", ""),
     "simulated clicks, times base": ("ctr_lift", "base"),
     "NDCG@10": ("ndcg@10", ""),
     "top-10 places kept": ("top10_overlap", ""),

@@ -124,8 +124,9 @@ def evaluation(run: Finished) -> list[pd.DataFrame]:
     for arm, part in said.groupby("arm", sort=False):
         # One token of the stored fluency's probability stands for the tokens, which are not stored.
         tokens = [np.log([f]) if f > 0 else np.array([]) for f in part["fluency"]]
-        stored = part[["kl", "tokens", "finished"]].reset_index(drop=True)
-        parts.append(scorer.score(str(arm), part["text"].tolist(), tokens).join(stored))
+        by_model = ["kl", "tokens", "finished", "faithfulness_served"]
+        again = scorer.score(str(arm), part["text"].tolist(), tokens)
+        parts.append(again.assign(**part[by_model].reset_index(drop=True)))
     model, texts = clicks.ClickModel.of(params), pd.concat(parts, ignore_index=True)
     scored, _, _ = results.click_table(made, texts, model, rng("clicks"))
     lists, tables = load("top10"), []

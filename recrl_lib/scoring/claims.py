@@ -145,6 +145,15 @@ class Catalogue:
         found += [(a, b, what in genres) for a, b, what in said.genres]
         return [(said.spans[a][0], said.spans[b - 1][1], true) for a, b, true in sorted(found)]
 
+    def cited(self, record: Record, text: str) -> list[int]:
+        """The history films that a text names, as places in ``history_titles``, in their order."""
+        _, _, named = self._truth(record, self.claims(text))
+        return [j for j, title in enumerate(record["history_titles"]) if title in named]
+
+    def mentions(self, record: Record, text: str) -> int:
+        """How often a text names the recommended film."""
+        return sum(record["title"] in what for _, _, what in self._read(text).titles)
+
     def verdict(self, record: Record, text: str) -> Verdict:
         """Hold the claims of ``text`` against ``record``.
 

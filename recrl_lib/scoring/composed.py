@@ -1,17 +1,19 @@
-"""Texts composed by rule.
+"""Texts composed by rule, true by construction, and controls that must not win.
 
-Reference lines, true by construction, are the ceiling to show beside a model's texts, and what a
-warm start imitates. Controls are what a policy might drift to if a measure could be fooled: it must
-beat each of them under the reward, the judge and the simulated clicks.
+The lines that cite films at random are what a warm start imitates: they teach the form alone. Those
+of the other rules are rivals of a model's texts, ``oracle`` the ceiling. Controls are what a policy
+might drift to if a measure could be fooled: it must beat each under reward, judge and clicks.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from recrl_lib.explainer.prompts import NOUNS, Record, real_genres
 
 _OPENINGS = (
-    "Because you liked {history}, I recommend {film}, {what}.",
-    "I recommend {film} because you enjoyed {history}; it is {what}.",
+    "Because you {did} {history}, I recommend {film}, {what}.",
+    "I recommend {film} because you {did} {history}; it is {what}.",
     "You {did} {history}, so I think you will like {film}, {what}.",
 )
 _PRAISE = (
@@ -24,13 +26,35 @@ _RAMBLE = (
 )
 
 
-def reference_line(record: Record) -> str:
-    """An explanation from metadata alone: the item, its year and genres, and the one or two history
-    titles that share most genres with it, the latest first."""
+def _values(record: Record, rule: str) -> Sequence[float]:
+    """What ``rule`` goes by, a number a history film."""
+    genres, shown = set(real_genres(record)), range(len(record["history_titles"]))
+    if rule == "random":
+        return np.random.default_rng([record["user"], record["item"]]).random(len(shown)).tolist()
+    if rule == "genre":
+        return [len(genres & set(own)) for own in record["history_genres"]]
+    return shown if rule == "recent" else record[RULES[rule]]
+
+
+# similar: to the recommended film, by the ranker's item vectors; oracle: what moved the ranker.
+RULES = {
+    "random": "", "recent": "", "genre": "",
+    "similar": "history_similarity", "oracle": "history_weights",
+}  # fmt: skip
+
+
+def cited_by(rule: str, record: Record) -> list[int]:
+    """The one or two history films that a rule of ``RULES`` cites, as places in the history: those
+    with the largest values, the later one of equals."""
+    values = _values(record, rule)
+    return sorted(range(len(values)), key=lambda j: (-values[j], -j))[:2]
+
+
+def composed_line(record: Record, rule: str = "random") -> str:
+    """An explanation that names the item, its year and genres, and what ``rule`` cites."""
     genres, noun = real_genres(record), record.get("noun", "film")
-    shared = [len(set(genres) & set(g)) for g in record["history_genres"]]
-    nearest = sorted(range(len(shared)), key=lambda i: (-shared[i], -i))[:2]
-    history = " and ".join(dict.fromkeys(record["history_titles"][i] for i in nearest))
+    titles = (record["history_titles"][j] for j in cited_by(rule, record))
+    history = " and ".join(dict.fromkeys(titles))
     film = record["title"] + (f" ({record['year']})" if record["year"] else "")
     *most, last = [g.lower().replace("film-noir", "film noir") for g in genres] or [""]
     kind = " and ".join(filter(None, [", ".join(most), last]))
@@ -51,6 +75,6 @@ def control_texts(records: Sequence[Record], prompts: Sequence[str]) -> dict[str
         "constant": [_PRAISE] * n,
         "longest": [f"Y{_RAMBLE}, and y{_RAMBLE}, so y{_RAMBLE}."] * n,  # about nothing
         "keywords": [" and ".join(true) + "." for true in said],
-        "another_item": [reference_line(records[(i + 1) % n]) for i in range(n)],
+        "another_item": [composed_line(records[(i + 1) % n]) for i in range(n)],
         "copied_prompt": list(prompts),
     }

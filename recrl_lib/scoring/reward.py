@@ -1,13 +1,16 @@
-"""The training reward: length, relevance and coherence, each in [0, 1], weighted .5, .3 and .2.
+"""The training reward of an explanation, in [0, 1]: of the response alone, and never by the judge.
 
-The parts and their use are those of Shielded RecRL (arXiv 2601.03608); the response alone is
-scored, and never by the judge. Two variants:
+``faithful``  the default: does the text name what moved the ranker? A gate lets through a finished
+              sentence of 8 to 45 words that names the recommended film once and claims nothing
+              false; of these, ``form`` is 1 and ``faithfulness`` that of the history films that the
+              text cites (``attribution.faithfulness``).
+``grounded``  length in a band, claims held against the metadata (true ones earn, false ones cost),
+              and form. What a composed template says is already its best.
+``paper``     what the published account rewards (Shielded RecRL, arXiv 2601.03608): words up to 40,
+              hits of the title's words and the genres up to three, complete sentences up to two.
 
-``paper``     what the published account rewards: words up to 40, hits of the title's words and the
-              genres up to three, complete sentences up to two. Length alone earns half of it.
-``grounded``  the default: length in a band, claims held against the metadata (true ones earn, false
-              ones cost), and form. Keyword lists, loops, copied prompts and texts about another
-              item must not win; the tests hold it to that.
+Keyword lists, loops, copied prompts and texts about another item must not win; the tests hold the
+first two variants to that.
 """
 
 import re
@@ -17,11 +20,17 @@ import numpy as np
 
 from recrl_lib.explainer.prompts import Record, check_records, real_genres
 from recrl_lib.params import Params
+from recrl_lib.scoring.attribution import faithfulness
 from recrl_lib.scoring.claims import SMALL, Catalogue, Verdict, distinct_share, words
 
-Parts = tuple[float, float, float]  # of one text, in the order of PARTS
-PARTS = ("length", "relevance", "coherence")
-WEIGHTS = (0.5, 0.3, 0.2)
+Parts = tuple[float, ...]  # of one text, in the order of the variant's PARTS
+# Names of each variant's parts, and their weights (of ``faithful``: the parameters' defaults).
+_THREE = {"length": 0.5, "relevance": 0.3, "coherence": 0.2}
+PARTS = {
+    "faithful": {"form": 0.2, "faithfulness": 0.8}, "grounded": _THREE, "paper": _THREE,
+}  # fmt: skip
+SHORTEST, LONGEST = 8, 45  # words of a text that passes the gate
+PROSE, DISTINCT = 0.5, 0.8  # and its least share of running English and of distinct trigrams
 PAPER_WORDS, PAPER_HITS, PAPER_SENTENCES = 40, 3, 2
 # Words: full marks from 14 (24 new tokens hold about 17) to 45, none at 0 and from 90 on.
 FULL_FROM, FULL_TO, TOO_LONG = 14, 45, 90
@@ -45,31 +54,31 @@ _LIST_MARKER = re.compile(r"\s*(?:#|[-*]\s|\d+[.)]\s)")
 
 
 class Reward:
-    """The reward of a batch of explanations, by ``variant``: ``grounded`` or ``paper``.
+    """The reward of a batch of explanations, by ``variant``: one of ``PARTS``.
 
-    ``weights`` are of length, relevance and coherence, not all 0. 0 removes a part; they are
-    rescaled to sum to 1, so that a reward without one part has the same range.
+    ``weights`` of the variant's parts, not all 0; they are rescaled to sum to 1. 0 removes a part.
     """
 
-    def __init__(self, variant: str, catalogue: Catalogue, weights: Sequence[float] = WEIGHTS):
-        self.variant, self.catalogue, self.parts = variant, catalogue, VARIANTS[variant]
+    def __init__(self, variant: str, catalogue: Catalogue, weights: Sequence[float] | None = None):
+        weights = list(PARTS[variant].values()) if weights is None else weights
+        self.catalogue, self.names, self._parts = catalogue, [*PARTS[variant]], VARIANTS[variant]
         self.weights = tuple(w / sum(weights) for w in weights)
 
     @classmethod
     def of(cls, params: Params, catalogue: Catalogue) -> "Reward":
         """The reward of a run."""
-        weights = (params.weight_length, params.weight_relevance, params.weight_coherence)
-        return cls(params.reward, catalogue, weights)
+        chosen = (params.weight_form, params.weight_faithfulness)
+        return cls(params.reward, catalogue, chosen if params.reward == "faithful" else None)
 
     def __call__(
         self, records: Sequence[Record], texts: Sequence[str]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Total reward, float32 (n,), and each unweighted part, float32 (n,)."""
         check_records(records, texts)
-        rows = [self.parts(r, text, self.catalogue) for r, text in zip(records, texts)]
-        columns = np.array(rows, np.float32).reshape(-1, len(PARTS)).T
+        rows = [self._parts(r, text, self.catalogue) for r, text in zip(records, texts)]
+        columns = np.array(rows, np.float32).reshape(-1, len(self.names)).T
         total = sum(w * column for w, column in zip(self.weights, columns))
-        return np.asarray(total, np.float32), dict(zip(PARTS, columns))
+        return np.asarray(total, np.float32), dict(zip(self.names, columns))
 
     def as_trl(self) -> list[Callable[..., list[float]]]:
         """The parts as TRL reward functions; pass ``reward_weights=list(reward.weights)`` too.
@@ -89,7 +98,7 @@ class Reward:
             function.__name__ = f"reward_{name}"  # TRL logs it under this name
             return function
 
-        return [as_function(name) for name in PARTS]
+        return [as_function(name) for name in self.names]
 
 
 def _paper(record: Record, text: str, catalogue: Catalogue) -> Parts:
@@ -116,12 +125,27 @@ def _grounded(record: Record, text: str, catalogue: Catalogue) -> Parts:
     length = max(min(n / FULL_FROM, (TOO_LONG - n) / (TOO_LONG - FULL_TO), 1.0), 0.0)
     earned, charged = _mentions(catalogue.verdict(record, text))
     relevance = max(earned * prose - charged, 0.0)
-    if not prose:
-        return length, relevance, 0.0
+    form = sum(_form(text, said)) / 3 * distinct_share(said, 3) if prose else 0.0
+    return length, relevance, form * prose
+
+
+def _faithful(record: Record, text: str, catalogue: Catalogue) -> Parts:
+    """(1 if the text passes the gate, its faithfulness then); both 0 if it does not."""
+    said = words(text.lower())
+    if not SHORTEST <= len(said) <= LONGEST or _is_residue(text) or not all(_form(text, said)):
+        return 0.0, 0.0
+    if catalogue.claims(text).prose < PROSE or distinct_share(said, 3) < DISTINCT:
+        return 0.0, 0.0
+    if catalogue.mentions(record, text) != 1 or catalogue.verdict(record, text).unsupported:
+        return 0.0, 0.0
+    return 1.0, faithfulness(record["history_weights"], catalogue.cited(record, text))
+
+
+def _form(text: str, said: list[str]) -> tuple[bool, bool, bool]:
+    """Whether a text opens like a sentence, ends like one (not cut off), and is made of words."""
     opens = bool(_OPENING.match(text.lstrip()))
     ends = text.rstrip().rstrip("\"”')").endswith((".", "!", "?"))
-    form = (opens + ends + _is_latin(text, said)) / 3
-    return length, relevance, form * prose * distinct_share(said, 3)
+    return opens, ends, _is_latin(text, said)
 
 
 def _mentions(said: Verdict) -> tuple[float, float]:
@@ -156,4 +180,4 @@ def _is_latin(text: str, said: list[str]) -> bool:
     )
 
 
-VARIANTS = {"grounded": _grounded, "paper": _paper}
+VARIANTS = {"faithful": _faithful, "grounded": _grounded, "paper": _paper}

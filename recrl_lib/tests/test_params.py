@@ -70,13 +70,13 @@ def test_the_parameters_cell_holds_defaults_help_and_choices():
         ({"batch": "a/b"}, "parameter batch='a/b': must match pattern"),
         ({"run": "reference"}, "parameter run='reference': that folder holds the published"),
         ({"ranker_dim": 33}, "parameter ranker_dim=33: must be a multiple of ranker_heads=2"),
-        ({"minibatches": 3}, "parameter minibatches=3: must divide .* = 4 x 4"),
+        ({"minibatches": 3}, "parameter minibatches=3: must divide prompts_per_step=4"),
         ({"processes": 3}, "parameter processes=3: must divide prompts_per_step=4"),
         ({"shield_mode": "penalty"}, "parameter shield_penalty=0.0: .* give it a weight"),
         ({"shield_replay_steps": 5}, "parameter shield_replay_steps=5: .* shield_penalty"),
         (
-            {"weight_length": 0.0, "weight_relevance": 0.0, "weight_coherence": 0.0},
-            "weight_length=0.0: .* must be above 0",
+            {"weight_form": 0.0, "weight_faithfulness": 0.0},
+            "weight_form=0.0: .* must be above 0",
         ),
         ({"sheild_rank": 3}, "unknown parameter 'sheild_rank'; did you mean shield_rank"),
         *(

@@ -48,6 +48,7 @@ def summary(rows: pd.DataFrame) -> dict[str, float]:
         "steps": last["step"],
         "episodes": last["episodes"],
         "reward_first": rows["reward"].iloc[0],
+        "headroom": rows.get("best_reward", rows["reward"]).iloc[0] - rows["reward"].iloc[0],
         **{f"{name}_last": last[name] for name in lasts},
         "kl_max": rows["kl"].max(),
         ratio: rows[ratio].max() if ratio in rows else 0.0,  # TRL's is 0 by construction

@@ -9,7 +9,7 @@ Each of several processes samples its share of the prompts with the random numbe
 would have drawn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
@@ -91,11 +91,12 @@ def roll_out(
 @torch.no_grad()
 def logprobs(explainer: Explainer, rollout: Rollout, params: Params) -> Tensor:
     """Log-probabilities (B, R) of the sampled tokens under the adapters as they are now."""
-    found = torch.zeros_like(rollout.logprobs)
-    for rows in torch.arange(len(found), device=found.device).split(params.micro_batch):
-        part = part_of(rollout, rows)
+    found, start = torch.zeros_like(rollout.logprobs), 0
+    for part in micro_batches(rollout, params.micro_batch):
         with precision(params, explainer.device):
-            found[rows, : part.mask.shape[1]] = token_logprobs(explainer, part, params.temperature)
+            logp = token_logprobs(explainer, part, params.temperature)
+        found[start : start + len(logp), : logp.shape[1]] = logp
+        start += len(logp)
     return found
 
 
@@ -105,18 +106,26 @@ class Batch(Rollout):
     returns: Tensor  # (B, R)
 
 
-def part_of(texts: Rollout, rows: Tensor) -> Any:
-    """The given rows (perhaps none), no wider than their prompts and responses."""
-    rows = rows.to(texts.mask.device)
-    start = min(texts.prompt_mask[rows].int().argmax(-1).tolist(), default=0)
-    length = max(texts.mask[rows].sum(-1).tolist(), default=0)
-    end = texts.prompt_mask.shape[1] + length - 1
-    where = {"prompt_mask": (rows, slice(start, None)), "states": (rows, slice(start, end))}
-    where |= {"ended": rows}  # the rest is (B, R)
+def part_of(texts: Rollout, prompts: Tensor) -> Any:
+    """The given prompts (numbers, perhaps none) with all their texts, no wider than these are."""
+    prompts = prompts.to(texts.mask.device)
+    rows = torch.arange(len(texts.mask), device=prompts.device)
+    rows = rows.view(-1, texts.samples)[prompts].flatten()
+    start = min(texts.prompt_mask[prompts].int().argmax(-1).tolist(), default=0)
+    length = max(texts.mask[rows].sum(-1).tolist(), default=1)
+    where: dict = dict.fromkeys(("prompt_mask", "prompt_states"), (prompts, slice(start, None)))
+    where |= {"states": (rows, slice(length - 1)), "ended": rows}  # the rest is (B, R)
     part = {
         k: v[where.get(k, (rows, slice(length)))] for k, v in vars(texts).items() if k != "texts"
     }
     return type(texts)(**part, texts=[])
+
+
+def micro_batches(texts: Rollout, size: int) -> Iterator[Any]:
+    """Parts of at most ``size`` texts, or of one prompt with all its texts."""
+    prompts = torch.arange(len(texts.prompt_mask))
+    for chosen in prompts.split(max(size // texts.samples, 1)) if len(prompts) else ():
+        yield part_of(texts, chosen)
 
 
 def token_rewards(
@@ -126,6 +135,16 @@ def token_rewards(
     rewards = -kl_coef * (logprobs - reference) * mask
     rewards[torch.arange(len(score)), mask.sum(-1) - 1] += score
     return rewards
+
+
+def leave_one_out(rewards: Tensor, samples: int) -> Tensor:
+    """A baseline (B, 1) a text: the mean return of the other texts of its prompt.
+
+    ``rewards`` (B, R), 0 after the end. As in RLOO (Ahmadian et al. 2024, arXiv 2402.14740).
+    """
+    returns = rewards.sum(-1).view(-1, samples)
+    others = returns.sum(1, keepdim=True) - returns
+    return (others / (samples - 1)).view(-1, 1)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
@@ -146,19 +165,18 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def policy_loss(
-    new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float
+    new: Tensor, old: Tensor, advantages: Tensor, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed clipped surrogate, clipped tokens, ratios (B, R)) (Schulman et al. 2017, eq. 7)."""
+    """(clipped surrogate, summed; clipped tokens; ratios (N,)) (Schulman et al. 2017, eq. 7)."""
     ratio = (new - old).clamp(-20, 20).exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    loss = -(torch.minimum(plain, clipped) * mask).sum()
-    return loss, ((clipped < plain) & mask).sum(), ratio.detach()
+    return -torch.minimum(plain, clipped).sum(), (clipped < plain).sum(), ratio.detach()
 
 
-def value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
+def value_loss(new: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
     """Sum over tokens of half the larger of the plain and the clipped squared error."""
     near = old + (new - old).clamp(-clip, clip)
-    return 0.5 * (torch.maximum((new - returns).square(), (near - returns).square()) * mask).sum()
+    return 0.5 * torch.maximum((new - returns).square(), (near - returns).square()).sum()
 
 
 STATISTICS = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "entropy")
@@ -168,18 +186,18 @@ def losses(
     explainer: Explainer, head: ValueHead, batch: Batch, params: Params
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ``STATISTICS`` (5,), largest |ratio - 1|) of a micro-batch, the first two summed."""
+    real = batch.mask  # all below is (N,): one entry a real token
     with precision(params, explainer.device):
-        hidden = response_hidden(explainer, batch)
+        hidden = response_hidden(explainer, batch)[real]
         logp = explainer.log_softmax(hidden, params.temperature)
-    new = logp.gather(-1, batch.response[..., None])[..., 0].masked_fill(~batch.mask, 0.0)
-    old, values, mask = batch.logprobs, head(hidden)[..., 0], batch.mask
-    policy, clipped, ratio = policy_loss(new, old, batch.advantages, mask, params.clip_range)
-    value = value_loss(values, batch.values, batch.returns, mask, params.value_clip)
+    new, old = logp.gather(-1, batch.response[real][:, None])[:, 0], batch.logprobs[real]
+    policy, clipped, ratio = policy_loss(new, old, batch.advantages[real], params.clip_range)
+    values, before = head(hidden)[:, 0], batch.values[real]
+    value = value_loss(values, before, batch.returns[real], params.value_clip)
     with torch.no_grad():
-        approx_kl = ((ratio - 1 - (new - old)) * mask).sum()
-        entropy = -((logp.exp() * logp).sum(-1) * mask).sum()
+        approx_kl, entropy = (ratio - 1 - (new - old)).sum(), -(logp.exp() * logp).sum()
         statistics = torch.stack([policy, value, clipped, approx_kl, entropy])
-    return policy + value, statistics, ((ratio - 1).abs() * mask).max()
+    return policy + value, statistics, (ratio - 1).abs().max()
 
 
 def learner(explainer: Explainer, params: Params) -> tuple[ValueHead, AdamW]:
@@ -198,9 +216,8 @@ def optimizer_step(
     sums = torch.zeros(len(STATISTICS), device=tokens.device)
     deviation = torch.zeros((), device=tokens.device)
     optimizer.zero_grad(set_to_none=True)
-    texts = torch.arange(len(batch.mask))  # of this process: perhaps none
-    for rows in texts.split(params.micro_batch) if len(texts) else ():
-        loss, statistics, off = losses(explainer, head, part_of(batch, rows), params)
+    for part in micro_batches(batch, params.micro_batch):  # of this process: perhaps none
+        loss, statistics, off = losses(explainer, head, part, params)
         (loss / tokens).backward()
         sums, deviation = sums + statistics, torch.maximum(deviation, off)
     adapters = explainer.adapter_parameters()
@@ -271,17 +288,21 @@ class PPO:
         with self.explainer.reference():
             reference = logprobs(self.explainer, rollout, self.params)
         rewards = token_rewards(scores["score"], rollout.logprobs, reference, mask, self.kl_coef)
+        if self.params.baseline == "leave_one_out":
+            rollout.values = leave_one_out(rewards, self.params.samples_per_prompt) * mask
         advantages = gae(rewards, rollout.values, mask, self.params.gae_lambda)
         white, returns = whiten(advantages, mask), advantages + rollout.values
         update = self._update(Batch(**vars(rollout), advantages=white, returns=returns))
         self.steps_done += 1
         scores["kl"] = (k3(rollout.logprobs, reference) * mask).sum(-1)
         residual = mean(advantages.square(), mask)
+        best = scores["reward"].view(-1, self.params.samples_per_prompt).amax(1)  # of each prompt
         every, tokens = torch.ones_like(rollout.ended), int(total(mask.sum()))
         row = {
             "step": self.steps_done,
             "episodes": self.steps_done * texts,
             **{name: float(mean(values, every)) for name, values in scores.items()},
+            "best_reward": float(mean(best, torch.ones_like(best))),
             "kl_coef": self.kl_coef,
             "surprisal": float(-mean(rollout.logprobs, mask)),
             "length": tokens / texts,
@@ -328,12 +349,12 @@ class PPO:
 
     def _update(self, batch: Batch) -> dict[str, float]:
         """``ppo_epochs`` passes over the rollout; means of the steps' statistics."""
-        params, steps, mine = self.params, [], len(batch.mask)
-        texts, each = mine * self._processes, params.ppo_epochs * params.minibatches
+        params, steps, mine = self.params, [], len(batch.prompt_mask)
+        prompts, each = mine * self._processes, params.ppo_epochs * params.minibatches
         rates, linear = (params.learning_rate, params.value_lr), params.lr_schedule == "linear"
         for _ in range(params.ppo_epochs):
-            order = torch.randperm(texts, generator=self._generators["minibatch"])
-            for chosen in order.split(texts // params.minibatches):
+            order = torch.randperm(prompts, generator=self._generators["minibatch"])
+            for chosen in order.split(prompts // params.minibatches):
                 done = self.steps_done * each + len(steps)  # as if no pass were ever skipped
                 factor = 1 - done / (params.ppo_steps * each) if linear else 1.0
                 for group, rate in zip(self.optimizer.param_groups, rates):

@@ -20,7 +20,7 @@ import torch
 from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import messages
 from recrl_lib.params import Params
-from recrl_lib.scoring.reward import PARTS, Reward
+from recrl_lib.scoring.reward import Reward
 from recrl_lib.shield.projection import Shield
 from recrl_lib.training.ppo import Log, draw_prompts
 from recrl_lib.training.warm_start import Steps, run_trl
@@ -66,7 +66,8 @@ def train(
     def done(logs: list[dict], seconds: float) -> None:
         shielding = shield.seconds - sum(row["shield_seconds"] for row in rows) if shield else 0.0
         spent = {"shield_seconds": shielding, "step_seconds": seconds}
-        rows.append(_row(logs, params, len(rows) + 1) | spent)
+        parts = {f"reward_{name}": logs[0][f"rewards/reward_{name}/mean"] for name in reward.names}
+        rows.append(_row(logs, params, len(rows) + 1) | parts | spent)
         if log:
             log(rows[-1], len(rows))
 
@@ -88,7 +89,6 @@ def _row(logs: list[dict], params: Params, number: int) -> dict:
         "episodes": number * params.prompts_per_step * params.samples_per_prompt,
         "reward": first["reward"] + params.missing_eos_penalty * cut_off,
         "score": first["reward"],
-        **{f"reward_{part}": first[f"rewards/reward_{part}/mean"] for part in PARTS},
         "kl": first.get("kl", 0.0) * length,
         "entropy": first["entropy"],
         "length": length,

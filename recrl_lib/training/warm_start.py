@@ -19,7 +19,7 @@ from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import messages
 from recrl_lib.params import Params
 from recrl_lib.progress import track
-from recrl_lib.scoring.composed import reference_line
+from recrl_lib.scoring.composed import composed_line
 from recrl_lib.shield.projection import Shield
 
 # TRL's trainers run at a constant rate, in float32, without files and output.
@@ -92,7 +92,7 @@ def fit(
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
     lines = []
     for record in (records[i] for i in order[: steps * batch].tolist()):
-        answer = {"role": "assistant", "content": reference_line(record)}
+        answer = {"role": "assistant", "content": composed_line(record)}
         lines.append({"prompt": messages(record), "completion": [answer]})
     settings = {
         "seed": seed, "max_steps": steps, "per_device_train_batch_size": batch, "max_length": None,

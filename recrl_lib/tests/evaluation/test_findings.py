@@ -24,8 +24,8 @@ SOUND = [  # arm, against, group, measure, value, low, high
     ("shielded", "base", "all", "reward", 0.18, 0.13, 0.23),
     ("shielded", "unshielded", "all", "gain_kept", 0.9, 0.8, 1.0),
     ("shielded", "shielded_warm", "all", "reward", 0.003, -0.014, 0.020),
-    ("shielded", "reference", "all", "reward", -0.09, -0.12, -0.06),
-    ("shielded", "base", "new_items", "reward", 0.1, 0.05, 0.15),
+    ("shielded", "shielded_warm", "new_items", "faithfulness", 0.1, 0.05, 0.15),
+    ("shielded", "rule_oracle", "all", "faithfulness", -0.09, -0.12, -0.06),
     ("shielded", "base", "all", "fluency", -0.16, -0.19, -0.14),
     ("shielded", "base", "all", "ctr_lift", 1.09, 1.06, 1.12),
     ("shielded", "control_empty", "all", "reward", 0.9, 0.87, 0.93),
@@ -60,8 +60,8 @@ def test_a_sound_run_answers_good_and_bad_news_alike():
         "yes",  # reward, unshielded
         "yes",  # reward, shielded
         "not shown",  # PPO's own part
-        "no, it fell",  # against a composed template
         "yes",  # new items
+        "no, it fell",  # against the rule that asks the ranker
         "no, it fell",  # fluency
         "yes",  # clicks
         "yes",  # controls
@@ -95,7 +95,7 @@ HELD, DELTA = "Did the shield hold", "shielded||all|max_abs_score_delta"
         ("Did PPO add", {WARM: (0.02, 0.01, 0.03)}, "yes"),
         ("Did PPO add", {WARM: (0.02, 0.0, 0.03)}, "not shown"),
         ("Did PPO add", {WARM: (-0.02, -0.03, -0.01)}, "no, it fell"),
-        ("Did it rise on items", {"shielded|base|new_items|reward": (1, 1, 1, 9)}, FEW),
+        ("And on items", {WARM.replace("all|reward", "new_items|faithfulness"): (1, 1, 1, 9)}, FEW),
         ("Do simulated", {BASE + "ctr_lift": (1.01, 0.99, 1.03)}, "not shown"),
         ("Do all texts", {EMPTY + "reward": (0.1, -0.1, 0.3)}, "not shown"),
         ("Do all texts", {EMPTY + "ctr_lift": (1.1, 0.9, 1.3)}, "not shown"),
@@ -145,7 +145,10 @@ def test_limits_hold_for_any_run_and_bad_answers_are_repeated():
     ]
     assert "seed 3" in found[-5][0] and "128 held-out users were judged." in found[-3][0]
     texts = "\n".join(text for text, _ in found[:-5])
-    assert "composed template (shielded)? No, it fell: reward against reference: -0.090" in texts
+    assert (
+        "asks the ranker itself (shielded)? No, it fell: faithfulness against rule_oracle: -0.090"
+        in texts
+    )
     assert "Did PPO add reward to its own warm start (shielded)? Not shown: " in texts
     assert "simulated clicks" not in texts and len(found) == 5 + 5
 

@@ -149,7 +149,7 @@ def test_every_comparison_of_untuned_arms(toy):
     assert all(runs.value(table, name, "control_empty") == 0 for name in ("reward", "quality"))
     quality = table.query("measure == 'quality' and against == '' and group == 'all'")
     controls = quality[quality["arm"].str.startswith(results.CONTROL)]
-    assert runs.value(table, "quality", "reference") > controls["value"].max()
+    assert runs.value(table, "quality", results.CEILING) > controls["value"].max()
     assert len(controls) == 6
     n = table[table["measure"] == "reward"].set_index(["arm", "against", "group"])["n"]
     assert n["shielded", "shielded_warm", "all"] == 5 and n["shielded", "control_empty", "all"] == 4
@@ -158,7 +158,7 @@ def test_every_comparison_of_untuned_arms(toy):
     names = {arm.removeprefix(results.CONTROL) for arm in controls["arm"]}
     assert set(results.beaten_controls(table, "shielded")) == names
     judged = results.judge_rows(scorer, scored, 100, rng())
-    assert runs.value(judged, "unique_texts", "reference") == 1
+    assert runs.value(judged, "unique_texts", results.CEILING) == 1
     assert set(judged.loc[judged["group"] == "shuffled", "measure"]) <= set(judge.PAIRED)
 
 
@@ -166,9 +166,9 @@ def test_every_comparison_of_untuned_arms(toy):
 
 
 def arms_table(**arms) -> pd.DataFrame:
-    """One measure ``reward`` (also as ctr and quality) by arm: values by user."""
+    """By arm, values by user: the same for every headline measure."""
     return pd.concat(
-        pd.DataFrame({"arm": arm, "user": range(len(v)), "reward": v, "ctr": v, "quality": v})
+        pd.DataFrame({"arm": arm, "user": range(len(v))} | dict.fromkeys(results.HEADLINE, v))
         for arm, v in arms.items()
     )
 
@@ -226,7 +226,7 @@ def test_questions_and_detectable_effects():
     scored = arms_table(base=values, unshielded=values, shielded=values + rng(1).random(60))
     ranking = scored.rename(columns={"reward": "ndcg"})
     found = results.tests(scored, ranking, 500, rng()).set_index(["arm", "measure"])["value"]
-    assert len(found) == 16 and found["unshielded", "reward_p"] == 1
+    assert len(found) == 24 and found["unshielded", "reward_p"] == 1
     assert found["shielded", "reward_p"] < 0.01 < found["shielded", "reward_p_holm"] < 0.05
     smallest = results.detectable(scored).set_index(["group", "measure"])
     few, many = (smallest.loc[f"profile:{p}"].loc["reward_detectable"] for p in ("smoke", "laptop"))

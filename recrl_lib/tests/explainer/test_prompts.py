@@ -6,7 +6,7 @@ from recrl_lib.explainer import prompts
 
 RECORD = dict(
     user=0, item=1, position=1, title="the", year=0, genres=["good"],
-    history_titles=["red", "blue"], history_genres=[["good"], []],
+    history_titles=["red", "blue"], history_genres=[["good"], []], history_weights=[-0.5, 0.2],
 )  # fmt: skip
 
 
@@ -16,6 +16,14 @@ RECORD = dict(
         ({}, "I watched: red; blue.\nWhy do you recommend the, genres good?"),
         ({"year": 1990}, "I watched: red; blue.\nWhy do you recommend the (1990), genres good?"),
         ({"genres": [], "noun": "game"}, "I played: red; blue.\nWhy do you recommend the?"),
+        (
+            {"genres": [], "evidence": "order"},
+            "I watched, what counted most first: blue; red.\nWhy do you recommend the?",
+        ),
+        (
+            {"genres": [], "evidence": "named"},
+            "I watched: red; blue.\nWhat counted most: blue and red.\nWhy do you recommend the?",
+        ),
     ],
 )
 def test_the_question_names_what_is_known(change, question):

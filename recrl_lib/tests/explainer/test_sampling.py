@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -76,11 +78,27 @@ def test_a_common_beginning_is_read_once_and_changes_nothing(prompts):
     explainer = tuned("top two")
     rollout = sample(explainer, prompts)
     assert_trained_alike(explainer, rollout)
-    ids, mask = model.left_pad([p for p in prompts for _ in range(2)], explainer.pad_id, "cpu")
-    assert torch.equal(rollout.prompt_mask, mask)
-    expected = explainer.trunk(torch.cat([ids, rollout.response], 1)[:, :-1], rollout.full_mask)
-    real = rollout.full_mask
-    torch.testing.assert_close(rollout.states[real], expected[real], **close)
+    ids, mask = model.left_pad(prompts, explainer.pad_id, "cpu")
+    assert torch.equal(rollout.prompt_mask, mask) and rollout.samples == 2
+    expected = explainer.trunk(ids, mask)
+    torch.testing.assert_close(rollout.prompt_states[mask], expected[mask], **close)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("adapters", ["on", "off"])
+def test_responses_in_one_row_with_their_prompt_are_read_as_rows_of_their_own(samples, adapters):
+    """Ragged prompts and answers: the naive twin gives every response a row of its own."""
+    explainer = tuned("top two")
+    rollout = sample(explainer, PROMPTS, samples, 12, temperature=1.5)
+    assert samples == 1 or len(set(rollout.mask.sum(-1).tolist())) > 1
+    with explainer.reference() if adapters == "off" else nullcontext():
+        shared = sampling.response_hidden(explainer, rollout)
+        for row, real in enumerate(rollout.mask):
+            said = rollout.response[row][real].tolist()
+            ids = torch.tensor([PROMPTS[row // samples] + said[:-1]])
+            mask = torch.ones_like(ids)
+            alone = explainer.top(explainer.trunk(ids, mask), mask)[0, -len(said) :]
+            torch.testing.assert_close(shared[row][real], alone, **close)
 
 
 def test_draws_are_from_the_softmax_and_never_of_probability_zero():

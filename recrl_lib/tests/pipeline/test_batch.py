@@ -59,7 +59,7 @@ def test_arms_seeds_and_lists_are_crossed_and_skipped(base, tmp_path):
         (HEAD + "arms: {a: {kl_coeff: 0.0}}", "unknown parameter 'kl_coeff'; did you mean kl_coef"),
         (HEAD + "arms: {a: {kl_coef: -1.0}}", "arm 'a': parameter kl_coef=-1.0: must be greater"),
         (HEAD + "arms: {a: {kl_coef: 1e-4}}", "is text; write 3, 0.0001, 1.0e-4"),
-        (HEAD + "arms: {a: {reward: x2}}", "parameter reward='x2': must be 'grounded' or"),
+        (HEAD + "arms: {a: {reward: x2}}", "parameter reward='x2': must be 'faithful', "),
         (HEAD + "arms: {a: {seed: 3}}", "arm 'a': run and seed are not set here"),
         (HEAD + "arms: {a: {}}\nskip: [{arm: b}]", "skip: {'arm': 'b'} matches no job"),
         (HEAD + "cross: {kl_coef: [0.1, 0.1]}", "several jobs would be called base-g-0.1-seed4"),

@@ -7,7 +7,7 @@ import pytest
 from recrl_lib.explainer.prompts import messages
 from recrl_lib.scoring import claims, judge
 from recrl_lib.scoring.claims import Catalogue
-from recrl_lib.scoring.composed import control_texts, reference_line
+from recrl_lib.scoring.composed import composed_line, control_texts
 from recrl_lib.scoring.judge import Judge
 
 NOUNS = ("River", "Castle", "Island", "Engine")
@@ -26,7 +26,7 @@ RECORDS = [
 ]  # fmt: skip
 # Lost River (1980), Action and Comedy; liked Lost Engine (Action) and Golden Engine (Horror).
 RECORD = RECORDS[0]
-REFERENCES = [reference_line(r) for r in RECORDS]
+REFERENCES = [composed_line(r) for r in RECORDS]
 LOGPROBS = [np.log(np.full(8, 0.25))] * N
 SAME_USER = [[RECORDS[i], *(RECORDS[j] for j in range(N) if j != i)][:10] for i in range(N)]
 
@@ -176,7 +176,7 @@ def test_quality_is_the_mean_of_its_parts_and_no_control_wins():
         assert name != "empty" or (quality == 0).all()
 
 
-def test_controls_and_reference_lines_are_about_their_records_as_they_should():
+def test_controls_and_composed_lines_are_about_their_records_as_they_should():
     texts = control_texts(RECORDS, [f"prompt {i}" for i in range(N)])
     assert set(texts["empty"]) == {""} and len(set(texts["constant"])) == 1
     assert all(len(claims.words(t)) > 90 for t in texts["longest"])

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from recrl_lib import params
 from recrl_lib.scoring.claims import Catalogue
-from recrl_lib.scoring.reward import PARTS, VARIANTS, WEIGHTS, Reward
+from recrl_lib.scoring.reward import PARTS, VARIANTS, Reward
 
 RECORD = dict(user=7, item=3, position=2, title="Con Air", year=1997, genres=["Action", "Thriller"])
 RECORD |= dict(
     history_titles=["Heat", "The Rock", "Fargo"],
     history_genres=[["Crime"], ["Action", "Thriller"], ["Crime", "Drama"]],
+    history_weights=[2.0, 1.0, -0.5],
 )
 CATALOGUE = Catalogue(
     ["Con Air", "Heat", "The Rock", "Fargo", "Annie Hall", "Emma", "Sabrina"],
@@ -93,6 +94,49 @@ def test_parts_by_hand(part, text, value):
     assert score(text)[part] == pytest.approx(value)
 
 
+def because(cited, film="Con Air (1997)"):
+    return f"Because you watched {cited}, I recommend {film}, an action film."
+
+
+@pytest.mark.parametrize(
+    "text, faithfulness",
+    [
+        (because("Heat and The Rock"), 1),
+        (because("Heat"), 1),
+        (because("Heat and Heat"), 1),  # counted once
+        (because("The Rock"), 1 / 2),
+        (because("Heat and Fargo"), (2 - 0.5) / (2 + 1)),
+        (because("Heat, The Rock and Fargo"), (2.5 / 3) / (3 / 2)),  # all of them
+        (because("Fargo"), 0),  # never below 0
+        ("I recommend Con Air (1997) to you because it is an action film.", 0),
+    ],
+)
+def test_faithful_variant_by_hand(text, faithfulness):
+    assert score(text, "faithful") == pytest.approx(dict(form=1, faithfulness=faithfulness))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(text for name, text in DEGENERATE.items() if name != "constant praise"),
+        because("Con Air"),  # the recommended film as its own reason
+        because("Heat and Palglone"),  # an invented one beside a true one
+        because("Heat and Annie Hall"),
+        because("Heat", film="Con Air (1995)"),
+        because("Heat").removesuffix("film."),  # cut off
+        "Con Air is like Heat.",  # too short
+        because("Heat") + " It is a film that" + " you will like a lot" * 8 + ".",  # too long
+    ],
+)
+def test_what_does_not_pass_the_gate_earns_nothing(text):
+    assert score(text, "faithful") == dict(form=0, faithfulness=0)
+
+
+def test_where_no_film_moved_the_ranker_no_text_is_faithful():
+    unmoved = RECORD | dict(history_weights=[0.0, -1.0, 0.0])
+    assert score(because("Heat"), "faithful", unmoved) == dict(form=1, faithfulness=0)
+
+
 def test_relevance_stays_reachable_without_history_and_genres():
     bare = RECORD | dict(history_titles=[], history_genres=[], genres=["unknown"])
     assert score("I recommend Con Air to you as it is so good.", record=bare)["relevance"] == 1
@@ -107,7 +151,7 @@ def test_relevance_stays_reachable_without_history_and_genres():
     ],
 )
 def test_paper_variant_by_hand(text, parts):
-    assert score(text, "paper") == pytest.approx(dict(zip(PARTS, parts)))
+    assert score(text, "paper") == pytest.approx(dict(zip(PARTS["paper"], parts)))
 
 
 def test_500_real_texts_keep_their_values():
@@ -116,10 +160,10 @@ def test_500_real_texts_keep_their_values():
     catalogue = Catalogue(golden["titles"], golden["genres"])
     records = [golden["records"][row[0]] for row in golden["rows"]]
     texts = [row[1] for row in golden["rows"]]
-    for variant, first in zip(VARIANTS, (2, 5), strict=True):
+    for variant, first in (("grounded", 2), ("paper", 5)):
         _, parts = Reward(variant, catalogue)(records, texts)
         wanted = np.array([row[first : first + 3] for row in golden["rows"]])
-        got = np.stack([parts[p] for p in PARTS], 1).astype(np.float64)
+        got = np.stack(list(parts.values()), 1).astype(np.float64)
         assert np.array_equal(got, wanted), variant
 
 
@@ -146,7 +190,7 @@ def test_trl_functions_agree_with_the_batch():
     chats = [[{"role": "assistant", "content": t}] for t in texts]
     _, parts = reward([RECORD] * 2, texts)
     assert reward([], [])[0].shape == (0,) and len(reward.as_trl()) == 3
-    for function, part in zip(reward.as_trl(), PARTS, strict=True):
+    for function, part in zip(reward.as_trl(), reward.names, strict=True):
         assert function.__name__ == f"reward_{part}"
         for completions in (texts, chats):  # called as TRL's trainers do, with columns of their own
             own = dict(completion_ids=[[1], [2]], trainer_state=None)
@@ -163,6 +207,7 @@ def test_weights_are_rescaled_to_sum_to_one():
     assert without.weights == pytest.approx((5 / 7, 0, 2 / 7)) and values[0] == pytest.approx(1)
     expected = 5 / 7 * parts["length"] + 2 / 7 * parts["coherence"]
     np.testing.assert_allclose(values, expected, rtol=1e-6)
-    assert Reward("grounded", CATALOGUE).weights == WEIGHTS  # sum to 1 already: equal to the bit
-    of = Reward.of(params.Params(reward="paper", weight_length=0.0), CATALOGUE)
-    assert of.variant == "paper" and of.weights == pytest.approx((0, 0.6, 0.4))
+    assert Reward("grounded", CATALOGUE).weights == (0.5, 0.3, 0.2)  # sum to 1: equal to the bit
+    of = Reward.of(params.Params(weight_form=0.6, weight_faithfulness=1.8), CATALOGUE)
+    assert of.names == ["form", "faithfulness"] and of.weights == pytest.approx((0.25, 0.75))
+    assert Reward.of(params.Params(reward="paper"), CATALOGUE).weights == (0.5, 0.3, 0.2)

@@ -9,7 +9,7 @@ from recrl_lib.shield import projection, subspaces
 from recrl_lib.tests.tiny import tiny_explainer
 from recrl_lib.training import ppo
 
-PARAMS = resolve("smoke", lora_layers=1, max_new_tokens=8, temperature=1.0)
+PARAMS = resolve("smoke", lora_layers=1, max_new_tokens=8, ppo_epochs=2, baseline="value")
 TIMES = {"generated_tokens_per_second", "shield_seconds", "step_seconds"}  # differ in equal runs
 PROTECTED_TEXTS = ["good film", "the red film and a blue film"]
 RECORDS = [

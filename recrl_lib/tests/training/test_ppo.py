@@ -57,18 +57,23 @@ def test_score_lands_on_the_last_real_token_and_kl_on_every_one():
 @pytest.mark.parametrize("sign, expected", [(1.0, -(1.2 + 0.5)), (-1.0, 1.5 + 0.8)])
 def test_policy_loss_by_hand(sign, expected):
     """A gain is capped at ratio 1.2, and a loss counts in full; a fall below .8 is not forgiven."""
-    new, old = torch.log(torch.tensor([[1.5, 0.5, 2.0]])), torch.zeros(1, 3)
-    advantages, mask = torch.full((1, 3), sign), torch.tensor([[True, True, False]])
-    loss, clipped, ratio = ppo.policy_loss(new, old, advantages, mask, 0.2)
+    new, old = torch.log(torch.tensor([1.5, 0.5])), torch.zeros(2)
+    loss, clipped, ratio = ppo.policy_loss(new, old, torch.full((2,), sign), 0.2)
     assert float(loss) == pytest.approx(expected)
-    assert int(clipped) == 1 and ratio[0, 0] == pytest.approx(1.5)
+    assert int(clipped) == 1 and ratio[0] == pytest.approx(1.5)
 
 
 def test_value_loss_by_hand():
-    mask, old = torch.tensor([[True, True, False]]), torch.zeros(1, 3)
-    new, returns = torch.tensor([[1.0, 0.1, 5.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    new, old, returns = torch.tensor([1.0, 0.1]), torch.zeros(2), torch.ones(2)
     # Token 0: plain 0, clipped (.2 - 1)^2 = .64; token 1: within the clip, .81.
-    assert float(ppo.value_loss(new, old, returns, mask, 0.2)) == pytest.approx(0.5 * (0.64 + 0.81))
+    assert float(ppo.value_loss(new, old, returns, 0.2)) == pytest.approx(0.5 * (0.64 + 0.81))
+
+
+def test_leave_one_out_baseline_by_hand():
+    # Returns of the texts of two prompts: 1, 3, 5 and 2, 2, -1.
+    rewards = torch.tensor([[1.0, 0], [1, 2], [5, 0], [2, 0], [0, 2], [-1, 0]])
+    got = ppo.leave_one_out(rewards, 3)
+    assert got[:, 0].tolist() == [4.0, 3.0, 2.0, 0.5, 0.5, 2.0]
 
 
 def test_k3_is_never_negative_zero_when_equal_and_estimates_kl():

@@ -5,7 +5,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from recrl_lib.explainer.item_texts import weights_sha256
 from recrl_lib.explainer.model import left_pad
 from recrl_lib.scoring.claims import Catalogue
-from recrl_lib.scoring.reward import PARTS, Reward
+from recrl_lib.scoring.reward import Reward
 from recrl_lib.shield import projection
 from recrl_lib.tests.tiny import tiny_explainer
 from recrl_lib.tests.training.small import PARAMS as SMALL
@@ -37,7 +37,9 @@ def test_a_shielded_arm_trains_and_leaves_the_explainer_as_it_should_be(algorith
     # Before the first step the policy is the reference.
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[1]["kl"] != 0
     for row in rows:
-        total = sum(w * row[f"reward_{p}"] for w, p in zip(reward.weights, PARTS, strict=True))
+        total = sum(
+            w * row[f"reward_{p}"] for w, p in zip(reward.weights, reward.names, strict=True)
+        )
         assert row["reward"] == pytest.approx(total, abs=1e-6)
         penalty = params.missing_eos_penalty * (1 - row["eos_rate"])
         assert row["score"] == pytest.approx(row["reward"] - penalty, abs=1e-6)
@@ -76,5 +78,5 @@ def test_the_same_prompts_and_the_same_number_of_steps_as_ppo():
         train(tiny_explainer(lora_layers=1), Spy("paper", CATALOGUE), RECORDS, params, 5)
         hook.remove()
         users.append(list(asked))
-    assert users[0] == users[1][:: len(PARTS)]  # TRL asks for each part by itself
+    assert users[0] == users[1][::3]  # TRL asks for each part by itself
     assert steps == [3 * params.ppo_epochs * params.minibatches] * 2

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+
+from recrl_lib.evaluation.rank_drop import DRAWS, cited, rank_drop
+from recrl_lib.ranker.ranking import target_ranks
+from recrl_lib.tests.evaluation.toy import toy_study
+
+RECORD = {"title": "Alien 3", "history_titles": ["Alien", "Aliens", "Heat", "The Game"]}
+
+
+@pytest.mark.parametrize(
+    "text, places",
+    [
+        ("Because you watched Heat and Aliens, I recommend Alien 3.", [1, 2]),
+        ("You liked alien and the game.", [0, 3]),  # in any case
+        ("Alien 3 is a good film.", []),  # the recommended film, not the one inside its title
+        ("A heated game.", []),
+        ("", []),
+    ],
+)
+def test_what_a_text_cites_by_hand(text, places):
+    assert cited(RECORD, text) == places
+
+
+def test_drop_is_the_places_lost_beyond_those_lost_without_random_films():
+    study, _ = toy_study()
+    records = study.records([6, 7, 8], [1, 2, 3])
+    texts = [records[0]["history_titles"][1], "nothing", " ".join(records[2]["history_titles"])]
+    got = rank_drop(study, records, texts, np.random.default_rng(0))
+
+    def rank(record, without):
+        kept = [x for j, x in enumerate(study.split.with_valid[record["user"]]) if j not in without]
+        item = np.array([record["item"]])
+        return target_ranks(study.ranker, [np.array(kept)], item, study.text)[0]
+
+    rng, length = np.random.default_rng(0), len(study.split.with_valid[6])
+    draws = [rng.choice(3, 1, replace=False) + length - 3 for _ in range(DRAWS)]
+    expected = rank(records[0], [length - 2]) - np.mean([rank(records[0], d) for d in draws])
+    assert got[0] == pytest.approx(expected)
+    assert got[1] == got[2] == 0  # nothing cited; every set of three is the cited one
