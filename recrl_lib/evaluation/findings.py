@@ -61,12 +61,16 @@ RULES = (  # question, measure, against, group; the answer is where the whole in
     ("Did tuning raise the reward of held-out users ({arm})?", "reward", "base", "all"),
     ("Did PPO add reward to its own warm start ({arm})?", "reward", "{arm}_warm", "all"),
     ("Did PPO make texts more faithful ({arm})?", "faithfulness", "{arm}_warm", "all"),
-    ("And texts that cite a film at all ({arm})?", "faithfulness_cited", "{arm}_warm", "all"),
-    ("And on items that PPO never explained ({arm})?", "faithfulness", "{arm}_warm", "new_items"),
-    ("Does the judge's own measure agree ({arm})?", "rank_drop", "{arm}_warm", "all"),
-    ("More faithful than citing the last two films ({arm})?", "faithfulness", "rule_recent", "all"),
-    ("Than citing the nearest genres ({arm})?", "faithfulness", "rule_genre", "all"),
-    ("Than the rule that asks the ranker itself ({arm})?", "faithfulness", "rule_oracle", "all"),
+    ("Did PPO make texts on films that it never explained more faithful ({arm})?",
+     "faithfulness", "{arm}_warm", "new_items"),
+    ("Does the judge's rank_drop, which training never saw, agree with PPO's gain ({arm})?",
+     "rank_drop", "{arm}_warm", "all"),
+    ("Are the texts more faithful than citing the last two films ({arm})?",
+     "faithfulness", "rule_recent", "all"),
+    ("Are the texts more faithful than citing the nearest genres ({arm})?",
+     "faithfulness", "rule_genre", "all"),
+    ("Are the texts as faithful as the rule that reads the weights themselves ({arm})?",
+     "faithfulness", "rule_oracle", "all"),
     (
         "Does the judge of quality, which training never saw, agree ({arm})?",
         "quality",
@@ -77,8 +81,8 @@ RULES = (  # question, measure, against, group; the answer is where the whole in
     ("Are more of its claims true ({arm})?", "grounding_precision", "base", "all"),
     ("Do the texts read more fluently to the base model ({arm})?", "fluency", "base", "all"),
     ("Do simulated clicks rise ({arm})?", "ctr_lift", "base", "all"),
-)
-ANSWERS = {"up": "yes", "down": "no, it fell", "undecided": "not shown"}
+)  # fmt: skip
+ANSWERS = {"up": "yes", "down": "no, it is lower", "undecided": "not shown"}
 FEW = "too few users to say"
 SHOWN = ("yes", "yes, exactly", "yes, every top 10 is the same")
 

@@ -75,8 +75,8 @@ class Scorer:
         total, parts = self.reward(records, texts)
         faithful = self.faithfulness(texts, self.study.text)
         cites = np.array([bool(self.study.catalogue.cited(r, t)) for r, t in zip(records, texts)])
-        only, rng = np.where(cites, faithful, np.nan), np.random.default_rng(self.seed)
-        drop = rank_drop.rank_drop(self.study, records, texts, rng)
+        only = np.where(cites, faithful, np.nan)
+        drop = rank_drop.rank_drop(self.study, records, texts, self.seed % 2**32)
         measured = dict(zip(FAITHFUL, (faithful, faithful, only, cites, drop), strict=True))
         frame = pd.DataFrame(records)[["user", "item", "position", "title"]]
         scored = {f"reward_{name}": part for name, part in parts.items()}
@@ -96,17 +96,17 @@ class Scorer:
         return scored.assign(kl=said.kl, tokens=tokens, finished=said.ended)
 
     def controls(self, explainer: Explainer, temperature: float, n: int) -> pd.DataFrame:
-        """``score`` of the controls and of each rule's lines, for the first ``n`` records."""
+        """``score`` of the controls for the first ``n`` records, of each rule's lines for all."""
         records = self.records[:n]
         made = composed.control_texts(records, [messages(r)[1]["content"] for r in records])
         texts = {f"{CONTROL}{name}": said for name, said in made.items()}
         texts |= {
-            f"{RULE}{rule}": [composed.composed_line(r, rule) for r in records]
+            f"{RULE}{rule}": [composed.composed_line(r, rule) for r in self.records]
             for rule in composed.RULES
         }
         scored = []
         for arm, said in texts.items():
-            logprobs = base_logprobs(explainer, records, said, temperature)
+            logprobs = base_logprobs(explainer, self.records[: len(said)], said, temperature)
             scored.append(self.score(arm, said, logprobs))
         return pd.concat(scored, ignore_index=True)
 
@@ -202,7 +202,7 @@ def text_rows(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) ->
     arms = list(scored["arm"].unique())
     rivals = [arm for arm in arms if arm.startswith((CONTROL, RULE))]
     new = scored.loc[scored["arm"] == "base", "new_item"].to_numpy(bool)
-    few = np.arange(len(new)) < (scored["arm"] == CEILING).sum()
+    few = np.arange(len(new)) < (scored["arm"] == f"{CONTROL}empty").sum()
     asked: list[tuple] = [(arm, against) for against in ("", "base") for arm in arms]
     for arm in TEXT_ARMS:
         asked += [(arm, against, "control_users", few, HEADLINE) for against in ("", "base")]
@@ -211,7 +211,13 @@ def text_rows(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) ->
         if (warm := f"{arm}_warm") in arms:
             asked += [(arm, warm), (arm, warm, "new_items", new)]
         asked += [(arm, rival, "all", None, HEADLINE) for rival in rivals]
-    out = [compared.rows(*key) for key in asked] + [gain_kept(scored, resamples, rng)]
+    out = [compared.rows(*key) for key in asked]
+    out.append(
+        share(scored, ("shielded", "base", "unshielded"), "reward", "gain_kept", resamples, rng)
+    )
+    for arm in TEXT_ARMS[1:]:
+        between = arm, f"{arm}_warm", CEILING
+        out.append(share(scored, between, "faithfulness", "ceiling_closed", resamples, rng))
     return with_separate(pd.concat(out, ignore_index=True))
 
 
@@ -256,40 +262,58 @@ def ranking_rows(
     return pd.concat(out, ignore_index=True)
 
 
-def gain_kept(scored: pd.DataFrame, resamples: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Share of the unshielded gain in reward that the shielded policy has, users resampled jointly.
-    Empty where that gain is not above 0 in every resample: a share of nothing means nothing."""
-    reward = (scored.loc[scored["arm"] == arm, "reward"].to_numpy(float) for arm in TEXT_ARMS)
-    base, free, held = reward
-    found = stats.bootstrap(held - base, free - base, resamples, rng)
-    if free.mean() <= base.mean() or np.isnan(found.low):
+def share(
+    scored: pd.DataFrame,
+    arms: tuple[str, str, str],
+    measure: str,
+    name: str,
+    resamples: int,
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    """How much of the way from ``start`` to ``end`` an arm has gone in ``measure``, for ``arms`` =
+    (arm, start, end), as a row called ``name`` against the end, users resampled jointly.
+
+    Empty where the end is not above the start in every resample: a share of nothing means nothing.
+    """
+    values = [scored.loc[scored["arm"] == arm, measure].to_numpy(float) for arm in arms]
+    n = min(map(len, values))
+    mine, start, end = (column[:n] for column in values)
+    if not n or end.mean() <= start.mean():
         return pd.DataFrame()
-    key = {"arm": "shielded", "against": "unshielded", "group": "all", "measure": "gain_kept"}
-    return pd.DataFrame([key | found._asdict() | {"n": len(base)}])
+    found = stats.bootstrap(mine - start, end - start, resamples, rng)
+    if np.isnan(found.low):
+        return pd.DataFrame()
+    key = {"arm": arms[0], "against": arms[2], "group": "all", "measure": name}
+    return pd.DataFrame([key | found._asdict() | {"n": n}])
 
 
 def tests(
     scored: pd.DataFrame, ranking: pd.DataFrame, resamples: int, rng: np.random.Generator
 ) -> pd.DataFrame:
     """p-values of the headline questions (random signs), ``<measure>_p``, and by Holm's correction
-    for their number, ``<measure>_p_holm``, as rows of results."""
+    for their number, ``<measure>_p_holm``, as rows of results. A tuned arm is held against base,
+    and in faithfulness and rank_drop against its own warm start, where that has spoken."""
     tables = {name: scored for name in HEADLINE} | {"ndcg@10": ranking.rename(columns=RANKING)}
+    asked = [(arm, "base", name) for arm in TEXT_ARMS[1:] for name in tables]
+    warm = [arm for arm in TEXT_ARMS[1:] if f"{arm}_warm" in set(scored["arm"])]
+    asked += [(arm, f"{arm}_warm", name) for arm in warm for name in HEADLINE[1:3]]
     rows = []
-    for arm in TEXT_ARMS[1:]:
-        for name, table in tables.items():
-            a, b = (table.loc[table["arm"] == who, name].to_numpy(float) for who in (arm, "base"))
-            p = float(stats.paired_p(a - b, resamples, rng))
-            rows.append({"arm": arm, "against": "base", "measure": f"{name}_p", "value": p})
+    for arm, against, name in asked:
+        table = tables[name]
+        a, b = (table.loc[table["arm"] == who, name].to_numpy(float) for who in (arm, against))
+        n = min(len(a), len(b))
+        p = float(stats.paired_p(a[:n] - b[:n], resamples, rng))
+        rows.append({"arm": arm, "against": against, "measure": f"{name}_p", "value": p})
     raw = pd.DataFrame(rows)
     corrected = raw.assign(measure=raw["measure"] + "_holm", value=stats.holm(raw["value"]))
     return pd.concat([raw, corrected], ignore_index=True)
 
 
 def detectable(scored: pd.DataFrame) -> pd.DataFrame:
-    """Per profile, as results: the smallest gain of the shielded arm in reward, quality and CTR
+    """Per profile, as results: the smallest gain of the shielded arm in these measures
     that its ``eval_users`` show with power .8, given this run's spread of paired differences."""
     mine, base = (scored[scored["arm"] == a].reset_index(drop=True) for a in ("shielded", "base"))
-    spread = {m: (mine[m] - base[m]).std() for m in ("reward", "quality")}
+    spread = {m: (mine[m] - base[m]).std() for m in ("reward", "faithfulness", "quality")}
     lift = mine["ctr"].mean() / base["ctr"].mean()  # a ratio of means: delta method
     spread["ctr_lift"] = (mine["ctr"] - lift * base["ctr"]).std() / base["ctr"].mean()
     rows = []

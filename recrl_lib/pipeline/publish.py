@@ -23,9 +23,12 @@ from recrl_lib.runs import write_atomic
 NOTEBOOK_BYTES = 3_000_000  # the most that the executed notebooks of a published run may weigh
 MARKER = "<!-- results -->"  # stands before and after the README's table
 RECORDS = ("params.yaml", "manifest.json")
+# Arms of the main table; "_warm": after the warm start, before PPO.
+ROWS = ("base", "separate", "unshielded_warm", "unshielded", "shielded_warm", "shielded")
 COLUMNS = {  # heading of the main table: measure, against
     "reward": ("reward", ""),
     "faithfulness": ("faithfulness", ""),
+    "rank drop": ("rank_drop", ""),
     "simulated clicks, times base": ("ctr_lift", "base"),
     "NDCG@10": ("ndcg@10", ""),
     "top-10 places kept": ("top10_overlap", ""),
@@ -85,11 +88,12 @@ def render_report(run: str) -> Path:
 def main_table(run: str) -> pd.DataFrame:
     """The main results as text, one row an arm, with 95 % intervals in brackets."""
     table = runs.read_results(run, "evaluation")
+    arms = [arm for arm in ROWS if arm in set(table["arm"])]
     cells = {
-        heading: [words(rows_of(table, measure, arm, against)) for arm in runs.ARMS]
+        heading: [words(rows_of(table, measure, arm, against)) for arm in arms]
         for heading, (measure, against) in COLUMNS.items()
     }
-    return pd.DataFrame(cells, index=list(runs.ARMS))
+    return pd.DataFrame(cells, index=arms)
 
 
 def sync(run: str) -> Path:

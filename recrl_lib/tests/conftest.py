@@ -15,9 +15,10 @@ from recrl_lib.runs import write_atomic
 
 
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    """No test reads or writes the user's cache."""
+def private_and_quiet(tmp_path, monkeypatch):
+    """No test reads or writes the user's cache, or draws its progress."""
     monkeypatch.setenv("RECRL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RECRL_PROGRESS", "off")
 
 
 def markdown(text: str) -> dict:
@@ -40,19 +41,19 @@ def notebook(*cells: dict) -> dict:
 
 
 class House:
-    """``paths.NOTEBOOKS`` and ``paths.RUNS`` moved below ``root``."""
+    """``paths.NOTEBOOKS`` and ``paths.RUNS`` moved below ``root``; ``move`` does it elsewhere."""
 
     def __init__(self, root: Path):
         self.root = root
         self.notebooks, self.runs = root / "notebooks", root / "runs"
-
-    def write(self, stage: str, *bodies: str) -> Path:
-        """A notebook for ``stage`` that uses these folders and runs ``bodies``, one a cell."""
-        move = (
+        self.move = (
             "from pathlib import Path\nfrom recrl_lib import paths\n"
             f"paths.NOTEBOOKS, paths.RUNS = Path({str(self.notebooks)!r}), Path({str(self.runs)!r})"
         )
-        cells = [code(parameters_cell(stage), "parameters"), code(move), *map(code, bodies)]
+
+    def write(self, stage: str, *bodies: str) -> Path:
+        """A notebook for ``stage`` that uses these folders and runs ``bodies``, one a cell."""
+        cells = [code(parameters_cell(stage), "parameters"), code(self.move), *map(code, bodies)]
         path = self.notebooks / stage_named(stage).notebook
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(notebook(markdown(f"# {stage}"), *cells)), encoding="utf-8")

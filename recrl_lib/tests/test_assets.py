@@ -62,16 +62,10 @@ def test_wheels_that_cannot_be_had_or_are_others_are_refused(index):
     assert not list(paths.cache_dir("assets").iterdir())  # nothing half-written
 
 
-@pytest.mark.parametrize(
-    "member, only, message",
-    [
-        ("other/x", (), "a.zip: does not hold all of toy/"),
-        ("toy/a", ("a", "b"), "a.zip: does not hold all of toy/: a, b"),
-    ],
-)
-def test_archives_that_cannot_be_unpacked(tmp_path, member, only, message):
+@pytest.mark.parametrize("member, only, lacking", [("x", (), ""), ("toy/a", ("a", "b"), ": a, b")])
+def test_archives_that_cannot_be_unpacked(tmp_path, member, only, lacking):
     (tmp_path / "a.zip").write_bytes(zipped({member: "x"}))
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=f"a.zip: does not hold all of toy/{lacking}"):
         assets.extract(tmp_path / "a.zip", "toy/", tmp_path / "out", only)
     assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == ["a.zip"]
 

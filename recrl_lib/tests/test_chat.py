@@ -121,11 +121,10 @@ def test_user_film_and_arm_each_start_one_new_chat(chat):
 
 def test_errors_are_shown_and_the_chat_can_go_on(chat):
     before = list(chat.history)
-    wrong = {"unknown": torch.zeros(1)}
     for text, message in (("   ", "type a question"), ("why", "another LoRA setting")):
         chat.ask(text)
         assert 'role="alert"' in chat.log.value and message in chat.log.value
         assert chat.history == before and not chat.button.disabled
-        chat.adapters["shielded"] = wrong
+        chat.adapters["shielded"] = {"unknown": torch.zeros(1)}
     chat.arm.value = "unshielded"
     assert 'role="alert"' not in chat.log.value and len(chat.history) == 3

@@ -71,7 +71,6 @@ def test_every_arm_needs_the_measures_of_its_stage():
 def test_a_missing_or_old_table_names_the_notebook(house, text):
     if text is not None:
         runs.write_atomic(house.runs / "r" / "metrics" / "data.csv", text)
-    with pytest.raises(
-        RuntimeError, match=r"data.csv (is missing|lacks against, .*): run noteb.*01_"
-    ):
+    message = r"data.csv (is missing|lacks against, .*): run noteb.*01_"
+    with pytest.raises(RuntimeError, match=message):
         measures.read_results("r", "data")

@@ -19,11 +19,6 @@ from recrl_lib.runs import sha256_file, write_atomic
 from recrl_lib.tests.conftest import required
 
 
-def namespace(stage, **values):
-    owned = {name: getattr(Params(), name) for name in params.owned_by(stage)}
-    return {**owned, **values, "unrelated": object()}
-
-
 @pytest.fixture
 def notebooks(house):
     for stage in params.STAGES:
@@ -32,7 +27,8 @@ def notebooks(house):
 
 
 def begin(stage="data", **values):
-    return runs.start(stage, namespace(stage, **values))
+    owned = {name: getattr(Params(), name) for name in params.owned_by(stage)}
+    return runs.start(stage, {**owned, **values, "unrelated": object()})
 
 
 def finish_data(**values):
@@ -79,20 +75,15 @@ def test_one_run_has_one_seed_and_exploring_it_takes_that_and_changes_nothing(no
     assert runs.read_params("smoke") == stored
 
 
-def test_start_names_missing_parameters_and_the_notebook_to_run_first(notebooks):
-    incomplete = namespace("data")
-    del incomplete["ppo_users"], incomplete["seed"]
-    with pytest.raises(ValueError, match="01_data.ipynb: the parameters cell lacks seed, ppo_u"):
-        runs.start("data", incomplete)
+def test_start_names_bad_and_missing_parameters_and_the_notebook_to_run_first(notebooks):
+    with pytest.raises(ValueError, match="01_data.ipynb: the parameters cell lacks seed, dataset"):
+        runs.start("data", {"run": "smoke", "device": "cpu"})
+    for wrong in ({"ppo_users": 2.0}, {"seed": "1"}, {"run": "../elsewhere"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            begin(**wrong)
+    assert not notebooks.runs.exists()
     with pytest.raises(RuntimeError, match=r"'ranker' needs 'data'.*01_data.ipynb"):
         begin("ranker")
-
-
-@pytest.mark.parametrize("wrong", [{"ppo_users": 2.0}, {"seed": "1"}, {"run": "../elsewhere"}])
-def test_bad_parameters_write_nothing(notebooks, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        begin(**wrong)
-    assert not notebooks.runs.exists()
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "no_such: 1", "seed: one"])

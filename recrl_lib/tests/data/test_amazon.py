@@ -10,8 +10,6 @@ from recrl_lib.data import reading
 from recrl_lib.tests.data.loading import load, write
 
 BOOKS = ("0001713353", "0001713360", "0001713361")
-PEOPLE = ("u1", "u2", "u3")
-DAY = 86_400
 
 
 def review_2014(user="u1", book=BOOKS[0], rating=5.0, time=1355616000):
@@ -59,11 +57,10 @@ YEARS = [
 
 
 def books(folder, reviews, meta, names=("Books.json", "meta_Books.json")):
-    texts = (
-        b"".join(f"{line}\n".encode() if isinstance(line, str) else line for line in lines)
-        for lines in (reviews, meta)
-    )
-    return write(folder, dict(zip(names, texts)))
+    def text(lines):
+        return b"".join(f"{line}\n".encode() if isinstance(line, str) else line for line in lines)
+
+    return write(folder, dict(zip(names, map(text, (reviews, meta)))))
 
 
 @pytest.mark.parametrize("name, review, book, unit, text", YEARS)
@@ -71,8 +68,8 @@ def test_each_year_is_read_from_the_files_that_are_fetched_for_it(
     tmp_path, name, review, book, unit, text
 ):
     meta, reviews = (url.rpartition("/")[2] for url in assets.ORIGINS[name])
-    pairs = [(user, item) for item in BOOKS for user in PEOPLE]
-    times = [1355616000 + DAY * n for n in range(9)]
+    pairs = [(user, item) for item in BOOKS for user in ("u1", "u2", "u3")]
+    times = [1355616000 + 86_400 * n for n in range(9)]
     lines = [review(*pair, time=time * unit) for pair, time in zip(pairs, times)]
     data = load(name, books(tmp_path, lines, map(book, BOOKS), (reviews, meta)), min_core=3)
     assert data.items["text"].tolist() == [text] * 3

@@ -120,11 +120,13 @@ def test_64_bit_ids_are_exact_with_and_without_nulls(tmp_path, dictionary):
 IDS = ["007", "7", "می\u200cخواستم", "Family 👨\u200d👩\u200d👧", "NA", "nan", "None", "Ca$$ {1}"]
 
 
-def test_titles_and_ids_are_what_they_say_without_control_characters(tmp_path):
+def test_titles_and_ids_are_what_they_say_and_without_times_file_order_counts(tmp_path):
     log = "user,item\n" + "".join(f"{user},{item}\n" for user in ("NA", "nan") for item in IDS)
     shop = "item,title\n" + "".join(f"{item},\u202e{item}\u202c\x07\n" for item in IDS)
     data = load("csv", tables(tmp_path, log, shop), time_column="")
     assert data.items["title"].tolist() == sorted(IDS) and data.info["skipped"] == {}
+    assert data.interactions["item"].tolist() == [1 + sorted(IDS).index(item) for item in IDS] * 2
+    assert data.info["order"] == "file order: no time column was named"
 
 
 def test_ids_that_are_numbers_are_ordered_as_numbers(tmp_path):
@@ -137,13 +139,6 @@ def test_ids_that_are_numbers_are_ordered_as_numbers(tmp_path):
     log = log.replace("2,9,", "x,9,").replace("2,1", "x,1")
     data = load("csv", tables(tmp_path, log, shop))
     assert data.interactions["user"].tolist() == [1, 1, 0, 0, 1, 0]  # as texts: "10" before "x"
-
-
-def test_without_times_file_order_counts(tmp_path):
-    log = "user,item\n" + "".join(f"{u},{i}\n" for i in (3, 1, 2) for u in (1, 2))
-    data = load("csv", tables(tmp_path, log, "item,title\n1,A\n2,B\n3,C\n"), time_column="")
-    assert data.interactions["item"].tolist() == [3, 3, 1, 1, 2, 2]
-    assert data.info["order"] == "file order: no time column was named"
 
 
 @pytest.mark.parametrize(

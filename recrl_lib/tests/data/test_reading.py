@@ -91,20 +91,6 @@ def test_a_quote_never_closed_counts_all_that_it_swallows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "end, terminated, found, counts",
-    [
-        (b"2,b", True, 1, {"cut last line": 1}),
-        (b"2,b", False, 2, {}),
-        (b"2", False, 1, {"cut last line": 1}),
-    ],
-)
-def test_the_last_line(tmp_path, end, terminated, found, counts):
-    content = b"id,title\n1,a\n" + end
-    rows, skipped = read_all(tmp_path / "a.csv", content, terminated=terminated)
-    assert len(rows) == found and skipped.counts == counts
-
-
-@pytest.mark.parametrize(
     "content, message",
     [
         (b"", "a.csv: no rows; the file is empty"),

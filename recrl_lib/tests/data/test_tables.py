@@ -57,7 +57,7 @@ def assembled(rows, items=(7, 8, 9), year=0, **options):
     return assemble(raw, skipped, **defaults | options)
 
 
-def test_assembling_by_hand():
+def test_assembling_by_hand_and_by_the_schema():
     rows = [("b", 9, 3), ("a", 7, 5), ("b", 7, 1), ("b", 6, 4), ("b", 9, 0), ("b", 8, 3)]
     data = assembled([*rows, ("a", 8, 2)])
     # No item 6 in items; the second (b, 9) is a duplicate, though earlier; a is left with two.
@@ -70,6 +70,8 @@ def test_assembling_by_hand():
     assert data.interactions.to_dict("list") == expected
     assert data.users.to_dict("list") == {"user": [0], "gender": [""], "age": [0]}
     assert data.items["title"].tolist() == ["T7", "T8", "T9"]
+    with pytest.raises(SchemaError, match="year"):
+        assembled(rows, year=-1)
 
 
 def test_short_users_are_those_of_the_input_and_those_that_the_filters_make():
@@ -107,12 +109,6 @@ def test_global_time_puts_users_who_cannot_be_evaluated_last():
     assert [s.tolist() for s in split.others] == [[1, 2, 3], [1, 2, 3], [1]]
     with pytest.raises(ValueError, match="no user has events in all three periods"):
         assembled([(0, i, 1) for i in (7, 8, 9)], split="global-time")
-
-
-def test_tables_that_break_the_schema_are_refused():
-    rows = [("a", i, 1) for i in (7, 8, 9)]
-    with pytest.raises(SchemaError, match="year"):
-        assembled(rows, year=-1)
 
 
 NEW_YEAR = 1_420_070_400_000  # 2015-01-01T00:00Z in milliseconds

@@ -49,19 +49,16 @@ def test_seeds_are_averaged_and_their_spread_is_told():
     row = rows_of(table, "faithfulness", "a").iloc[0]
     assert (row["n"], row["seeds"]) == (80, 2)
     means = sorted(policy("a", s, shift=0.1 + 0.2 * s)[0]["faithfulness"].mean() for s in (0, 1))
-    spread = [
-        runs.value(table, "faithfulness", "a", group=f"{end}_seed") for end in ("lowest", "highest")
-    ]
+    groups = ("lowest_seed", "highest_seed")
+    spread = [runs.value(table, "faithfulness", "a", group=group) for group in groups]
     assert spread == pytest.approx(means)
 
 
 def test_what_does_not_pair_has_no_difference():
     table = compare(policy("main"), policy("other_seed", 1), policy("other_items", items=5))
     for arm in ("other_seed", "other_items"):
-        assert (
-            rows_of(table, "faithfulness", arm, "main").empty
-            and ends(table, "faithfulness", arm)[0] > 0
-        )
+        assert rows_of(table, "faithfulness", arm, "main").empty
+        assert ends(table, "faithfulness", arm)[0] > 0
 
 
 def test_rows_are_results_in_the_order_of_the_arms():
@@ -72,9 +69,8 @@ def test_rows_are_results_in_the_order_of_the_arms():
     assert not table.duplicated(["arm", "against", "group", "measure"]).any()
 
 
-@pytest.fixture
-def batch(tmp_path, monkeypatch):
-    """The base run ``r`` and two runs of its batch, one of them ``main`` at another seed."""
+def test_finished_runs_are_collected_and_the_base_run_stands_in_for_main(tmp_path, monkeypatch):
+    """The base run ``r`` and runs of its batch: one of them ``main`` at another seed, one stale."""
     monkeypatch.setattr(paths, "RUNS", tmp_path)
     monkeypatch.setattr(runs, "up_to_date", lambda stage, params: params.run != "r-b-stale-seed0")
     seeds = {"r": 0, "r-b-kl0-seed0": 0, "r-b-main-seed1": 1, "r-b-stale-seed0": 0}
@@ -91,18 +87,9 @@ def batch(tmp_path, monkeypatch):
             (folder / name).mkdir()
         texts.to_parquet(folder / "artifacts" / "explanations.parquet")
         table.to_csv(folder / "metrics" / "evaluation.csv", index=False)
-    return Params(run="r", batch="b")
-
-
-def test_finished_runs_are_collected_and_the_base_run_stands_in_for_main(batch):
-    texts, results, left_out = ablations.collect(batch)
-    expected = [
-        ("r", "main", 0),
-        ("r", "no_projection", 0),
-        ("r-b-kl0-seed0", "kl0", 0),
-        ("r-b-main-seed1", "main", 1),
-        ("r-b-main-seed1", "no_projection", 1),
-    ]
+    texts, results, left_out = ablations.collect(Params(run="r", batch="b"))
+    expected = [("r", "main", 0), ("r", "no_projection", 0), ("r-b-kl0-seed0", "kl0", 0)]
+    expected += [("r-b-main-seed1", arm, 1) for arm in ("main", "no_projection")]
     for table in (texts, results):
         assert sorted(set(zip(table["run"], table["arm"], table["seed"]))) == expected
     assert left_out == ["r-b-stale-seed0"]

@@ -56,16 +56,13 @@ def test_each_violation_fails_its_own_check(planted, failed):
     assert found.index[found["passed"] == 0].tolist() == failed
 
 
-def test_parity_gap():
+def test_parity_gap_and_gini():
     assert audit.parity_gap([1, 2, 3, 10], ["a", "a", "b", "c"]) == pytest.approx(10 - 1.5)
     assert audit.parity_gap([1, 2, 9], ["a", "a", None]) == 0  # one group, and a row without
     nobody = measured(users=USERS.assign(gender=""), quality=np.linspace(0, 1, N))
     assert (nobody["parity_gap"], nobody["parity_groups"], nobody["parity_gap_ndcg"]) == (0, 0, 0)
     by_gender = measured(ndcg=np.where(WOMEN, 0.0, 0.3))
     assert by_gender["parity_gap_ndcg"] == pytest.approx(0.3)
-
-
-def test_gini():
     assert audit.gini(np.array([[1, 2], [3, 4]]), 4) == pytest.approx(0)
     assert audit.gini(np.array([[1], [1]]), 4) == pytest.approx(0.75)
     counts = np.array([0, 3, 1, 7])

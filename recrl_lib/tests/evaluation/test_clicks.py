@@ -8,14 +8,11 @@ from recrl_lib.evaluation.clicks import ClickModel, standardised_score
 from recrl_lib.params import resolve
 
 
-def test_probability_by_hand():
+def test_probability_by_hand_and_a_model_of_parameters():
     model = ClickModel(alpha=0.5, beta=2.0, bias=-1.0, user_std=0.7, position_weight=0.4)
     p = model.probabilities([1.0, -2.0], [0.25, 1.0], [1, 3], np.array([0.0, 1.0]))
     logits = [-1 + 0.5 + 0.5 + 0.4, -1 - 1 + 2 + 0.7 + 0.4 / 2]
     assert p == pytest.approx([1 / (1 + math.exp(-logit)) for logit in logits])
-
-
-def test_the_model_is_the_one_that_the_parameters_state():
     params = resolve("smoke", sim_beta=3.0, sim_position=0.1)
     model = ClickModel.of(params)
     assert (model.beta, model.position_weight, model.alpha) == (3.0, 0.1, params.sim_alpha)

@@ -45,11 +45,6 @@ def table(rows=SOUND, n=128, **changed) -> pd.DataFrame:
     return frame.reset_index()
 
 
-def answer(start: str, **changed) -> str:
-    (found,) = [f for f in findings.findings(table(**changed)) if f.question.startswith(start)]
-    return found.answer
-
-
 def test_a_sound_run_answers_good_and_bad_news_alike():
     assert [one.answer for one in findings.findings(table())] == [
         "yes",  # bit-identical when separate
@@ -61,8 +56,8 @@ def test_a_sound_run_answers_good_and_bad_news_alike():
         "yes",  # reward, shielded
         "not shown",  # PPO's own part
         "yes",  # new items
-        "no, it fell",  # against the rule that asks the ranker
-        "no, it fell",  # fluency
+        "no, it is lower",  # against the rule that reads the weights
+        "no, it is lower",  # fluency
         "yes",  # clicks
         "yes",  # controls
     ]
@@ -78,6 +73,7 @@ def test_a_sound_run_answers_good_and_bad_news_alike():
 EMPTY, FEW = "shielded|control_empty|all|", "too few users to say"
 COPIED = "shielded|control_copied_prompt|all|reward"
 BASE, WARM = "shielded|base|all|", "shielded|shielded_warm|all|reward"
+NEW = "shielded|shielded_warm|new_items|faithfulness"
 HELD, DELTA = "Did the shield hold", "shielded||all|max_abs_score_delta"
 
 
@@ -94,8 +90,8 @@ HELD, DELTA = "Did the shield hold", "shielded||all|max_abs_score_delta"
         ("How much", {"unshielded|base|all|reward": (0.2, -0.01, 0.4)}, "cannot be said"),
         ("Did PPO add", {WARM: (0.02, 0.01, 0.03)}, "yes"),
         ("Did PPO add", {WARM: (0.02, 0.0, 0.03)}, "not shown"),
-        ("Did PPO add", {WARM: (-0.02, -0.03, -0.01)}, "no, it fell"),
-        ("And on items", {WARM.replace("all|reward", "new_items|faithfulness"): (1, 1, 1, 9)}, FEW),
+        ("Did PPO add", {WARM: (-0.02, -0.03, -0.01)}, "no, it is lower"),
+        ("Did PPO make texts on films", {NEW: (1, 1, 1, 9)}, FEW),
         ("Do simulated", {BASE + "ctr_lift": (1.01, 0.99, 1.03)}, "not shown"),
         ("Do all texts", {EMPTY + "reward": (0.1, -0.1, 0.3)}, "not shown"),
         ("Do all texts", {EMPTY + "ctr_lift": (1.1, 0.9, 1.3)}, "not shown"),
@@ -103,7 +99,8 @@ HELD, DELTA = "Did the shield hold", "shielded||all|max_abs_score_delta"
     ],
 )  # fmt: skip
 def test_each_answer_turns_with_its_numbers(start, changed, expected):
-    assert answer(start, **changed) == expected
+    found = findings.findings(table(**changed))
+    assert [one.answer for one in found if one.question.startswith(start)] == [expected]
 
 
 def test_target_table():
@@ -115,8 +112,6 @@ def test_target_table():
     moved = table(**{"shielded|base|all|ndcg@10": (0.0012, 0.001, 0.0018)})
     assert findings.target_table(moved).iloc[-1]["met"] == "no"
 
-
-# --- what the run does not show
 
 PPO = [("shielded", "", "all", "leak", 1e-9), ("", "", "all", "warnings", 0)]
 PPO += [("shielded", "", "all", "ratio_first_minibatch_max_dev", 1e-6)]
@@ -145,10 +140,8 @@ def test_limits_hold_for_any_run_and_bad_answers_are_repeated():
     ]
     assert "seed 3" in found[-5][0] and "128 held-out users were judged." in found[-3][0]
     texts = "\n".join(text for text, _ in found[:-5])
-    assert (
-        "asks the ranker itself (shielded)? No, it fell: faithfulness against rule_oracle: -0.090"
-        in texts
-    )
+    fell = "themselves (shielded)? No, it is lower: faithfulness against rule_oracle: -0.090"
+    assert fell in texts
     assert "Did PPO add reward to its own warm start (shielded)? Not shown: " in texts
     assert "simulated clicks" not in texts and len(found) == 5 + 5
 

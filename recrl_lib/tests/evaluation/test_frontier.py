@@ -86,9 +86,7 @@ def test_activated_lora_learns_and_moves_no_item_at_all(shared):
     assert row["loss"] < row["loss_base"]
     assert row["max_abs_score_delta"] == 0 and row["exact"] == 1 and row["item_change_held"] == 0
     assert all("alora" not in name for name, _ in shared.explainer.lm.named_parameters())
-
-
-def test_activated_lora_acts_from_the_turn_header_on(shared):
+    # it acts from the turn header on
     explainer, asked = shared.explainer, shared.asked
     with supervised.activated_lora(explainer), torch.no_grad():
         generator = torch.Generator().manual_seed(1)
@@ -147,10 +145,8 @@ def test_summary_by_hand():
         ("update", 20, 1, 1.5, 0.8, 1.0),
     ]
     names = ["mode", "steps", "seed", "loss", "reward", "overlap"]
-    table = pd.DataFrame(
-        [asdict(Point()) | {"curve": "c"} | dict(zip(names, row)) for row in shown]
-    )
-    table = table.assign(loss_base=2.0, reward_base=0.5, set_same=1.0, top1_same=1.0)
+    rows = [asdict(Point()) | {"curve": "c"} | dict(zip(names, row)) for row in shown]
+    table = pd.DataFrame(rows).assign(loss_base=2.0, reward_base=0.5, set_same=1.0, top1_same=1.0)
     free, early, shielded = frontier.summarise(table).to_dict("records")
     shares = [free[name] for name in ("gain_loss", "gain_reward", "seeds")]
     assert shares == pytest.approx([1, 1, 2])

@@ -11,40 +11,15 @@ from recrl_lib.explainer.prompts import messages, prompt_ids
 from recrl_lib.params import resolve
 from recrl_lib.ranker.ranking import score_chunks
 from recrl_lib.scoring import judge, reward
-from recrl_lib.tests.evaluation.toy import ITEMS, toy_study
+from recrl_lib.tests.evaluation.toy import ITEMS, rng, toy_study
 from recrl_lib.tests.tiny import BagOfWords, tune_randomly
 
 PARAMS = resolve("smoke", lora_layers=1, max_new_tokens=8, temperature=1.0)
 CLICKS = clicks.ClickModel.of(PARAMS)
 
 
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
-def toy():
-    return toy_study()
-
-
-def scored_by(made, explainer, warm: int = 5, controls: int = 4) -> tuple:
-    """(scorer, what every arm said and its clicks), the explainer's adapters as they are."""
-    rewarder = reward.Reward("grounded", made.catalogue)
-    scorer = results.Scorer(made, made.heldout_records(12, rng(1)), rewarder, BagOfWords(), 3)
-    with explainer.reference():
-        said = [scorer.explain("base", explainer, PARAMS)]
-    said += [scorer.explain(arm, explainer, PARAMS) for arm in TEXT_ARMS[1:]]
-    said += [scorer.explain("shielded_warm", explainer, PARAMS, warm)]
-    said += [scorer.controls(explainer, 1.0, controls)]
-    table = pd.concat(said, ignore_index=True)
-    return scorer, results.click_table(made, table, CLICKS, rng(2))[0]
-
-
-# --- the ranking
-
-
-def test_an_untuned_model_moves_nothing(toy):
-    made, explainer = toy
+def test_an_untuned_model_moves_nothing():
+    made, explainer = toy_study()
     text = ItemTexts(explainer, made.items["text"].tolist()).vectors()
     table, top = ranking_change.ranking_table(made, text)
     assert np.array_equal(top, made.top)
@@ -53,20 +28,13 @@ def test_an_untuned_model_moves_nothing(toy):
     assert (table[["overlap", "set_same", "exact", "rbo", "kendall_tau"]] == 1).all(axis=None)
 
 
-@pytest.fixture
-def moved(toy):
-    """(study, tuned item vectors, the top lists that they give, groups of items)."""
-    made, explainer = toy
+def test_score_changes_are_those_of_the_full_matrix():
+    made, explainer = toy_study()
     tune_randomly(explainer, 0.3)
     text = ItemTexts(explainer, made.items["text"].tolist()).vectors()
-    held = {3, 7, 8, 20}
-    every = set(range(1, ITEMS + 1))
+    top = ranking_change.ranking_table(made, text)[1]
+    held, every = {3, 7, 8, 20}, set(range(1, ITEMS + 1))
     groups = {"held_out_items": held, "subspace_items": every - held, "all": every}
-    return made, text, ranking_change.ranking_table(made, text)[1], groups
-
-
-def test_score_changes_are_those_of_the_full_matrix(moved):
-    made, text, top, groups = moved
     before, after = (
         torch.cat([s for _, s in score_chunks(made.ranker, made.split.with_valid, vectors)])
         for vectors in (made.text, text)
@@ -99,11 +67,8 @@ def test_ranking_rows_by_hand():
     assert runs.value(table, "top10_overlap", "shielded") == 1
 
 
-# --- records and texts
-
-
-def test_records_are_of_their_group_and_bounded(toy):
-    made, _ = toy
+def test_records_are_of_their_group_and_bounded():
+    made, _ = toy_study()
     records = made.heldout_records(12, rng())
     assert {r["user"] for r in records} == set(range(6, 18))
     assert all(r["item"] == made.top[r["user"], r["position"] - 1] for r in records)
@@ -117,8 +82,8 @@ def test_records_are_of_their_group_and_bounded(toy):
     assert not np.array_equal(drawn, study.held_out(50, 0.2, 4))
 
 
-def test_given_texts_get_the_log_probabilities_of_a_plain_forward(toy):
-    made, explainer = toy
+def test_given_texts_get_the_log_probabilities_of_a_plain_forward():
+    made, explainer = toy_study()
     tune_randomly(explainer, 0.3)  # the base model is asked, whatever the adapters are
     records = made.heldout_records(5, rng())
     texts = ["a good red film", "", "short", "you watched a long film and a blue film", "good"]
@@ -135,9 +100,17 @@ def test_given_texts_get_the_log_probabilities_of_a_plain_forward(toy):
             np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
 
 
-def test_every_comparison_of_untuned_arms(toy):
+def test_every_comparison_of_untuned_arms():
     """Untuned arms say what the base says, so that every difference is known."""
-    scorer, scored = scored_by(*toy)
+    made, explainer = toy_study()
+    rewarder = reward.Reward("grounded", made.catalogue)
+    scorer = results.Scorer(made, made.heldout_records(12, rng(1)), rewarder, BagOfWords(), 3)
+    with explainer.reference():
+        said = [scorer.explain("base", explainer, PARAMS)]
+    said += [scorer.explain(arm, explainer, PARAMS) for arm in TEXT_ARMS[1:]]
+    said += [scorer.explain("shielded_warm", explainer, PARAMS, 5)]
+    said += [scorer.controls(explainer, 1.0, 4)]
+    scored = results.click_table(made, pd.concat(said, ignore_index=True), CLICKS, rng(2))[0]
     table = results.text_rows(scored, 200, rng())
     assert table.set_index(["arm", "against", "group", "measure"]).index.is_unique
     for arm in ("separate", "unshielded", "shielded"):
@@ -160,9 +133,6 @@ def test_every_comparison_of_untuned_arms(toy):
     judged = results.judge_rows(scorer, scored, 100, rng())
     assert runs.value(judged, "unique_texts", results.CEILING) == 1
     assert set(judged.loc[judged["group"] == "shuffled", "measure"]) <= set(judge.PAIRED)
-
-
-# --- rows of results
 
 
 def arms_table(**arms) -> pd.DataFrame:
@@ -212,12 +182,14 @@ def test_the_share_of_the_gain_that_was_kept():
     kept = gain * rng(1).normal(0.9, 0.3, 40)
 
     def share(free, held):
-        arms = arms_table(base=base, unshielded=base + free, shielded=base + held)
-        return results.gain_kept(arms, 500, rng())
+        scored = arms_table(base=base, unshielded=base + free, shielded=base + held)
+        arms = "shielded", "base", "unshielded"
+        return results.share(scored, arms, "reward", "gain_kept", 500, rng())
 
     found = share(gain, kept).iloc[0]
     assert found["value"] == pytest.approx(kept.mean() / gain)
     assert found["low"] < found["value"] < found["high"]
+    assert (found["arm"], found["against"], found["n"]) == ("shielded", "unshielded", 40)
     assert share(-gain, gain).empty and share(rng(1).normal(0.01, 1, 40), gain).empty
 
 

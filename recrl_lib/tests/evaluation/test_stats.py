@@ -3,10 +3,7 @@ import pytest
 from scipy.stats import norm
 
 from recrl_lib.evaluation import stats
-
-
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
+from recrl_lib.tests.evaluation.toy import rng
 
 
 def test_a_value_is_written_with_its_interval():
@@ -33,14 +30,14 @@ def test_all_measures_at_once_are_each_on_its_own():
         assert together.value[i] == pytest.approx(x[i][known[i]].mean())
 
 
-@pytest.mark.parametrize("x, wanted", [([3.0], 3), ([2.0] * 9, 2)])
-def test_one_user_and_no_spread(x, wanted):
-    assert stats.bootstrap(x, 1, 50, rng()) == (wanted,) * 3
-
-
-@pytest.mark.parametrize("den", [[1.0, -1, 1, -1], [0.0, 0, 0, 1]])
-def test_a_ratio_whose_denominator_may_vanish_has_no_interval(den):
-    assert np.isnan(stats.bootstrap(np.ones(4), np.array(den), 100, rng()).low)
+def test_one_user_no_spread_a_denominator_that_may_vanish_and_bad_input():
+    for x in ([3.0], [3.0] * 9):
+        assert stats.bootstrap(x, 1, 50, rng()) == (3, 3, 3)
+    for den in ([1.0, -1, 1, -1], [0.0, 0, 0, 1]):
+        assert np.isnan(stats.bootstrap(np.ones(4), np.array(den), 100, rng()).low)
+    for num, den in (([1.0, np.nan], 1.0), (np.ones(3), np.ones(2)), ([], 1.0)):
+        with pytest.raises(ValueError, match="give one finite number a user"):
+            stats.bootstrap(num, den, 10, rng())
 
 
 def test_coverage_of_the_interval_and_level_of_the_test():
@@ -71,9 +68,7 @@ def test_seeds_and_users_are_resampled_together():
         for name, (_, low, high) in intervals.items():
             covered[name] += low <= 0 <= high
     assert covered["crossed"] > 90 and covered["pooled"] < 60
-
-
-def test_of_one_seed_it_is_the_plain_bootstrap():
+    # of one seed it is the plain bootstrap
     x = rng(1).normal(0, 1, 200)
     crossed = stats.crossed_mean(x, ["a"] * 200, np.arange(200), 4000, rng())
     np.testing.assert_allclose(crossed, stats.bootstrap(x, 1, 4000, rng()), atol=0.012)
@@ -95,9 +90,3 @@ def test_the_minimum_detectable_effect_is_detected_as_often_as_promised():
     means = rng(0).normal(effect, 2.0, (20_000, 60)).mean(1)
     shown = np.abs(means) > norm.ppf(0.975) * 2 / np.sqrt(60)
     assert shown.mean() == pytest.approx(0.8, abs=0.01)
-
-
-@pytest.mark.parametrize("num, den", [([1.0, np.nan], 1.0), (np.ones(3), np.ones(2)), ([], 1.0)])
-def test_bad_input_is_refused(num, den):
-    with pytest.raises(ValueError, match="give one finite number a user"):
-        stats.bootstrap(num, den, 10, rng())

@@ -14,6 +14,10 @@ from recrl_lib.tests.tiny import WORDS, tiny_explainer
 USERS, ITEMS = 20, 30
 
 
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
 def toy_study() -> tuple[study.Study, Explainer]:
     """Users 0-5 are PPO's, 6-17 held out, 18-19 for validation; a fifth of the films is new."""
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ def test_item_vectors_equal_a_plain_loop(kind):
         torch.testing.assert_close(got[row], hidden.mean(0), atol=1e-5, rtol=0)
 
 
-def test_base_vectors_are_cached_bit_for_bit_and_unmoved_by_tuning():
+def test_base_vectors_are_cached_unmoved_by_tuning_and_an_empty_text_is_named():
     explainer = tiny_explainer(lora_layers=1)
     first = ItemTexts(explainer, TEXTS).base_vectors()
     tune_randomly(explainer)
@@ -28,8 +28,5 @@ def test_base_vectors_are_cached_bit_for_bit_and_unmoved_by_tuning():
     assert not torch.equal(items.vectors(), first)
     with explainer.reference():
         assert torch.equal(items.vectors(), first)
-
-
-def test_empty_item_text_is_named():
     with pytest.raises(ValueError, match="item 2"):
         ItemTexts(tiny_explainer(), ["good", ""])

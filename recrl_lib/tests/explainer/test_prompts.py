@@ -11,23 +11,18 @@ RECORD = dict(
 
 
 @pytest.mark.parametrize(
-    "change, question",
+    "change, watched, film",
     [
-        ({}, "I watched: red; blue.\nWhy do you recommend the, genres good?"),
-        ({"year": 1990}, "I watched: red; blue.\nWhy do you recommend the (1990), genres good?"),
-        ({"genres": [], "noun": "game"}, "I played: red; blue.\nWhy do you recommend the?"),
-        (
-            {"genres": [], "evidence": "order"},
-            "I watched, what counted most first: blue; red.\nWhy do you recommend the?",
-        ),
-        (
-            {"genres": [], "evidence": "named"},
-            "I watched: red; blue.\nWhat counted most: blue and red.\nWhy do you recommend the?",
-        ),
+        ({"genres": ["good"]}, "I watched: red; blue.", "the, genres good"),
+        ({"year": 1990}, "I watched: red; blue.", "the (1990)"),
+        ({"noun": "game"}, "I played: red; blue.", "the"),
+        ({"evidence": "order"}, "I watched, what counted most first: blue; red.", "the"),
+        ({"evidence": "named"}, "I watched: red; blue.\nWhat counted most: blue and red.", "the"),
     ],
 )
-def test_the_question_names_what_is_known(change, question):
-    system, asked = prompts.messages(RECORD | change)
+def test_the_question_names_what_is_known(change, watched, film):
+    system, asked = prompts.messages(RECORD | {"genres": []} | change)
+    question = f"{watched}\nWhy do you recommend {film}?"
     assert system["role"] == "system" and asked == {"role": "user", "content": question}
 
 
@@ -44,9 +39,7 @@ def test_records_name_the_last_of_the_history_and_the_item_at_the_position():
         history_titles=["b", "c"], history_genres=[[], ["Z"]],
     )  # fmt: skip
     assert second["item"] == 1 and second["history_titles"] == []
-
-
-def test_records_are_checked():
+    # what a record lacks is named
     prompts.check_records([RECORD], ["a"])
     with pytest.raises(ValueError, match="1 records but 2 texts"):
         prompts.check_records([RECORD], ["a", "b"])

@@ -56,11 +56,12 @@ def test_the_last_line_is_shown(tmp_path):
         assert execute.last_line(path) == line
 
 
-def test_a_terminal_gets_one_line_and_sees_into_a_cell(house, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_a_terminal_gets_one_line_and_sees_into_a_cell(house, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     loop = "import time\nfrom recrl_lib.progress import track\n"

@@ -5,11 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from recrl_lib import paths
+from recrl_lib.tests.pipeline.test_tasks import until
 
 pytestmark = pytest.mark.skipif(
     shutil.which("setsid") is None or shutil.which("make") is None,
@@ -101,12 +101,10 @@ def test_an_environment_that_does_not_import_is_a_failure(repo, setup, torch, re
     assert start in done.stderr and remedy in done.stderr
 
 
-def until(path, limit: float = 20.0) -> str:
-    end = time.monotonic() + limit
-    while not (path.exists() and path.read_text()):
-        assert time.monotonic() < end, f"{path.name} does not come"
-        time.sleep(0.05)
-    return path.read_text()
+def ended(repo) -> str:
+    """The exit code that the target leaves, once it is there."""
+    path = repo / "runs" / "pod.exit"
+    return until(lambda: path.exists() and path.read_text())
 
 
 def test_a_target_goes_on_without_its_caller_and_is_not_started_twice(repo):
@@ -115,22 +113,21 @@ def test_a_target_goes_on_without_its_caller_and_is_not_started_twice(repo):
     assert "started make slow" in first.stdout
     assert f"at work already: process {pid}" in second.stdout
     (repo / "go").touch()
-    assert until(repo / "runs" / "pod.exit") == "2\n"  # make's own code for a failed recipe
+    assert ended(repo) == "2\n"  # make's own code for a failed recipe
     assert "Error 3" in (repo / "runs" / "pod.log").read_text()
     # what has just ended is not at work
     assert "started make slow" in script(repo, "pod-run.sh", TARGET="slow").stdout
-    until(repo / "runs" / "pod.exit")
+    ended(repo)
 
 
 def test_after_a_stop_of_the_pod_another_process_of_that_number_is_not_the_job(repo):
     assert "started" in script(repo, "pod-run.sh", TARGET="slow").stdout
     pid = repo / "runs" / "pod.pid"
     job = int(pid.read_text())
-    while os.getpgid(job) != job:  # setsid is about to give it a group of its own
-        time.sleep(0.01)
+    until(lambda: os.getpgid(job) == job)  # setsid is about to give it a group of its own
     os.killpg(job, signal.SIGKILL)
     pid.write_text(f"{os.getpid()}\n")
     assert "started" in script(repo, "pod-run.sh", TARGET="slow").stdout
     assert not (repo / "runs" / "pod.exit").exists()
     (repo / "go").touch()
-    until(repo / "runs" / "pod.exit")
+    ended(repo)

@@ -79,9 +79,6 @@ def test_the_report_is_readable(report):
     assert "max-width: 100%" in page.style.text and page.table.find_parent("div")["tabindex"] == "0"
 
 
-# --- published runs
-
-
 def results() -> pd.DataFrame:
     rows = [(arm, *key) for arm in runs.ARMS for key in publish.COLUMNS.values()]
     table = pd.DataFrame(rows, columns=["arm", "measure", "against"])

@@ -25,22 +25,18 @@ stage.finish()
 """
 
 
-def until(true, limit: float = 60.0) -> None:
+def until(true, limit: float = 60.0):
     end = time.monotonic() + limit
-    while not true():
+    while not (found := true()):
         assert time.monotonic() < end
         time.sleep(0.1)
+    return found
 
 
 def moved_script(house) -> list[str]:
     """Start of a command: ``tasks.main`` with the notebooks and runs of this house."""
-    script = (
-        "import sys; from pathlib import Path; from recrl_lib import paths\n"
-        "from recrl_lib.pipeline import tasks\n"
-        f"paths.NOTEBOOKS, paths.RUNS = Path({str(house.notebooks)!r}), Path({str(house.runs)!r})\n"
-        "sys.exit(tasks.main(sys.argv[1:]))"
-    )
-    return [sys.executable, "-c", script]
+    main = "import sys\nfrom recrl_lib.pipeline import tasks\nsys.exit(tasks.main(sys.argv[1:]))"
+    return [sys.executable, "-c", f"{house.move}\n{main}"]
 
 
 def sleeper(marker) -> str:

@@ -24,8 +24,8 @@ from recrl_lib.tests.tiny import BagOfWords, tune_randomly
 PARAMS = Params(run="r", seed=2, eval_users=12, bootstrap=200, max_new_tokens=8, temperature=1.0)
 
 
-def start(name: str) -> runs.StageRun:
-    return runs.start(name, PARAMS.as_dict())
+def start(name: str, params: Params = PARAMS) -> runs.StageRun:
+    return runs.start(name, params.as_dict())
 
 
 def finish(stage: runs.StageRun, made: study.Study | None = None) -> None:
@@ -42,13 +42,11 @@ def finish(stage: runs.StageRun, made: study.Study | None = None) -> None:
     stage.finish()
 
 
-def prepare(made: study.Study) -> None:
+def prepare(made: study.Study, params: Params = PARAMS) -> None:
     """Stages data, ranker and explainer of the toy study."""
-    history = [*zip(made.split.with_valid, made.split.test)]
-    rows = [
-        (u, i, 100 * t) for u, (h, last) in enumerate(history) for t, i in enumerate([*h, last])
-    ]
-    stage = start("data")
+    seen = [[*history, last] for history, last in zip(made.split.with_valid, made.split.test)]
+    rows = [(u, i, 100 * t) for u, items in enumerate(seen) for t, i in enumerate(items)]
+    stage = start("data", params)
     stage.save_json("dataset", {"noun": "film"})
     stage.save_table("interactions", pd.DataFrame(rows, columns=["user", "item", "time"]))
     stage.save_table("items", made.items)
@@ -56,13 +54,13 @@ def prepare(made: study.Study) -> None:
     groups = {g: getattr(made, f"{g}_users") for g in ("ppo", "validation", "heldout")}
     stage.save_json("user_groups", {name: users.tolist() for name, users in groups.items()})
     finish(stage, made)
-    stage = start("ranker")
+    stage = start("ranker", params)
     sasrec.save(made.ranker, stage.output("ranker.safetensors"))
     stage.save_tensors("base", {"top": torch.from_numpy(made.top), "text": made.text})
     stage.save_json("ranker_hashes", {"weights": sasrec.state_sha256(made.ranker), "scores": ""})
     stage.curve([{"epoch": 1, "valid_ndcg@10": 0.25}])
     finish(stage, made)
-    finish(start("explainer"))
+    finish(start("explainer", params))
 
 
 def tune(explainer, reader: ItemTexts, made: study.Study) -> dict[str, dict]:

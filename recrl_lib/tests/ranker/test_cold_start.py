@@ -27,8 +27,7 @@ def fit(split, text):
     return training.fit(params, split, len(text) - 1, text, 0)[0]
 
 
-def test_text_places_items_that_training_never_saw(monkeypatch):
-    monkeypatch.setenv("RECRL_PROGRESS", "off")
+def test_text_places_items_that_training_never_saw():
     split, text = clusters()
     cold = np.array([5, 9, 1, 16, 24, 11])  # neighbours differ in group: wrong text is wrong
     right, wrong = cold_start.cold_ranks(split, text, cold, fit)
@@ -57,9 +56,7 @@ def test_training_sees_no_cold_item():
     few = Split(split.train[:3], split.valid[:3], split.test[:3])
     with pytest.raises(ValueError, match="4 items held out, 0 of them in the test; hold out more"):
         cold_start.cold_ranks(few, text, absent, fit)
-
-
-def test_users_who_only_train_keep_their_warm_items():
+    # users who only train keep their warm items
     others = (np.array([5, 4, 1]), np.array([5, 2]))
     split = Split([np.array([1, 2, 3])], np.array([4]), np.array([5]), others=others)
     # Item 5 is cold, and the one item that is left of the last user is no history.

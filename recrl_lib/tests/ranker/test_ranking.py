@@ -9,12 +9,9 @@ from recrl_lib.ranker.sasrec import SASRec
 from recrl_lib.tests.ranker.toy import N_ITEMS, cycles, small
 
 
-def test_pad_sequences():
+def test_sequences_are_padded_and_nan_and_seen_targets_refused():
     padded = ranking.pad_sequences([np.array([1, 2]), np.array([], dtype=int), np.arange(1, 6)], 3)
     assert padded.tolist() == [[0, 1, 2], [0, 0, 0], [3, 4, 5]] and padded.dtype == torch.int64
-
-
-def test_ranks_refuse_nan_and_seen_targets():
     with pytest.raises(RuntimeError, match="NaN scores for users 0..0"):
         ranking.ranks_of([(0, torch.full((1, 4), torch.nan))], [np.array([1])], np.array([2]))
     with pytest.raises(ValueError, match="target item 1 of user 1"):

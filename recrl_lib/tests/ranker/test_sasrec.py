@@ -7,7 +7,7 @@ from recrl_lib.ranker import ranking, sasrec
 from recrl_lib.tests.ranker.toy import N_ITEMS, TEXT_DIM, cycles, small, some_text
 
 
-def test_states_read_all_of_the_past_and_nothing_of_the_future():
+def test_states_read_all_of_the_past_and_nothing_of_the_future_or_of_padding():
     model = small().eval()
     table = model.item_table(None)
     base, future, past = torch.tensor([[[2, 3, 1, 4, 5, 9]]] * 3)
@@ -15,11 +15,6 @@ def test_states_read_all_of_the_past_and_nothing_of_the_future():
     moved = (model(base, table) - model(future, table)).abs().amax(-1)[0]
     assert moved[:4].max() == 0 and moved[4] > 1e-4
     assert (model(base, table) - model(past, table))[0, -1].abs().max() > 1e-6
-
-
-def test_padding_does_not_leak():
-    model = small().eval()
-    table = model.item_table(None)
     other = table.clone()
     other[0] = 100.0  # whatever the padding vector is
     padded = torch.tensor([[0, 0, 0, 3, 1, 4]])

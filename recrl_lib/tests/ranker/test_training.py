@@ -10,11 +10,6 @@ from recrl_lib.ranker import metrics, ranking, sasrec, training
 from recrl_lib.tests.ranker.toy import N_ITEMS, cycles, small, some_text
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("RECRL_PROGRESS", "off")
-
-
 def fit(split, text=None, seed=0, **changes):
     values = {"dim": 8, "layers": 2, "max_len": 6, "lr": 1e-2, "batch": 8, "epochs": 4}
     values |= {"item_dropout": 0.0, "average": 0.0, "patience": 20} | changes

@@ -120,7 +120,7 @@ def test_probability_is_the_softmax_at_the_own_card():
     assert made.paired(REFERENCES[:4])["specificity_probability"].equals(found[:4])
 
 
-def test_own_words_and_language_by_hand():
+def test_own_words_by_hand():
     question = messages(RECORD)[1]["content"]
     assert judge.own_words(RECORD, question) == 0 and judge.own_words(RECORD, "") == 1
     assert judge.own_words(RECORD, REFERENCES[0]) == 1
@@ -129,7 +129,7 @@ def test_own_words_and_language_by_hand():
     assert judge.own_words(RECORD, copied) == pytest.approx(2 * 2 / 8)
 
 
-def test_fluency_and_readability_by_hand():
+def test_fluency_readability_and_language_by_hand():
     out = judge.fluency([np.log([0.5, 0.125]), np.zeros(3), np.array([])])
     assert out == pytest.approx([0.25, 1, 0])
     words = dict(film=1, like=1, action=2, comedy=3, the=1, table=2, movies=2, boxes=2, makes=1)
@@ -138,9 +138,7 @@ def test_fluency_and_readability_by_hand():
     assert judge.readability("I like this film. Good action!") == pytest.approx(wanted)
     assert math.isnan(judge.readability(""))
     assert judge.readability("Extraordinarily complicated considerations notwithstanding") < 0
-
-
-def test_language_discounts_loops():
+    # language is the mean of both, and discounts loops
     once = "It is a good film for you."
     assert judge.language(once, 0.2) == pytest.approx((0.2 + 1) / 2)  # reading ease is cut at 100
     assert judge.language(" ".join([once] * 5), 0.9) < judge.language(once, 0.2) / 2

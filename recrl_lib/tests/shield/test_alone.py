@@ -60,7 +60,6 @@ assert all(name.startswith("recrl_lib.shield") for name in loaded), loaded
 
 
 def test_the_shield_attaches_in_three_lines_without_the_rest_of_the_library(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,6 @@ from recrl_lib.tests.shield.toy import make, moved, train, train_shielded
 from recrl_lib.tests.tiny import tiny_explainer
 
 SEALED = 1e-6  # rounding of float32 adapters
-
-
 OPTIMIZERS = {
     "momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
     "adam": (torch.optim.Adam, {"lr": 0.01}),

@@ -48,11 +48,11 @@ def test_replay_keeps_items_near_while_training_and_nearer_after_it(mode):
         protected = protect(grams, energy=0.9)
         replay = replay_of(explainer, items, weight) if weight else None
         shield = train_shielded(explainer, protected, 20, used, replay)
-        return (
-            explainer,
-            shield,
-            lambda: (moved(items, items.base_vectors()), leak(explainer, protected)),
-        )
+
+        def distances():
+            return moved(items, items.base_vectors()), leak(explainer, protected)
+
+        return explainer, shield, distances
 
     free = trained("restart", 0.0)[2]()  # trains freely
     explainer, shield, measured = trained(mode, 10.0)

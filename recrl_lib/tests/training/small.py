@@ -4,7 +4,7 @@ import numpy as np
 
 from recrl_lib.explainer.item_texts import ItemTexts
 from recrl_lib.explainer.model import Explainer
-from recrl_lib.params import Params, resolve
+from recrl_lib.params import resolve
 from recrl_lib.shield import projection, subspaces
 from recrl_lib.tests.tiny import tiny_explainer
 from recrl_lib.training import ppo
@@ -38,14 +38,7 @@ def protect(explainer: Explainer, energy: float = 0.9) -> dict[str, subspaces.Su
     return subspaces.protect(subspaces.item_grams(explainer, items)[0], energy=energy)
 
 
-def trainer(
-    reward=red,
-    seed: int = 0,
-    mode: str | None = None,
-    params: Params = PARAMS,
-    explainer: Explainer | None = None,
-    **changes,
-) -> ppo.PPO:
+def trainer(reward=red, seed=0, mode=None, params=PARAMS, explainer=None, **changes) -> ppo.PPO:
     """PPO on the tiny explainer, with a shield if ``mode`` is given."""
     explainer = explainer or tiny_explainer(lora_layers=1)
     shield = projection.Shield(explainer, protect(explainer), mode) if mode else None

@@ -4,23 +4,22 @@ import os
 import shutil
 import types
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from recrl_lib import paths, runs, study
-from recrl_lib.data import splits
 from recrl_lib.explainer.item_texts import ItemTexts
 from recrl_lib.explainer.model import load_for
 from recrl_lib.explainer.sampling import explain
 from recrl_lib.params import resolve, stage_named
-from recrl_lib.ranker import ranking, sasrec
 from recrl_lib.scoring.claims import Catalogue
 from recrl_lib.scoring.reward import Reward
 from recrl_lib.shield import replay, subspaces
 from recrl_lib.tests.conftest import required
-from recrl_lib.tests.tiny import WORDS, tiny_explainer
+from recrl_lib.tests.evaluation.toy import toy_study
+from recrl_lib.tests.pipeline.test_verify import prepare
+from recrl_lib.tests.tiny import tiny_explainer
 from recrl_lib.tests.training.small import PROTECTED_TEXTS, RECORDS, protect, red, timeless
 from recrl_lib.training import arms, diagnostics, trl, warm_start
 
@@ -116,9 +115,8 @@ def test_replay_steps_after_training_take_the_replay_out_of_projecting_ppo(stage
     readout = torch.randn(4, vectors.shape[1], generator=torch.Generator().manual_seed(3))
 
     def replay_of(explainer, *_):
-        return replay.Replay(
-            explainer, ItemTexts(explainer, PROTECTED_TEXTS), vectors, readout, 10.0
-        )
+        items = ItemTexts(explainer, PROTECTED_TEXTS)
+        return replay.Replay(explainer, items, vectors, readout, 10.0)
 
     monkeypatch.setattr(arms, "replay_for", replay_of)
     without, after = stage.params, {"shield_penalty": 10.0, "shield_replay_steps": 3}
@@ -159,62 +157,30 @@ def test_an_arm_of_trl_is_shielded_and_not_trained_twice(stage, algorithm, monke
     assert same(train("shielded", stage, scorer).adapter, arm.adapter)
 
 
-# --- launched processes -------------------------------------------------------------------------
-
-# What the launched processes import first: where this test's runs and notebooks lie, and a trace
-# of each one's rank.
-ELSEWHERE = """
+# What the launched processes do first: leave a trace of each one's rank.
+TRACE = """
 import os
-from pathlib import Path
-from recrl_lib import paths
-paths.NOTEBOOKS, paths.RUNS = Path({notebooks!r}), Path({runs!r})
 if "RANK" in os.environ:
-    Path({root!r}, "rank " + os.environ["RANK"] + " of " + os.environ["WORLD_SIZE"]).touch()
+    Path({!r}, "rank " + os.environ["RANK"] + " of " + os.environ["WORLD_SIZE"]).touch()
 """
 
 
 def before_training(params) -> None:
-    """The stages that the training reads: six users, twenty items, an untrained ranker."""
-
-    def finish(stage):
-        stage.results(required(stage.name))
-        stage.finish()
-
-    rng = np.random.default_rng(0)
-    titles = [" ".join(rng.choice(WORDS, 3, replace=False)) for _ in range(20)]
-    items = pd.DataFrame(
-        {"item": range(1, 21), "title": titles, "year": 0, "genres": "good", "text": titles}
-    )
-    rows = [(u, i, t) for u in range(6) for t, i in enumerate(rng.permutation(20)[:5] + 1)]
-    seen = pd.DataFrame(rows, columns=["user", "item", "time"])
-    stage = runs.start("data", params.as_dict())
-    stage.save_table("interactions", seen)
-    stage.save_table("items", items)
-    stage.save_table("users", pd.DataFrame({"user": range(6)}))
-    stage.save_json("dataset", {"noun": "film"})
-    stage.save_json("user_groups", {"ppo": list(range(6)), "validation": [], "heldout": []})
-    finish(stage)
-    stage = runs.start("ranker", params.as_dict())
-    model = sasrec.freeze(sasrec.SASRec(20, 16, 1, 2, 10, 0.0))
-    sasrec.save(model, stage.output("ranker.safetensors"))
-    top = ranking.top_k(model, splits.split(seen, 6, "leave-one-out").with_valid, None, 10)
-    stage.save_tensors("base", {"top": torch.from_numpy(top)})
-    stage.save_json("ranker_hashes", {"weights": sasrec.state_sha256(model)})
-    finish(stage)
-    finish(runs.start("explainer", params.as_dict()))
+    """The stages that the training reads: of the toy study, with the subspaces of two texts."""
+    prepare(toy_study()[0], params)
     stage = runs.start("shield", params.as_dict())
-    protected = protect(load_for(params, 0))
-    stage.save_tensors("subspaces", subspaces.to_tensors(protected))
+    stage.save_tensors("subspaces", subspaces.to_tensors(protect(load_for(params, 0))))
     stage.save_json("held_out_items", [])
-    finish(stage)
+    stage.results(required("shield"))
+    stage.finish()
 
 
 def test_two_launched_processes_train_as_one(stage, house, finished, monkeypatch):
     """accelerate launches them, each reads the run folder, and this one goes on from their work."""
     shutil.copytree(finished.notebooks, house.notebooks)
     (house.root / "site").mkdir()
-    places = {"notebooks": str(house.notebooks), "runs": str(house.runs), "root": str(house.root)}
-    (house.root / "site" / "sitecustomize.py").write_text(ELSEWHERE.format(**places))
+    first = house.move + TRACE.format(str(house.root))
+    (house.root / "site" / "sitecustomize.py").write_text(first)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(house.root / "site"), str(paths.ROOT)]))
     before_training(stage.params)
     trained = {}

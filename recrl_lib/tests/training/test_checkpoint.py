@@ -10,28 +10,22 @@ import pytest
 import torch
 
 from recrl_lib import runs
-from recrl_lib.tests.training.small import PARAMS as SMALL
-from recrl_lib.tests.training.small import red, timeless
-from recrl_lib.tests.training.small import trainer as trainer_of
+from recrl_lib.tests.training import small
 from recrl_lib.training import checkpoint, ppo
 
 # A server that has imported the library forks the processes to kill: a start costs nothing.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["recrl_lib.tests.training.small"])
-PARAMS = SMALL.replace(
+PARAMS = small.PARAMS.replace(
     ppo_steps=4, checkpoint_every=2, checkpoint_keep=1,
     learning_rate=3e-2, kl_target=0.01, stop_kl=0.05, lr_schedule="linear",
 )  # fmt: skip
 
 
-def build(reward=red) -> ppo.PPO:
-    return trainer_of(reward, mode="update", params=PARAMS)
-
-
 def result(trained: ppo.PPO) -> str:
     """Everything that training left, but for the times; every digit of it."""
     state = trained.state()
-    state["plain"]["rows"] = timeless(trained.rows)
+    state["plain"]["rows"] = small.timeless(trained.rows)
     return json.dumps(state, default=torch.Tensor.tolist)
 
 
@@ -60,7 +54,8 @@ def run(folder: str, moment: str = "", n: int = 0) -> None:
     """The process: trains from what ``folder`` holds to the end, unless ``moment`` comes first."""
     torch.set_num_threads(1)
     os.environ["RECRL_HOME"], os.environ["RECRL_PROGRESS"] = folder, "off"
-    trained = build(on_call(n, red, die) if moment == "reward" else red)
+    reward = on_call(n, small.red, die) if moment == "reward" else small.red
+    trained = small.trainer(reward, mode="update", params=PARAMS)
     if moment == "optimizer step":
         trained.optimizer.step = on_call(n, trained.optimizer.step, die)
     elif moment == "half a file":

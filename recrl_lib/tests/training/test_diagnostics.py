@@ -49,8 +49,6 @@ def test_precision_is_bfloat16_where_asked_and_on_cuda(dtype, on_cpu, on_cuda):
     assert [diagnostics.autocasts(params, device) for device in devices] == [on_cpu, on_cuda]
 
 
-# --- trackers -----------------------------------------------------------------------------------
-
 ROWS = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}]
 
 

@@ -6,8 +6,7 @@ from recrl_lib.explainer.item_texts import ItemTexts
 from recrl_lib.shield import projection
 from recrl_lib.shield.replay import Replay
 from recrl_lib.tests.tiny import tiny_explainer
-from recrl_lib.tests.training.small import PARAMS, RECORDS, TIMES, leak, protect, red
-from recrl_lib.tests.training.small import trainer as trainer_of
+from recrl_lib.tests.training.small import PARAMS, RECORDS, TIMES, leak, protect, red, trainer
 from recrl_lib.training import ppo
 
 LARGE = {"prompts_per_step": 6, "samples_per_prompt": 8, "micro_batch": 24, "learning_rate": 3e-2}
@@ -23,9 +22,6 @@ def ragged(seed: int, rows: int = 6, width: int = 9):
     lengths = torch.randint(1, width + 1, (rows,), generator=source)
     mask = torch.arange(width)[None] < lengths[:, None]
     return mask, lambda: torch.randn(mask.shape, generator=source, dtype=torch.float64)
-
-
-# --- the pieces against naive twins -------------------------------------------------------------
 
 
 def naive_gae(rewards, values, length, lam):
@@ -63,13 +59,10 @@ def test_policy_loss_by_hand(sign, expected):
     assert int(clipped) == 1 and ratio[0] == pytest.approx(1.5)
 
 
-def test_value_loss_by_hand():
+def test_value_loss_and_leave_one_out_baseline_by_hand():
     new, old, returns = torch.tensor([1.0, 0.1]), torch.zeros(2), torch.ones(2)
     # Token 0: plain 0, clipped (.2 - 1)^2 = .64; token 1: within the clip, .81.
     assert float(ppo.value_loss(new, old, returns, 0.2)) == pytest.approx(0.5 * (0.64 + 0.81))
-
-
-def test_leave_one_out_baseline_by_hand():
     # Returns of the texts of two prompts: 1, 3, 5 and 2, 2, -1.
     rewards = torch.tensor([[1.0, 0], [1, 2], [5, 0], [2, 0], [0, 2], [-1, 0]])
     got = ppo.leave_one_out(rewards, 3)
@@ -85,18 +78,10 @@ def test_k3_is_never_negative_zero_when_equal_and_estimates_kl():
     assert float(estimate.mean()) == pytest.approx(exact, abs=0.02) and exact > 0.2
 
 
-# --- the trainer --------------------------------------------------------------------------------
-
-
 def weights(trained: ppo.PPO) -> torch.Tensor:
     """Adapters and, last, the 32 + 1 numbers of the value head."""
     parts = *trained.explainer.adapter_parameters(), *trained.value_head.parameters()
     return torch.cat([p.detach().flatten() for p in parts])
-
-
-def test_the_first_ratio_is_one_and_the_first_kl_zero():
-    row = trainer_of().step()
-    assert row["ratio_first_minibatch_max_dev"] < 1e-4 and row["kl"] < 1e-9
 
 
 def hook(trained: ppo.PPO, look, before: bool = False) -> list:
@@ -113,22 +98,23 @@ def hook(trained: ppo.PPO, look, before: bool = False) -> list:
 def test_micro_batches_change_no_update(size):
     """Texts of unequal lengths, so that a mean of micro-batch means would differ."""
     changes = {"ppo_epochs": 1, "prompts_per_step": 4, "samples_per_prompt": 4}
-    whole, split = (trainer_of(micro_batch=n, **changes) for n in (16, size))
+    whole, split = (trainer(micro_batch=n, **changes) for n in (16, size))
     expected, row = whole.step(), split.step()
     assert expected["eos_rate"] < 1 and expected["length"] < 8  # lengths do differ
+    assert row["ratio_first_minibatch_max_dev"] < 1e-4 and row["kl"] < 1e-9  # at the first step
     torch.testing.assert_close(weights(split), weights(whole), atol=1e-6, rtol=0)
     for name in row.keys() - TIMES:
         assert row[name] == pytest.approx(expected[name], abs=1e-5), name
 
 
 def test_linear_schedule_ends_where_it_should():
-    trained = trainer_of(lr_schedule="linear", ppo_steps=2, ppo_epochs=2, minibatches=2)
+    trained = trainer(lr_schedule="linear", ppo_steps=2, ppo_epochs=2, minibatches=2)
     rates = hook(trained, lambda: [g["lr"] for g in trained.optimizer.param_groups], before=True)
     rows = trained.train(2)
     falling = np.arange(8, 0, -1)[:, None] / 8
     np.testing.assert_allclose(rates, falling * [PARAMS.learning_rate, PARAMS.value_lr])
     assert rows[-1]["learning_rate"] == pytest.approx(PARAMS.learning_rate / 8)
-    assert trainer_of().train(1)[0]["learning_rate"] == PARAMS.learning_rate
+    assert trainer().train(1)[0]["learning_rate"] == PARAMS.learning_rate
 
 
 @pytest.mark.parametrize(
@@ -136,21 +122,21 @@ def test_linear_schedule_ends_where_it_should():
 )
 def test_adaptive_kl_moves_towards_its_target(target, factors):
     """KL is 0 at the first step, then above the small target."""
-    rows = trainer_of(kl_target=target, learning_rate=3e-2).train(3)
+    rows = trainer(kl_target=target, learning_rate=3e-2).train(3)
     coefs = [row["kl_coef"] for row in rows]
     assert [b / a for a, b in zip(coefs, coefs[1:], strict=False)] == pytest.approx(factors)
 
 
 @pytest.mark.parametrize("stop, skipped", [(1e-7, 3), (10.0, 0)])
 def test_early_stop_skips_the_remaining_passes(stop, skipped):
-    trained = trainer_of(stop_kl=stop, learning_rate=3e-2, ppo_epochs=4)
+    trained = trainer(stop_kl=stop, learning_rate=3e-2, ppo_epochs=4)
     steps = hook(trained, lambda: 1)
     assert trained.step()["epochs_skipped"] == skipped
     assert len(steps) == (4 - skipped) * PARAMS.minibatches
 
 
 def test_bfloat16_recomputes_old_logprobs_and_keeps_float32_weights():
-    trained = trainer_of(dtype="bfloat16", learning_rate=3e-2)
+    trained = trainer(dtype="bfloat16", learning_rate=3e-2)
     row = trained.step()
     assert row["ratio_first_minibatch_max_dev"] < 0.1 and np.isfinite(row["gradient_norm"])
     assert {p.dtype for p in trained.explainer.adapter_parameters()} == {torch.float32}
@@ -163,17 +149,16 @@ def test_value_loss_does_not_reach_the_adapters():
 
 
 def test_cut_off_texts_pay_and_finished_ones_do_not():
-    free, paying = (trainer_of(missing_eos_penalty=p).step() for p in (0.0, 0.5))
+    free, paying = (trainer(missing_eos_penalty=p).step() for p in (0.0, 0.5))
     assert 0 < free["eos_rate"] < 1 and free["score"] == pytest.approx(free["reward"])
     assert free["score"] - paying["score"] == pytest.approx(0.5 * (1 - free["eos_rate"]), abs=1e-6)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_it_learns_a_word_and_unlearns_it_with_the_sign_flipped(sign):
-    def signed(records, texts):
-        return sign * red(records, texts)[0], {}
-
-    rows = trainer_of(signed, kl_coef=0.0, missing_eos_penalty=0.0, **LARGE).train(15)
+    rows = trainer(
+        lambda *said: (sign * red(*said)[0], {}), kl_coef=0.0, missing_eos_penalty=0.0, **LARGE
+    ).train(15)
     said = [abs(row["reward"]) for row in rows]
     start, end = np.mean(said[:2]), np.mean(said[-3:])
     assert 0.1 < start < 0.7
@@ -181,12 +166,12 @@ def test_it_learns_a_word_and_unlearns_it_with_the_sign_flipped(sign):
 
 
 def test_shielded_ppo_keeps_the_invariant_at_every_step_and_call():
-    trained = trainer_of(mode="update", learning_rate=3e-2)
+    trained = trainer(mode="update", learning_rate=3e-2)
     leaks = hook(trained, lambda: leak(trained))
     for steps in (1, 2):  # the shield stays on from one call of train to the next
         rows = trained.train(steps)
     assert len(leaks) == 8 and max(leaks) <= 1e-6 and rows[0]["shield_seconds"] > 0
-    free = trainer_of(learning_rate=3e-2)
+    free = trainer(learning_rate=3e-2)
     free.train(2)
     assert leak(free) > 0.1
 
@@ -207,7 +192,7 @@ def test_gradients_are_clipped_before_the_replay_joins_whose_norm_is_logged_besi
 
 
 def test_a_frozen_a_stays_frozen_though_the_reference_policy_is_asked():
-    trained = trainer_of(mode="frozen_a", learning_rate=3e-2)
+    trained = trainer(mode="frozen_a", learning_rate=3e-2)
     before = trained.explainer.adapter_state()
     trained.step()
     after = trained.explainer.adapter_state()

@@ -8,11 +8,11 @@ from recrl_lib.scoring.claims import Catalogue
 from recrl_lib.scoring.reward import Reward
 from recrl_lib.shield import projection
 from recrl_lib.tests.tiny import tiny_explainer
-from recrl_lib.tests.training.small import PARAMS as SMALL
+from recrl_lib.tests.training import small
 from recrl_lib.tests.training.small import RECORDS, protect
 from recrl_lib.training import ppo, trl
 
-PARAMS = SMALL.replace(samples_per_prompt=2, learning_rate=1e-2, algorithm="rloo")
+PARAMS = small.PARAMS.replace(samples_per_prompt=2, learning_rate=1e-2, algorithm="rloo")
 CATALOGUE = Catalogue(["the red film", "blue"], ["good"])
 
 
@@ -37,9 +37,7 @@ def test_a_shielded_arm_trains_and_leaves_the_explainer_as_it_should_be(algorith
     # Before the first step the policy is the reference.
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[1]["kl"] != 0
     for row in rows:
-        total = sum(
-            w * row[f"reward_{p}"] for w, p in zip(reward.weights, reward.names, strict=True)
-        )
+        total = sum(w * row[f"reward_{p}"] for w, p in zip(reward.weights, reward.names))
         assert row["reward"] == pytest.approx(total, abs=1e-6)
         penalty = params.missing_eos_penalty * (1 - row["eos_rate"])
         assert row["score"] == pytest.approx(row["reward"] - penalty, abs=1e-6)
@@ -66,17 +64,13 @@ class Spy(Reward):
 
 
 def test_the_same_prompts_and_the_same_number_of_steps_as_ppo():
-    params, users, steps = PARAMS.replace(ppo_steps=3), [], []
+    params, users, steps, ends = PARAMS.replace(ppo_steps=3), [], [], []
     for train in (lambda *given: ppo.PPO(*given).train(3), trl.train):
         asked.clear()
-        steps.append(0)
-
-        def count(*_):
-            steps[-1] += 1
-
-        hook = register_optimizer_step_post_hook(count)
+        hook = register_optimizer_step_post_hook(lambda *_: steps.append("taken"))
         train(tiny_explainer(lora_layers=1), Spy("paper", CATALOGUE), RECORDS, params, 5)
         hook.remove()
         users.append(list(asked))
+        ends.append(len(steps))
     assert users[0] == users[1][::3]  # TRL asks for each part by itself
-    assert steps == [3 * params.ppo_epochs * params.minibatches] * 2
+    assert ends == [n * 3 * params.ppo_epochs * params.minibatches for n in (1, 2)]
