@@ -7,8 +7,8 @@ Packages, each of which imports only those below it; data flows 01 -> 02 -> ... 
     training     PPO, the arms, warm start, TRL's trainers        chat   the widget of notebook 10
     plots        one style of figures
     study        a run's tables, ranker and base ranking, as notebooks 03-10 share them
+    scoring      what a text claims, what moved the ranker, the reward, the independent judge
     ranker       SASRec, baselines, ranking metrics
-    scoring      what a text claims, the reward, the independent judge
     shield       protected subspaces and the projection; usable alone with any torch optimizer
     explainer    the LLM with LoRA, prompts, sampling, item vectors
     data         one loader a format, three tables, splits
@@ -25,7 +25,8 @@ tables      ``interactions``: user, item, time (int64 seconds), rating, in time 
 sequences   A list of int64 arrays, one a user: the items in order.
 item vectors  float32 (I + 1, d_llm): mean last hidden state of each item's text; row 0 is zero.
 record      A dict, what one explanation is about: user, item, position (place in the user's list,
-            from 1), title, year, genres, noun, history_titles, history_genres.
+            from 1), title, year, genres, noun, history_titles, history_genres, history_weights:
+            what moved the ranker, history_similarity, evidence: what the prompt shows of weights.
 arms        ``base``: the untuned LLM. ``separate``: the unshielded policy's texts beside a ranker
             that reads the base LLM's item vectors. ``unshielded``, ``shielded``: one model for
             both, so the ranker reads item vectors of the LLM as tuned.

@@ -163,7 +163,7 @@ class PPOParams(StageParams):
     max_grad_norm: float = _p(1.0, "gradient norm clip, before the shield", 0.0)
     missing_eos_penalty: float = _p(0.2, "subtracted from the reward of a cut-off text", 0.0)
     algorithm: Algorithm = _p("ppo", "what tunes the policy: ours, or TRL's RLOO or GRPO")
-    micro_batch: int = _p(8, "texts in memory at once; changes memory and speed only", 1)
+    micro_batch: int = _p(8, "texts in memory at once, at least all of a prompt", 1)
     kl_target: float = _p(0.0, "KL per text in nats to steer kl_coef to; 0 = fixed", 0.0)
     stop_kl: float = _p(0.0, "KL per token that ends a rollout's passes; 0 = never", 0.0)
     lr_schedule: Literal["constant", "linear"] = _p("constant", "learning rates over the steps")

@@ -39,11 +39,8 @@ class Study:
     def records(self, users: Iterable[int], positions: Iterable[int]) -> list[dict]:
         """One record a user, about the item at the given place (from 1) of the user's top 10.
 
-        With the weights of the history films in the recommendation (``scoring.attribution``), and
-        their similarity to the recommended film, the cosine of the ranker's item vectors.
+        With the history films' weights and the cosines of their item vectors with the film's.
         """
-        history, asked, shown = self.split.with_valid, zip(users, positions), self.history_length
-        records = build_records(self.items, history, self.top, asked, shown, self.noun)
         history, asked, shown = self.split.with_valid, zip(users, positions), self.history_length
         records = build_records(self.items, history, self.top, asked, shown, self.noun)
         vectors = torch.nn.functional.normalize(self.ranker.item_table(self.text).detach())
@@ -54,18 +51,21 @@ class Study:
         return records
 
     def weights(self, records: Sequence[Record], vectors: Tensor | None) -> list[list[float]]:
-        """What moved the ranker that reads item vectors (I+1, d): of each record, the weights of
-        its history films, see ``scoring.attribution``."""
-        read = [self.split.with_valid[record["user"]] for record in records]
-        items = [record["item"] for record in records]
+        """Of each record, what moved the ranker that reads item vectors (I+1, d)."""
+        about: dict[int, list[int]] = {}  # a user's histories are read once for all items
+        for record in records:
+            about.setdefault(record["user"], []).append(record["item"])
+        read, items = [self.split.with_valid[user] for user in about], list(about.values())
         found = attribution.weights(self.ranker, read, items, self.history_length, vectors)
-        return [weights.tolist() for weights in found]
+        rows = dict(zip(about, map(iter, found)))
+        return [next(rows[record["user"]]).tolist() for record in records]
 
     def training_records(self) -> list[dict]:
         """Every top-10 item of every PPO user, held-out items excepted."""
-        users, unseen = self.ppo_users, set(self.heldout_items.tolist())
-        every = (self.records(users, [place] * len(users)) for place in range(1, TOP_K + 1))
-        return [r for records in every for r in records if r["item"] not in unseen]
+        places, unseen = np.arange(1, TOP_K + 1), set(self.heldout_items.tolist())
+        users = np.tile(self.ppo_users, TOP_K)
+        records = self.records(users, places.repeat(len(self.ppo_users)))
+        return [record for record in records if record["item"] not in unseen]
 
     def heldout_records(self, n: int, rng: np.random.Generator) -> list[dict]:
         """Records of ``n`` random held-out users, each about a random place of the top 10."""

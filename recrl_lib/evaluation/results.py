@@ -20,10 +20,11 @@ from torch import Tensor
 
 from recrl_lib.evaluation import rank_drop, stats
 from recrl_lib.evaluation.clicks import ClickModel, standardised_score
-from recrl_lib.explainer.model import Explainer
+from recrl_lib.explainer.model import Explainer, left_pad
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
 from recrl_lib.explainer.sampling import explain
 from recrl_lib.params import PROFILES, TOP_K, Params, resolve
+from recrl_lib.progress import track
 from recrl_lib.ranker.ranking import mask_seen, score_chunks
 from recrl_lib.scoring import attribution, composed, judge
 from recrl_lib.study import Study
@@ -117,17 +118,21 @@ def base_logprobs(
 ) -> list[np.ndarray]:
     """Per-token log-probabilities by the base model of texts after their records' prompts, EOS
     included; an empty text has none."""
-    out = []
+    pairs, out = list(zip(records, texts, strict=True)), []
     with explainer.reference():
-        for record, text in zip(records, texts, strict=True):
-            prompt = prompt_ids(explainer, messages(record))
-            answer = explainer.tokenizer(text, add_special_tokens=False)["input_ids"]
-            answer = [*answer, explainer.eos_id] if text else []
-            ids = torch.tensor([prompt + answer], device=explainer.device)
-            mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-            hidden = explainer.top(explainer.trunk(ids[:, :-1], mask), mask)
-            logp = explainer.log_softmax(hidden[:, len(prompt) - 1 :], temperature)
-            out.append(logp.gather(-1, ids[:, len(prompt) :, None])[0, :, 0].cpu().numpy())
+        for start in track(range(0, len(pairs), 32), "reading composed texts"):
+            rows, sizes = [], []
+            for record, text in pairs[start : start + 32]:
+                answer = explainer.tokenizer(text, add_special_tokens=False)["input_ids"]
+                answer = [*answer, explainer.eos_id] if text else []
+                rows.append(prompt_ids(explainer, messages(record)) + answer)
+                sizes.append(len(answer))
+            ids, mask = left_pad(rows, explainer.pad_id, explainer.device)
+            hidden = explainer.top(explainer.trunk(ids[:, :-1], mask[:, :-1]), mask[:, :-1])
+            for row, states, n in zip(ids, hidden, sizes):
+                logp = explainer.log_softmax(states[len(states) - n :], temperature)
+                said = row[len(row) - n :, None]
+                out.append(logp.gather(-1, said)[:, 0].cpu().numpy())
     return out
 
 
@@ -270,11 +275,9 @@ def share(
     resamples: int,
     rng: np.random.Generator,
 ) -> pd.DataFrame:
-    """How much of the way from ``start`` to ``end`` an arm has gone in ``measure``, for ``arms`` =
-    (arm, start, end), as a row called ``name`` against the end, users resampled jointly.
-
-    Empty where the end is not above the start in every resample: a share of nothing means nothing.
-    """
+    """How much of the way from start to end an arm has gone in ``measure``, as a row ``name``;
+    ``arms`` are (arm, start, end), users are resampled jointly. Empty where the end is not above
+    the start in every resample: a share of nothing means nothing."""
     values = [scored.loc[scored["arm"] == arm, measure].to_numpy(float) for arm in arms]
     n = min(map(len, values))
     mine, start, end = (column[:n] for column in values)

@@ -71,13 +71,14 @@ def messages(record: Record) -> list[dict[str, str]]:
     """
     noun, titles = record.get("noun", "film"), record["history_titles"]
     person, did = NOUNS[noun]
-    weights, evidence = record.get("history_weights", ()), record.get("evidence", "none")
-    ordered = [title for _, title in sorted(zip(weights, titles), key=lambda pair: -pair[0])]
-    watched = f"I {did}: {'; '.join(titles)}.\n"
-    if evidence == "order":
-        watched = f"I {did}, what counted most first: {'; '.join(ordered)}.\n"
-    elif evidence == "named":
-        watched += f"What counted most: {' and '.join(ordered[:2])}.\n"
+    watched, evidence = f"I {did}: {'; '.join(titles)}.\n", record.get("evidence", "none")
+    if evidence != "none":
+        ranked = sorted(zip(record["history_weights"], titles), key=lambda pair: -pair[0])
+        if evidence == "order":
+            ordered = "; ".join(title for _, title in ranked)
+            watched = f"I {did}, what counted most first: {ordered}.\n"
+        elif named := [title for weight, title in ranked[:2] if weight > 0]:
+            watched += f"What counted most: {' and '.join(named)}.\n"
     year = f" ({record['year']})" if record["year"] else ""
     genres = f", genres {', '.join(record['genres'])}" if record["genres"] else ""
     question = f"{watched}Why do you recommend {record['title']}{year}{genres}?"

@@ -60,8 +60,7 @@ def measure(train: Callable[[], object]) -> str:
 
 
 def own_ppo() -> str:
-    """Our side of the comparison: ``measure`` in this process, the products of a step, and the
-    shield's share. The shield protects random directions: what it costs depends on their number."""
+    """``measure`` of ours, the products of a step, and the share of a random shield in it."""
     dataset, records = work()
     rewarder = Reward.of(PARAMS, study.catalogue_of(dataset.items))
     explainer = model.load_for(PARAMS, 0)
@@ -91,7 +90,7 @@ def product_rate(rows: int = 2048, width: int = 1536, repeats: int = 40) -> floa
 FIRST_PPO = """
 import json, sys, time
 import numpy as np, torch
-from recrl_lib import config, datasets, explainer, ppo, rewards, study, vitals
+from recrl_lib import config, datasets, explainer, ppo, rewards, study
 steps, history, sizes = json.loads(sys.argv[1])
 params = config.resolve("laptop", **sizes)
 data = datasets.load_for(params)
@@ -104,8 +103,7 @@ reader = explainer.load_for(params, 0, torch.device("cpu"))
 trainer, start = ppo.PPO(reader, reward, records, params, 0), time.process_time()
 trainer.train(steps)
 seconds = (time.process_time() - start) / steps
-peak = vitals.peak_memory_gb(torch.device("cpu"))
-print(json.dumps({"cpu_seconds": seconds, "peak_gb": peak}))
+print(json.dumps({"cpu_seconds": seconds}))
 """
 
 
@@ -121,8 +119,7 @@ def first_edition(folder: str) -> str:
 
 
 def last_line(*command: str, tree: str = str(paths.ROOT)) -> str:
-    """The last line that a command prints, with the library of ``tree``. ``RuntimeError`` with its
-    stderr if it fails."""
+    """The last line that a command prints, in ``tree``. ``RuntimeError`` with its stderr."""
     settings = {"TOKENIZERS_PARALLELISM": "false", "RECRL_PROGRESS": "off", "PYTHONPATH": tree}
     env = os.environ | settings
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tree)

@@ -1,8 +1,7 @@
 """Texts composed by rule, true by construction, and controls that must not win.
 
-The lines that cite films at random are what a warm start imitates: they teach the form alone. Those
-of the other rules are rivals of a model's texts, ``oracle`` the ceiling. Controls are what a policy
-might drift to if a measure could be fooled: it must beat each under reward, judge and clicks.
+A warm start imitates lines that cite films at random; those of the other rules are rivals. Controls
+are what a policy might drift to if a measure could be fooled: it must beat each of them.
 """
 
 from collections.abc import Sequence
@@ -47,7 +46,9 @@ def cited_by(rule: str, record: Record) -> list[int]:
     """The one or two history films that a rule of ``RULES`` cites, as places in the history: those
     with the largest values, the later one of equals."""
     values = _values(record, rule)
-    return sorted(range(len(values)), key=lambda j: (-values[j], -j))[:2]
+    best = sorted(range(len(values)), key=lambda j: (-values[j], -j))[:2]
+    # The oracle cites a second film only if it moved the ranker.
+    return best[:1] if rule == "oracle" and values[best[-1]] <= 0 else best
 
 
 def composed_line(record: Record, rule: str = "random") -> str:

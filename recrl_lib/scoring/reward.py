@@ -75,6 +75,8 @@ class Reward:
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Total reward, float32 (n,), and each unweighted part, float32 (n,)."""
         check_records(records, texts)
+        if self._parts is _faithful and any("history_weights" not in r for r in records):
+            raise ValueError("reward='faithful': a record lacks history_weights; see Study.records")
         rows = [self._parts(r, text, self.catalogue) for r, text in zip(records, texts)]
         columns = np.array(rows, np.float32).reshape(-1, len(self.names)).T
         total = sum(w * column for w, column in zip(self.weights, columns))

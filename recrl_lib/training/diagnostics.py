@@ -48,7 +48,6 @@ def summary(rows: pd.DataFrame) -> dict[str, float]:
         "steps": last["step"],
         "episodes": last["episodes"],
         "reward_first": rows["reward"].iloc[0],
-        "headroom": rows.get("best_reward", rows["reward"]).iloc[0] - rows["reward"].iloc[0],
         **{f"{name}_last": last[name] for name in lasts},
         "kl_max": rows["kl"].max(),
         ratio: rows[ratio].max() if ratio in rows else 0.0,  # TRL's is 0 by construction
@@ -57,6 +56,8 @@ def summary(rows: pd.DataFrame) -> dict[str, float]:
         "episodes_per_second": texts / seconds,
         tokens: means.get(tokens, means["length"] * texts / seconds),
     }
+    if "best_reward" in rows:  # how far a prompt's best text is above its mean: what to learn from
+        found["headroom"] = (rows["best_reward"] - rows["reward"]).iloc[0]
     return {name: float(value) for name, value in found.items()}
 
 

@@ -192,8 +192,10 @@ def losses(
         logp = explainer.log_softmax(hidden, params.temperature)
     new, old = logp.gather(-1, batch.response[real][:, None])[:, 0], batch.logprobs[real]
     policy, clipped, ratio = policy_loss(new, old, batch.advantages[real], params.clip_range)
-    values, before = head(hidden)[:, 0], batch.values[real]
-    value = value_loss(values, before, batch.returns[real], params.value_clip)
+    value = policy.new_zeros(())
+    if params.baseline == "value":
+        values, before = head(hidden)[:, 0], batch.values[real]
+        value = value_loss(values, before, batch.returns[real], params.value_clip)
     with torch.no_grad():
         approx_kl, entropy = (ratio - 1 - (new - old)).sum(), -(logp.exp() * logp).sum()
         statistics = torch.stack([policy, value, clipped, approx_kl, entropy])

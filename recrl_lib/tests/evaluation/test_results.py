@@ -82,6 +82,28 @@ def test_records_are_of_their_group_and_bounded():
     assert not np.array_equal(drawn, study.held_out(50, 0.2, 4))
 
 
+def test_records_hold_what_moved_the_ranker_film_by_film():
+    made, _ = toy_study()
+    asked = made.records([7, 3, 7], [2, 1, 1])
+    table = made.ranker.item_table(made.text).detach()
+
+    def logp(history, item):
+        ((_, scores),) = score_chunks(made.ranker, [np.array(history)], made.text)
+        return float(torch.log_softmax(scores.double(), -1)[0, item])
+
+    for record in asked:
+        history, item = made.split.with_valid[record["user"]].tolist(), record["item"]
+        for j, (weight, near) in enumerate(
+            zip(record["history_weights"], record["history_similarity"], strict=True)
+        ):
+            seen = history[len(history) - 3 + j]
+            assert record["history_titles"][j] == made.items["title"][seen - 1]
+            rest = [x for x in history if x != seen]
+            assert weight == pytest.approx(logp(history, item) - logp(rest, item), abs=1e-5)
+            cosine = torch.cosine_similarity(table[seen], table[item], dim=0)
+            assert near == pytest.approx(float(cosine), abs=1e-5)
+
+
 def test_given_texts_get_the_log_probabilities_of_a_plain_forward():
     made, explainer = toy_study()
     tune_randomly(explainer, 0.3)  # the base model is asked, whatever the adapters are

@@ -66,5 +66,12 @@ def test_weights_are_those_of_one_history_at_a_time(sasrec):
             assert weight == pytest.approx(logp(history, item) - logp(rest, item), abs=1e-5)
 
 
+def test_several_items_are_read_from_one_history(sasrec):
+    history = histories([1, 2, 3])
+    both = attribution.weights(sasrec, history, [np.array([9, 11])], 2, None)[0]
+    for row, item in zip(both, (9, 11), strict=True):
+        assert row == pytest.approx(attribution.weights(sasrec, history, [item], 2, None)[0])
+
+
 def test_no_records():
     assert attribution.weights(SumRanker([[1.0], [2.0]]), [], [], 2, None) == []

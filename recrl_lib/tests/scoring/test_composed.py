@@ -25,6 +25,11 @@ def test_each_rule_by_hand(rule, places):
     assert f"{first} and {second}" in composed_line(RECORD, rule)
 
 
+def test_the_oracle_cites_a_second_film_only_if_it_moved_the_ranker():
+    assert cited_by("oracle", RECORD | {"history_weights": [-1.0, 0.3, -0.2, 0.0]}) == [1]
+    assert cited_by("oracle", RECORD | {"history_weights": [-1.0, -0.3, -0.2, -0.5]}) == [2]
+
+
 def test_the_random_rule_favours_no_place_and_repeats_itself():
     drawn = [cited_by("random", RECORD | {"user": user}) for user in range(400)]
     assert drawn[:3] == [cited_by("random", RECORD | {"user": user}) for user in range(3)]

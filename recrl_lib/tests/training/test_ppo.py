@@ -69,6 +69,19 @@ def test_value_loss_and_leave_one_out_baseline_by_hand():
     assert got[:, 0].tolist() == [4.0, 3.0, 2.0, 0.5, 0.5, 2.0]
 
 
+def test_texts_that_earn_the_same_teach_nothing_under_the_leave_one_out_baseline():
+    def constant(records, texts):
+        return np.ones(len(texts), np.float32), {}
+
+    settings = {"kl_coef": 0.0, "missing_eos_penalty": 0.0, "baseline": "leave_one_out"}
+    for reward, same in ((constant, True), (red, False)):
+        trained = trainer(reward, **settings)
+        before = trained.explainer.adapter_state()
+        row, after = trained.step(), trained.explainer.adapter_state()
+        assert all(torch.equal(before[k], after[k]) for k in before) == same
+        assert row["value_loss"] == 0
+
+
 def test_k3_is_never_negative_zero_when_equal_and_estimates_kl():
     source = generator(2)
     p, q = (torch.log_softmax(torch.randn(12, generator=source), -1) for _ in range(2))
