@@ -56,7 +56,7 @@ def test_weights_are_those_of_one_history_at_a_time(sasrec):
     def logp(history, item):
         ids = torch.tensor([[0] * (3 - len(history[-3:])) + list(history[-3:])])
         table = sasrec.item_table(None).detach()
-        return float(torch.log_softmax(sasrec(ids, table)[0, -1] @ table[1:].T, -1)[item - 1])
+        return torch.log_softmax(sasrec(ids, table)[0, -1] @ table[1:].T, -1)[item - 1].item()
 
     found = attribution.weights(sasrec, read, items, 2, None)
     assert [len(each) for each in found] == [2, 1, 2]
