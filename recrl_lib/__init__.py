@@ -27,6 +27,8 @@ item vectors  float32 (I + 1, d_llm): mean last hidden state of each item's text
 record      A dict, what one explanation is about: user, item, position (place in the user's list,
             from 1), title, year, genres, noun, history_titles, history_genres, history_weights:
             what moved the ranker, history_similarity, evidence: what the prompt shows of weights.
+            Of a follow-up question also chat: the messages after the opening question, listed: the
+            user's ten, best first, and the fields of ``scoring.intents``.
 arms        ``base``: the untuned LLM. ``separate``: the unshielded policy's texts beside a ranker
             that reads the base LLM's item vectors. ``unshielded``, ``shielded``: one model for
             both, so the ranker reads item vectors of the LLM as tuned.

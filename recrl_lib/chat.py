@@ -1,11 +1,12 @@
 """A chat with the explainer: ask about a recommendation, and hear it before and after tuning.
 
 ``reply`` is all there is to generation; ``Chat`` only shows it, so a chat works without a browser.
+Nothing that is said reaches the ranker: the list of ten was computed before.
 """
 
 import html
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ipywidgets as ipw
@@ -19,32 +20,35 @@ from recrl_lib.explainer.sampling import Settings, sample
 from recrl_lib.params import TOP_K, Params
 from recrl_lib.study import Study
 
-Turn = dict[str, str]  # one message of a chat: role, content
+HELP = (
+    "I can say why I recommend this {noun} or why not another one, look for a genre or a decade "
+    "among your ten, or compare two {noun}s."
+)
 
 
-def reply(explainer: Explainer, history: list[Turn], text: str, params: Params, seed: int) -> str:
-    """The explainer's answer to ``text`` after the chat ``history``, as it is tuned now.
+def reply(
+    explainer: Explainer,
+    record: Record,
+    params: Params,
+    seed: int,
+    heard: Callable[[str], None] | None = None,
+) -> str:
+    """The explainer's answer to the last question about ``record``, as it is tuned now.
 
-    With empty ``text`` the last message of ``history`` is answered. Chat-template tokens in
-    ``text`` are removed. Of a chat too long for the model the oldest turns after the opening
-    question go. Equal arguments give equal answers. Raises ``ValueError`` if there is nothing to
-    answer, or more than the model can read.
+    Of a chat too long for the model the oldest follow-ups go, with their answers. ``heard`` is
+    called with the answer so far after every token. Equal arguments give equal answers.
+    ``ValueError``: the question alone is more than the model can read.
     """
-    question = sanitise_text(text)
-    chat = history + [{"role": "user", "content": question}] if question else list(history)
-    if not chat or chat[-1]["role"] != "user":
-        raise ValueError("nothing to answer: type a question")
     room = explainer.lm.config.max_position_embeddings - params.max_new_tokens
-    opening = 1 + (chat[0]["role"] == "system")
-    ids = prompt_ids(explainer, chat)
-    while len(ids) > room and len(chat) > opening + 2:
-        del chat[opening : opening + 2]  # an answer and the question after it
-        ids = prompt_ids(explainer, chat)
+    record = {**record, "chat": list(record.get("chat") or ())}
+    while len(ids := prompt_ids(explainer, messages(record))) > room and len(record["chat"]) > 3:
+        del record["chat"][1:3]
     if len(ids) > room:
         problem = f"{len(ids)} tokens with what it refers to, and {room} fit"
         raise ValueError(f"the question is too long: {problem}; shorten it")
     settings = Settings(params.max_new_tokens, params.temperature)
-    return sample(explainer, [ids], settings, torch.Generator().manual_seed(seed)).texts[0]
+    generator = torch.Generator().manual_seed(seed)
+    return sample(explainer, [ids], settings, generator, heard=heard).texts[0]
 
 
 @contextmanager
@@ -86,15 +90,15 @@ class Chat:
         self.log = ipw.HTML()
         self.text = ipw.Text(placeholder="Ask about the recommendation")
         self.button = ipw.Button(description="Ask", button_style="primary")
-        self.why_not = ipw.Button(layout=ipw.Layout(width="auto"))
-        self.lighter = ipw.Button(description="Something lighter?")
-        asking = ipw.HBox([self.text, self.button, self.why_not, self.lighter])
-        self.box = ipw.VBox([ipw.HBox([self.user, self.item]), self.arm, self.log, asking])
+        wide = ipw.Layout(width="auto")
+        self.suggestions = [ipw.Button(layout=wide) for _ in range(4)]
+        asking = ipw.HBox([self.text, self.button]), ipw.HBox(self.suggestions)
+        self.box = ipw.VBox([ipw.HBox([self.user, self.item]), self.arm, self.log, *asking])
         self.user.observe(self._new_user, "value")
         self.item.observe(self.start, "value")
         self.arm.observe(self.start, "value")
         self.button.on_click(lambda _: self.ask(self.text.value))
-        for suggestion in (self.why_not, self.lighter):
+        for suggestion in self.suggestions:
             suggestion.on_click(lambda button: self.ask(button.description))
         with warnings.catch_warnings():
             # The advised way, observing the value, would also send when the field loses focus
@@ -112,33 +116,57 @@ class Chat:
 
     def start(self, _=None) -> None:
         """A new chat: the opening question, answered."""
-        other = next(r for _, r in self.item.options if r != self.item.value)
-        self.why_not.description = f"Why not {other['title']}?"
-        self.history = messages(self.item.value)
-        self.ask("")
+        record = self.item.value
+        first, second = [r["title"] for _, r in self.item.options if r != record][:2]
+        questions = f"Why not {first}?", "Something lighter?", "Something from the eighties?"
+        for button, question in zip(
+            self.suggestions, (*questions, f"Compare {first} and {second}.")
+        ):
+            button.description = question
+        self.record, self.turns = record, [("you", messages(record)[-1]["content"])]
+        self._answer(self.record)
 
     def ask(self, text: str) -> None:
-        """Ask on, or with "" hear the opening question answered; what went wrong is shown too.
+        """Ask on; what cannot be asked, and what goes wrong, is said too."""
+        if not (question := sanitise_text(text)):
+            self._show("<i>Type a question.</i>")
+            return
+        self.text.value = ""
+        self.turns.append(("you", question))
+        if "listed" not in self.record:  # the opening question's answer failed
+            self.start()
+        elif asked := self.study.asked(self.record, question):
+            self._answer(asked)
+        else:
+            self._show(html.escape(HELP.format(noun=self.study.noun)))
 
-        Titles, questions and answers are untrusted: all are escaped.
-        """
-        inputs = (self.button, self.why_not, self.lighter, self.user, self.item, self.arm)
+    def _answer(self, record: Record) -> None:
+        """Answer the last question of ``record``, and show the answer as it comes."""
+        inputs = (self.button, *self.suggestions, self.user, self.item, self.arm)
         for widget in inputs:
             widget.disabled = True
-        chat, problem = self.history, ""
-        if text := sanitise_text(text):
-            self.text.value = ""
-            chat = [*chat, {"role": "user", "content": text}]
+        who, said, note = self.arm.value, "", ""
+        turns = self.turns
+
+        def heard(so_far: str) -> None:
+            self.turns = [*turns, (who, so_far)]
+            self._show("…")
+
         try:
-            with tuned_as(self.explainer, self.adapters, self.arm.value):
-                said = reply(self.explainer, chat, "", self.params, self.params.seed)
-            self.history = [*chat, {"role": "assistant", "content": said}]
+            self._show("…")
+            with tuned_as(self.explainer, self.adapters, who):
+                said = reply(self.explainer, record, self.params, self.params.seed, heard)
+            self.record, self.turns = self.study.heard(record, said), [*turns, (who, said)]
         except Exception as error:  # raised in a callback it would vanish into the server's log
+            self.turns = turns
             words = html.escape(f"{type(error).__name__}: {error}")
-            problem = f'<p role="alert"><b>error</b>: {words}</p>'
+            note = f'<span role="alert"><b>error</b>: {words}</span>'
         for widget in inputs:
             widget.disabled = False
-        names = {"user": "you", "assistant": self.arm.value}
-        turns = [(names[t["role"]], t["content"]) for t in self.history if t["role"] in names]
-        lines = (f"<p><b>{html.escape(who)}</b>: {html.escape(said)}</p>" for who, said in turns)
-        self.log.value = "".join(lines).replace("\n", "<br>") + problem
+        self._show(note)
+
+    def _show(self, note: str) -> None:
+        """The chat so far, then ``note``, which is HTML. Titles, questions and answers are
+        untrusted: all are escaped."""
+        lines = [f"<p><b>{who}</b>: {html.escape(said)}</p>" for who, said in self.turns]
+        self.log.value = "".join(lines).replace("\n", "<br>") + (f"<p>{note}</p>" if note else "")

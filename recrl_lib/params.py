@@ -58,6 +58,9 @@ def stage_named(name: str) -> Stage:
     return next(stage for stage in STAGES if stage.name == name)
 
 
+_SHARES = r"^why=\d+( (why_not|instead|compare)=\d+)*$"
+
+
 class StageParams(BaseModel):
     """Parameters of one stage: strictly typed (an int serves as a float, nothing else), frozen."""
 
@@ -120,6 +123,9 @@ class ExplainerParams(StageParams):
     evidence: Literal["none", "order", "named"] = _p(
         "order", "of what moved the ranker, in prompts"
     )
+    intents: str = _p(
+        "why=3 why_not=1 instead=1 compare=1", "shares of questions in tuning", pattern=_SHARES
+    )
     temperature: float = _p(1.0, "divides the logits, in every log-probability too", 0.05)
     max_new_tokens: int = _p(24, "longest explanation", 4)
     explain_users: int = _p(8, "users whose base explanations are sampled in notebook 03", 1)
@@ -144,8 +150,7 @@ class ShieldParams(StageParams):
 
 
 class PPOParams(StageParams):
-    warm_start: bool = _p(True, "supervised steps before PPO, under the arm's own shield")
-    warm_steps: int = _p(4, "optimizer steps of the warm start", 1)
+    warm_steps: int = _p(4, "supervised steps before PPO, under the arm's own shield; 0 = none", 0)
     warm_batch: int = _p(4, "explanations a warm-start step", 1)
     warm_lr: float = _p(3e-3, "AdamW rate of the warm start", 0.0)
     ppo_steps: int = _p(2, "rollout-update iterations", 1)
@@ -184,6 +189,7 @@ class EvaluationParams(StageParams):
     sim_user_std: float = _p(0.5, "click model: spread of the users' own bias", 0.0)
     control_users: int = _p(6, "users with scored control texts, the first of eval_users", 2)
     warm_users: int = _p(6, "users for whom the warm-started policies speak; 0 = none", 0)
+    chat_users: int = _p(3, "users who ask two follow-up questions, the first of eval_users", 1)
 
 
 class AblationsParams(StageParams):
@@ -222,6 +228,8 @@ class Params(
              "that folder holds the published runs; choose another name"),
             ("ranker_dim", self.ranker_dim % self.ranker_heads == 0,
              f"must be a multiple of ranker_heads={self.ranker_heads}"),
+            ("intents", self.reward == "faithful" or [*self.shares] == ["why"],
+             f"reward {self.reward!r} is for the question why alone; use 'why=1'"),
             ("weight_form", self.weight_form + self.weight_faithfulness > 0,
              "weight_form or weight_faithfulness must be above 0"),
             ("shield_penalty", penalty > 0 or self.shield_mode != "penalty",
@@ -238,6 +246,13 @@ class Params(
             ("dtype", ppo or self.dtype != "bfloat16",
              f"{self.algorithm!r} trains in float32; use 'auto' or 'float32'"),
         ]  # fmt: skip
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each intent in the tuning's questions."""
+        pairs = (part.split("=") for part in self.intents.split())
+        counts = {intent: int(count) for intent, count in pairs}
+        return {intent: count / sum(counts.values()) for intent, count in counts.items() if count}
 
     def replace(self, **changes: Any) -> "Params":
         """The same parameters with some ``changes``, validated again."""

@@ -1,7 +1,7 @@
 """What the notebooks after 02 share: one run's tables, split, frozen ranker and base ranking."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -13,8 +13,9 @@ from recrl_lib.explainer.prompts import Record, build_records
 from recrl_lib.params import TOP_K
 from recrl_lib.ranker import sasrec
 from recrl_lib.runs import StageRun
-from recrl_lib.scoring import attribution
+from recrl_lib.scoring import attribution, intents
 from recrl_lib.scoring.claims import Catalogue
+from recrl_lib.scoring.composed import composed_line
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Study:
     history_length: int  # titles in a prompt
     noun: str = "film"  # what an item is called
     evidence: str = "none"  # of what moved the ranker, in a prompt: see ``prompts.messages``
+    intents: Mapping[str, float] = field(default_factory=lambda: {"why": 1.0})  # of tuning
 
     def records(self, users: Iterable[int], positions: Iterable[int]) -> list[dict]:
         """One record a user, about the item at the given place (from 1) of the user's top 10.
@@ -60,12 +62,56 @@ class Study:
         rows = dict(zip(about, map(iter, found)))
         return [next(rows[record["user"]]).tolist() for record in records]
 
+    def film(self, item: int, user: int) -> dict:
+        """What a chat with ``user`` is told of an item: title, year, genres, seen."""
+        row = self.items.iloc[item - 1]
+        told = {"title": row["title"], "year": int(row["year"]), "genres": row["genres"].split("|")}
+        return told | {"seen": item in self.split.with_valid[user]}
+
+    def heard(self, record: Record, answer: str) -> dict:
+        """``record`` after its question was answered, with all that a follow-up needs."""
+        listed = [self.film(int(item), record["user"]) for item in self.top[record["user"]]]
+        chat = [*(record.get("chat") or ()), {"role": "assistant", "content": answer}]
+        return {**record, "chat": chat, "listed": listed, "others": []}
+
+    def follow_up(
+        self, record: Record, answer: str, intent: str, rng: np.random.Generator, held_out: bool
+    ) -> dict:
+        """A random follow-up to ``record``, answered by ``answer``: see ``intents.draw``."""
+        user = record["user"]
+        history = self.split.with_valid[user]
+        known = [*history, *self.top[user]]
+        free = np.setdiff1d(np.arange(1, len(self.items) + 1), known)
+        seen = history[-1 - rng.integers(min(self.history_length, len(history)))]
+        outside = [self.film(int(item), user) for item in (seen, rng.choice(free))]
+        return intents.draw(self.heard(record, answer), outside, intent, rng, held_out)
+
+    def asked(self, record: Record, question: str) -> dict | None:
+        """The follow-up to ``record``, as ``heard`` gives it, in a viewer's own words.
+
+        None: the question is none that the explainer can answer, see ``intents.understand``.
+        """
+        intent, about, asked = intents.understand(question, record, self.catalogue)
+        listed = {film["title"] for film in record["listed"]}
+        items = {title: item for item, title in zip(self.items["item"], self.items["title"])}
+        others = [self.film(items[t], record["user"]) for t in about if t not in listed]
+        return intents.ask(record, intent, question, about, others, asked) if intent else None
+
     def training_records(self) -> list[dict]:
-        """Every top-10 item of every PPO user, held-out items excepted."""
+        """Every top-10 item of every PPO user, held-out items excepted, each with one question.
+
+        The questions' intents are drawn by ``intents``, the same ones for every seed.
+        """
         places, unseen = np.arange(1, TOP_K + 1), set(self.heldout_items.tolist())
         users = np.tile(self.ppo_users, TOP_K)
         records = self.records(users, places.repeat(len(self.ppo_users)))
-        return [record for record in records if record["item"] not in unseen]
+        records = [record for record in records if record["item"] not in unseen]
+        rng = np.random.default_rng(len(records))
+        drawn = rng.choice([*self.intents], len(records), p=[*self.intents.values()])
+        return [
+            r if intent == "why" else self.follow_up(r, composed_line(r), str(intent), rng, False)
+            for r, intent in zip(records, drawn)
+        ]
 
     def heldout_records(self, n: int, rng: np.random.Generator) -> list[dict]:
         """Records of ``n`` random held-out users, each about a random place of the top 10."""
@@ -116,6 +162,7 @@ def load(stage: StageRun) -> Study:
         history_length=params.history_length,
         noun=stage.load_json("dataset")["noun"],
         evidence=params.evidence,
+        intents=params.shares,
     )
 
 

@@ -178,10 +178,11 @@ class Explainer:
             raise ValueError(f"adapter: {len(wrong)} tensors differ; it has another LoRA setting")
         peft.set_peft_model_state_dict(self.peft, state)
 
-    def trunk(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+    def trunk(self, ids: Tensor, mask: Any, cache: Any = None) -> Tensor:
         """Trunk states (B, T, d) of ``ids`` (B, T).
 
         ``mask`` (B, S): the real ones of all tokens seen, new ones last; S = T without a cache.
+        For a split model a ``Layout`` will do too.
         ``cache``: keys and values of earlier tokens, to be extended (a split model only).
         """
         with torch.no_grad():
@@ -191,7 +192,7 @@ class Explainer:
     def top(self, states: Tensor, mask: Any, cache: Any = None) -> Tensor:
         """Last hidden states (B, T, d), normed, from trunk states, through the adapters if on.
 
-        ``mask`` as for ``trunk``; for a split model a ``Layout`` will do too.
+        ``mask`` as for ``trunk``.
         """
         if self.split:
             h = self._run(states, mask, slice(self.cut, None), cache)

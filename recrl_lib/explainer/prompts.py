@@ -63,8 +63,14 @@ def build_records(
     return records
 
 
+def shown(film: Mapping) -> str:
+    """A film as follow-ups show it: title, year and at most three genres."""
+    genres = ", ".join(map(str.lower, real_genres(film)[:3])) or "genre unknown"
+    return f"{film['title']} ({film['year'] or 'year unknown'}, {genres})"
+
+
 def messages(record: Record) -> list[dict[str, str]]:
-    """The chat that asks for one explanation.
+    """The chat that asks for one explanation, or on after it: the record's ``chat``.
 
     The record's ``evidence`` of what moved the ranker: ``none``, the ``order`` of the history, or
     the two films that moved it most ``named``.
@@ -85,6 +91,7 @@ def messages(record: Record) -> list[dict[str, str]]:
     return [
         {"role": "system", "content": SYSTEM.format(noun=noun, person=person, did=did)},
         {"role": "user", "content": question},
+        *(record.get("chat") or ()),
     ]
 
 

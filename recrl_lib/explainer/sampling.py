@@ -4,7 +4,7 @@ The random numbers of a call are drawn on the CPU, for all rows and positions, b
 two policies given equal generators meet the same ones. Shapes as in ``recrl_lib.explainer.model``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from recrl_lib.explainer.model import Explainer, left_pad, shared_layout
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
@@ -67,10 +68,12 @@ def sample(
     settings: Settings,
     generator: torch.Generator | None,
     value_head: torch.nn.Module | None = None,
+    heard: Callable[[str], None] | None = None,
 ) -> Rollout:
     """Responses to each prompt, those of one prompt in adjacent rows; greedy without a generator.
 
-    ``value_head`` maps hidden states (B, d) to values (B, 1).
+    ``value_head`` maps hidden states (B, d) to values (B, 1). ``heard`` is called with the first
+    response so far after every token (a split model's; of others at the end).
     """
     uniforms = None
     if generator is not None:
@@ -79,7 +82,7 @@ def sample(
     with torch.no_grad():
         run = _decode if explainer.split else _generate
         prompt_mask, prompt_states, response, mask, logprobs, values, states = run(
-            explainer, prompts, settings, uniforms, value_head or torch.zeros_like
+            explainer, prompts, settings, uniforms, value_head or torch.zeros_like, heard
         )
     response = response.masked_fill(~mask, explainer.pad_id)
     logprobs, values = (x.masked_fill(~mask, 0.0) for x in (logprobs, values))
@@ -87,6 +90,32 @@ def sample(
     texts = [decode(explainer, row[keep]) for row, keep in zip(response, mask)]
     sampled = response, mask, logprobs, values, states, ended, texts
     return Rollout(prompt_mask, prompt_states, *sampled)
+
+
+@torch.no_grad()
+def given(explainer: Explainer, prompts: list[list[int]], texts: list[str]) -> Rollout:
+    """The rollout of given texts, each with its EOS; those of one prompt in adjacent rows.
+
+    An empty text has no token. Log-probabilities and values are 0: read them as PPO does.
+    """
+    device, samples = explainer.device, len(texts) // len(prompts)
+    if not explainer.split:
+        prompts, samples = [p for p in prompts for _ in range(samples)], 1
+    ids, prompt_mask = left_pad(prompts, explainer.pad_id, device)
+    said = explainer.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [torch.tensor([*row, explainer.eos_id] if row else [], dtype=torch.long) for row in said]
+    response = pad_sequence(rows, True, explainer.pad_id).to(device)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0).bool().to(device)
+    groups, answers = len(prompts), mask[:, :-1].unflatten(0, (len(prompts), samples))
+    seen: Any = torch.cat([prompt_mask, answers[:, 0]], 1)
+    if samples > 1:
+        seen = shared_layout(prompt_mask, answers)
+    tokens = response[:, :-1].unflatten(0, (groups, samples)).flatten(1)
+    states = explainer.trunk(torch.cat([ids, tokens], 1), seen)
+    width, zeros = ids.shape[1], torch.zeros(mask.shape, device=device)
+    after = states[:, width:].unflatten(1, (samples, -1)).flatten(0, 1)
+    read = response, mask, zeros, zeros.clone(), after, mask.any(-1), texts
+    return Rollout(prompt_mask, states[:, :width], *read)
 
 
 def decode(explainer: Explainer, ids: Tensor) -> str:
@@ -167,7 +196,12 @@ def _of(ids: Tensor, logprobs: Tensor) -> Tensor:
 
 
 def _decode(
-    explainer: Explainer, prompts: list, settings: Settings, uniforms: Tensor | None, value: Any
+    explainer: Explainer,
+    prompts: list,
+    settings: Settings,
+    uniforms: Tensor | None,
+    value: Any,
+    heard: Any,
 ) -> tuple[Tensor, ...]:
     """A rollout's first seven fields by a Llama-type model's layers, one token at a time."""
     device, tokens = explainer.device, settings.max_new_tokens
@@ -187,6 +221,8 @@ def _decode(
         values[alive, t] = value(h)[:, 0].float()
         mask[alive, t] = ~ended[alive]
         ended[alive] |= token == explainer.eos_id
+        if heard:
+            heard(decode(explainer, response[0, : t + 1]))
         left = tokens - 1 - t
         if left == 0 or ended.all():
             break
@@ -263,7 +299,12 @@ class Cache:
 
 
 def _generate(
-    explainer: Explainer, prompts: list, settings: Settings, uniforms: Tensor | None, value: Any
+    explainer: Explainer,
+    prompts: list,
+    settings: Settings,
+    uniforms: Tensor | None,
+    value: Any,
+    heard: Any,
 ) -> tuple[Tensor, ...]:
     """The same by transformers' ``generate``, for any architecture."""
 
@@ -282,6 +323,8 @@ def _generate(
         max_new_tokens=settings.max_new_tokens, logits_processor=[one_left],
     )  # fmt: skip
     response = out[:, width:]
+    if heard:
+        heard(decode(explainer, response[0]))
     ends = response == explainer.eos_id
     mask = ends.cumsum(-1) - ends.long() == 0
     full_mask = torch.cat([prompt_mask, mask[:, :-1]], 1)

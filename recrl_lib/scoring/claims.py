@@ -121,23 +121,24 @@ class Catalogue:
         self.lengths: dict[str, dict[int, None]] = {}
         for key in sorted(self.forms, key=len, reverse=True):
             self.lengths.setdefault(key[0], {})[len(key)] = None
-        self._last = "", _Reading("", self)  # a text is asked about several times in a row
+        self._last = "", Reading("", self)  # a text is asked about several times in a row
 
-    def _read(self, text: str) -> "_Reading":
+    def reading(self, text: str) -> "Reading":
+        """What is found in ``text``, with its place."""
         if text != self._last[0]:
-            self._last = text, _Reading(text, self)
+            self._last = text, Reading(text, self)
         return self._last[1]
 
     def claims(self, text: str) -> Claims:
         """The claims of ``text``; see the module for the rules."""
-        return self._read(text).claims
+        return self.reading(text).claims
 
     def marks(self, record: Record, text: str) -> list[tuple[int, int, bool]]:
         """Every mention of the claims that ``verdict`` counts, in the order of the text.
 
         Returns (first character, one past the last, supported by ``record``).
         """
-        said = self._read(text)
+        said = self.reading(text)
         titles, genres, _ = self._truth(record, said.claims)
         found = [(a, b, False) for a, b in said.names]
         found += [(i, i + 1, int(said.words[i]) == record["year"]) for i in said.years]
@@ -152,7 +153,7 @@ class Catalogue:
 
     def mentions(self, record: Record, text: str) -> int:
         """How often a text names the recommended film."""
-        return sum(record["title"] in what for _, _, what in self._read(text).titles)
+        return sum(record["title"] in what for _, _, what in self.reading(text).titles)
 
     def verdict(self, record: Record, text: str) -> Verdict:
         """Hold the claims of ``text`` against ``record``.
@@ -224,7 +225,7 @@ def _joins(gap: str, before: str) -> bool:
     return gap in (" ", "-", "'") or (gap in (". ", ".") and initial)
 
 
-class _Reading:
+class Reading:
     """One text's words and what was found in them; places are numbers of words."""
 
     def __init__(self, text: str, catalogue: Catalogue):

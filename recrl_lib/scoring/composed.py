@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from recrl_lib.explainer.prompts import NOUNS, Record, real_genres
+from recrl_lib.scoring import answers
 
 _OPENINGS = (
     "Because you {did} {history}, I recommend {film}, {what}.",
@@ -52,7 +53,10 @@ def cited_by(rule: str, record: Record) -> list[int]:
 
 
 def composed_line(record: Record, rule: str = "random") -> str:
-    """An explanation that names the item, its year and genres, and what ``rule`` cites."""
+    """An explanation that names the item, its year and genres, and what ``rule`` cites; a true
+    answer to a follow-up."""
+    if (record.get("intent") or "why") != "why":
+        return answers.composed_answer(record)
     genres, noun = real_genres(record), record.get("noun", "film")
     titles = (record["history_titles"][j] for j in cited_by(rule, record))
     history = " and ".join(dict.fromkeys(titles))

@@ -20,6 +20,7 @@ import numpy as np
 
 from recrl_lib.explainer.prompts import Record, check_records, real_genres
 from recrl_lib.params import Params
+from recrl_lib.scoring import answers
 from recrl_lib.scoring.attribution import faithfulness
 from recrl_lib.scoring.claims import SMALL, Catalogue, Verdict, distinct_share, words
 
@@ -138,6 +139,9 @@ def _faithful(record: Record, text: str, catalogue: Catalogue) -> Parts:
         return 0.0, 0.0
     if catalogue.claims(text).prose < PROSE or distinct_share(said, 3) < DISTINCT:
         return 0.0, 0.0
+    if (record.get("intent") or "why") != "why":
+        answer = answers.judge(record, text, catalogue)
+        return float(not answer.invented), max(answer.met - sum(answer[1:]) / 2, 0.0)
     if catalogue.mentions(record, text) != 1 or catalogue.verdict(record, text).unsupported:
         return 0.0, 0.0
     return 1.0, faithfulness(record["history_weights"], catalogue.cited(record, text))

@@ -68,7 +68,7 @@ class Training:
 
     def warm_start(self) -> None:
         """Supervised steps on composed explanations; then "adapter off" is the tuned model."""
-        if not self.params.warm_start:
+        if not self.params.warm_steps:
             return
         fresh, found = self.explainer.adapter_state(), self._store.load("warm")
         if found is None:
@@ -140,7 +140,7 @@ def load_tuned(
     params: Params, adapter: dict[str, Tensor] | None = None, device: torch.device | str = "cpu"
 ) -> Explainer:
     """The base model with adapters of an arm's final shape: update 0 without ``adapter``."""
-    parts = 2 if params.warm_start else 1  # see ``warm_start.stack``
+    parts = 2 if params.warm_steps else 1  # see ``warm_start.stack``
     rank, alpha = params.lora_rank * parts, params.lora_alpha * parts
     explainer = model.load(params.llm, device).add_lora(rank, alpha, params.lora_layers, seed=0)
     if adapter is not None:

@@ -14,16 +14,83 @@ Ahmadian et al. 2024 (arXiv 2402.14740). GRPO: Shao et al. 2024 (arXiv 2402.0330
 """
 
 import copy
+import tempfile
+import warnings
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
 
 import torch
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import messages
 from recrl_lib.params import Params
+from recrl_lib.progress import track
 from recrl_lib.scoring.reward import Reward
 from recrl_lib.shield.projection import Shield
 from recrl_lib.training.ppo import Log, draw_prompts
-from recrl_lib.training.warm_start import Steps, run_trl
+
+# TRL's trainers run at a constant rate, in float32, without files and output.
+COMMON = {
+    "lr_scheduler_type": "constant", "weight_decay": 0.0, "gradient_checkpointing": False,
+    "bf16": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
+    "disable_tqdm": True, "log_level": "error", "dataloader_pin_memory": False,
+}  # fmt: skip
+
+
+class Steps(TrainerCallback):
+    """Calls ``done(logs, seconds)`` after every ``each`` optimizer steps, with a log of each."""
+
+    def __init__(self, done: Callable, shield: Shield | None, name: str, count: int, each: int = 1):
+        self.done, self.each, self.logs = done, each, []
+        self.before = [shield.callback()] if shield else []  # the shield's hooks come first
+        self.bar = track(range(count), f"{name}, {'shielded' if shield else 'unshielded'}")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        next(self.bar)
+        self.start = perf_counter()
+
+    def on_log(self, args, state, control, logs: Any = None, **kwargs):
+        if "loss" in logs:  # the last call is a summary
+            self.logs.append(logs)
+        if len(self.logs) == self.each:
+            next(self.bar, None)
+            self.done(self.logs, perf_counter() - self.start)
+            self.logs, self.start = [], perf_counter()
+
+
+def run_trl(
+    kind: str, explainer: Explainer, rows: list, settings: dict, steps: Steps, **options: Any
+) -> None:
+    """Tune the adapters with TRL's trainer ``kind`` ("SFT", ...), the shield of ``steps`` attached.
+
+    ``settings`` go to the trainer's config, ``options`` to the trainer.
+    """
+    import datasets  # these two take seconds to import
+    import trl
+
+    datasets.disable_progress_bars()
+    trainer_class, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+    settings = COMMON | settings | {"use_cpu": explainer.device.type == "cpu"}
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        # transformers 5.23 renames gradient_checkpointing; 5.17 lacks the new name.
+        warnings.simplefilter("ignore", FutureWarning)
+        trainer = trainer_class(
+            model=explainer.peft,
+            args=config(output_dir=scratch, **settings),
+            train_dataset=datasets.Dataset.from_list(rows),
+            callbacks=[*steps.before, steps],
+            **options,
+        )
+        if "ref" in trainer.model.peft_config:  # without it, "adapter off" is the reference
+            trainer.model.delete_adapter("ref")
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train()
+        finally:
+            explainer.lm.__dict__.pop("forward", None)  # TRL's own, with the head in the loss
+            explainer.lm.eval()
 
 
 def train(
@@ -37,9 +104,10 @@ def train(
 ) -> list[dict]:
     """Tune the adapters for ``ppo_steps`` iterations; a row of statistics each goes to ``log``."""
     generator, prompts, queue = torch.Generator().manual_seed(seed * 3), [], []
+    blank = {name: None for record in records for name in record}  # columns of follow-ups, too
     for _ in range(params.ppo_steps):
         drawn, queue = draw_prompts(queue, params.prompts_per_step, len(records), generator)
-        prompts += [{"prompt": messages(records[i]), **records[i]} for i in drawn]
+        prompts += [blank | {"prompt": messages(records[i]), **records[i]} for i in drawn]
     tokenizer = copy.deepcopy(explainer.tokenizer)  # TRL sets its padding, and PAD must not be EOS
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(explainer.pad_id)
 

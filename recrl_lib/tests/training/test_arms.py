@@ -77,7 +77,7 @@ def test_stored_adapters_are_the_policies_that_were_trained(stage, warm):
     def says(explainer):
         return explain(explainer, RECORDS, 8, 1.0, seed=5).texts
 
-    stage.params = stage.params.replace(warm_start=warm)
+    stage.params = stage.params.replace(warm_steps=3 * warm)
     protected = protect(load_for(stage.params, 0))
     training = arms.Training("unshielded", stage, STUDY, protected, red)
     training.warm_start()
