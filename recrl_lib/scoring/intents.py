@@ -39,7 +39,8 @@ WORDINGS = {
         "Is {0} higher on my list than {1}?", "{0} against {1}: which one?",
     ),
 }  # fmt: skip
-DECADES = "twenties thirties forties fifties sixties seventies eighties nineties".split()
+_TENS = "twenties thirties forties fifties sixties seventies eighties nineties".split()
+DECADES: dict[str, int] = dict(zip(_TENS, range(1920, 2000, 10)))
 MOODS = {
     "lighter": "Comedy", "funny": "Comedy", "funnier": "Comedy", "scary": "Horror",
     "romantic": "Romance", "exciting": "Action", "serious": "Drama",
@@ -82,10 +83,8 @@ def described(asked: str, noun: str) -> str:
     """What was ``asked`` for, in words: "a comedy film", "something from the eighties"."""
     kind, value = asked.split(" ", 1)
     if kind == "decade":
-        tens = int(value) % 100 // 10
-        return (
-            f"something from the {DECADES[tens - 2] if 1920 <= int(value) < 2000 else f'{value}s'}"
-        )
+        words = {year: word for word, year in DECADES.items()}
+        return f"something from the {words.get(int(value), f'{value}s')}"
     if kind == "genre":
         return f"{'an' if value[0] in 'AEIOU' else 'a'} {value.lower()} {noun}"
     return f"a newer {noun}" if kind == "after" else f"an older {noun}"
@@ -170,8 +169,8 @@ def understand(text: str, record: Record, catalogue: Catalogue) -> tuple[str, li
     genres = [genre for _, _, genre in said.genres] + [MOODS[w] for w in MOODS if w in words]
     genres += [known[t].genres[0] for t in others if t in known and known[t].genres]
     if decade := re.search(rf"\b(\d\d)?(\d0)s\b|\b({'|'.join(DECADES)})\b", lower):
-        tens = decade[2] or DECADES.index(decade[3]) * 10 + 20
-        return "instead", [], f"decade {decade[1] or 19}{tens}"
+        year = f"{decade[1] or 19}{decade[2]}" if decade[2] else DECADES[decade[3]]
+        return "instead", [], f"decade {year}"
     if genres:
         return "instead", [], f"genre {genres[0]}"
     for word, kind in (("newer", "after"), ("older", "before")):

@@ -36,18 +36,16 @@ def fit(
         lines = [(_prompt(explainer, records[i]), composed_line(records[i])) for i in drawn]
         lines.sort(key=lambda line: len(line[0]))  # rows of like length need little padding
         optimizer.zero_grad(set_to_none=True)
-        loss = tokens = 0
-        for start in range(0, len(lines), ROWS):
-            prompts, texts = zip(*lines[start : start + ROWS])
-            read = given(explainer, list(prompts), list(texts))
-            part = -token_logprobs(explainer, read, 1.0).sum()
-            part.backward()
-            loss, tokens = loss + float(part.detach()), tokens + int(read.mask.sum())
-        for parameter in adapters:
-            parameter.grad /= tokens
+        parts = [lines[start : start + ROWS] for start in range(0, len(lines), ROWS)]
+        read = [given(explainer, *map(list, zip(*part))) for part in parts]
+        tokens, losses = sum(int(part.mask.sum()) for part in read), []
+        for part in read:
+            loss = -token_logprobs(explainer, part, 1.0).sum() / tokens
+            loss.backward()
+            losses.append(float(loss.detach()))
         torch.nn.utils.clip_grad_norm_(adapters, params.max_grad_norm)
         optimizer.step()
-        rows.append({"step": step, "loss": loss / tokens})
+        rows.append({"step": step, "loss": sum(losses)})
     if shield:
         shield.detach()
     return rows
