@@ -18,7 +18,7 @@ BATCH := --grid $(GRID) $(if $(BASE),--base $(BASE)) $(if $(SEEDS),--seeds $(SEE
 	$(if $(ENGINE),--engine $(ENGINE)) $(if $(ADDRESS),--address $(ADDRESS)) $(if $(GPUS),--gpus $(GPUS)) \
 	$(if $(CPUS),--cpus $(CPUS)) $(if $(filter 1,$(LIST)),--list)
 
-.PHONY: help env all test lint lab bench notebooks batch verify sync-reference sync-frontier pod-setup pod-run clean distclean
+.PHONY: help env all test lint lab bench notebooks batch verify sync-reference pod-setup pod-run clean distclean
 
 ## this list
 help:
@@ -89,10 +89,6 @@ verify: $(STAMP)
 ## copy a finished run's small files to runs/reference and refresh the README: make sync-reference RUN=laptop
 sync-reference: $(STAMP)
 	@$(PY) -m recrl_lib.pipeline.publish --run $(RUN)
-
-## publish the full frontier of a run's notebook 04: make sync-frontier RUN=front
-sync-frontier: $(STAMP)
-	@$(PY) -m recrl_lib.pipeline.publish --frontier --run $(RUN)
 
 ## on a rented GPU machine: an environment that keeps the image's torch, caches on the volume (VOLUME=/workspace)
 pod-setup:

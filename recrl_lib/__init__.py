@@ -3,7 +3,7 @@
 Packages, each of which imports only those below it; data flows 01 -> 02 -> ... -> 09::
 
     pipeline     run, batch, verify and publish the notebooks
-    evaluation   results, ranking change, clicks, statistics, audit, frontier, ablations, findings
+    evaluation   results, ranking change, clicks, statistics, audit, ablations, findings
     training     PPO, the arms, warm start, TRL's trainers        chat   the widget of notebook 10
     plots        one style of figures
     study        a run's tables, ranker and base ranking, as notebooks 03-10 share them

@@ -22,8 +22,8 @@ Dataset = Literal[
 ]  # fmt: skip
 Split = Literal["leave-one-out", "global-time"]
 Algorithm = Literal["ppo", "rloo", "grpo"]
-ShieldMode = Literal["gradient", "update", "frozen_a", "penalty", "restart"]
-ShieldBasis = Literal["activation", "sensitivity", "contrastive", "readout", "random"]
+ShieldMode = Literal["gradient", "update", "frozen_a", "penalty"]
+ShieldBasis = Literal["activation", "contrastive"]
 Tracker = Literal["none", "wandb", "wandb-online", "tensorboard", "trackio"]
 
 
@@ -87,7 +87,6 @@ class DataParams(StageParams):
     min_core: int = _p(0, "fewest events of a user and an item; 1 = all; 0 = default", 0)
     max_interactions: int = _p(0, "keep about this many of the latest; 0 = default", 0)
     bad_row_limit: float = _p(0.01, "largest share of bad rows in a file", 0.0, 1.0)
-    item_case: Literal["plain", "upper"] = _p("plain", "of item texts")
     user_column: str = _p("user", "csv: column of the user in interactions")
     item_column: str = _p("item", "csv: column of the item in interactions and in items")
     time_column: str = _p("time", "csv: column of the time; empty: file order counts")
@@ -141,12 +140,6 @@ class ShieldParams(StageParams):
     shield_basis: ShieldBasis = _p("contrastive", "which directions are protected")
     shield_penalty: float = _p(0.0, "weight of the replay penalty on item vectors", 0.0)
     shield_replay_steps: int = _p(0, "replay after training; PPO that projects has none then", 0)
-    frontier_points: Literal["none", "small", "full"] = _p(
-        "small", "settings compared in the frontier"
-    )
-    frontier_steps: int = _p(2, "supervised steps a frontier point", 1)
-    frontier_seeds: int = _p(1, "seeds of the frontier", 1)
-    frontier_users: int = _p(4, "validation users whose explanations measure a point", 2)
 
 
 class PPOParams(StageParams):

@@ -21,13 +21,14 @@ if TYPE_CHECKING:  # torch is imported where it is used: deciding what to skip m
     import torch
 
 PACKAGE = "recrl_lib"
+FRONTIER = "frontier"  # the batch of shields whose price notebook 07 shows beside its own batch
 _VERSIONED = (
     "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors",
     "numpy", "scipy", "pandas", "pyarrow", "scikit-learn",
 )  # fmt: skip
 # Files of the library, other than code, that decide what a stage writes.
 LIBRARY_FILES = {
-    "data": ("assets.yaml",), "shield": ("grids.yaml",), "evaluation": ("profiles.yaml",),
+    "data": ("assets.yaml",), "evaluation": ("profiles.yaml",),
     "audit": ("policy.yaml",), "report": ("policy.yaml", "profiles.yaml"),
 }  # fmt: skip
 
@@ -104,8 +105,10 @@ def _files_read(stage: str, params: Params) -> dict[str, str]:
 
 
 def batch_files(params: Params) -> dict[str, str]:
-    """Path and sha256 of the evaluations of all runs of ``params.batch`` over this run."""
-    found = sorted(paths.RUNS.glob(f"{params.run}-{params.batch}-*/metrics/evaluation.csv"))
+    """Path and sha256 of the evaluations of all runs of ``params.batch``, and of the batch
+    ``frontier``, over this run."""
+    names = {f"{params.run}-{batch}-*/metrics/evaluation.csv" for batch in (params.batch, FRONTIER)}
+    found = sorted(path for name in names for path in paths.RUNS.glob(name))
     return {path.relative_to(paths.RUNS).as_posix(): sha256_file(path) for path in found}
 
 

@@ -24,6 +24,7 @@ from recrl_lib.measures import ARMS as ARMS
 from recrl_lib.measures import read_results as read_results
 from recrl_lib.measures import value as value
 from recrl_lib.params import PIPELINE, STAGES, Params, Stage, owned_by, stage_named
+from recrl_lib.provenance import FRONTIER as FRONTIER
 from recrl_lib.provenance import batch_files as batch_files
 from recrl_lib.provenance import display, git_state, machine, sha256_file, stage_key
 

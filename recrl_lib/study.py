@@ -123,7 +123,7 @@ class Study:
 
     def _drawn(self, users: np.ndarray, n: int, rng: np.random.Generator) -> list[dict]:
         if n > len(users):
-            remedy = "lower eval_users, explain_users or frontier_users"
+            remedy = "lower eval_users or explain_users"
             raise ValueError(f"{n} users asked for, but the group has only {len(users)}: {remedy}")
         return self.records(rng.permutation(users)[:n], rng.integers(1, TOP_K + 1, n))
 

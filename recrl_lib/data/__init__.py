@@ -41,8 +41,6 @@ def load_for(params: Params) -> Dataset:
     names = {n: getattr(params, f"{n}_column") for n in custom.NEEDS} if name == "csv" else {}
     raw = read(folder_of(name, params.data_dir), skipped, **names)
     raw.info = {"name": name, "sha256": _sha256(raw.path)} | raw.info
-    if params.item_case == "upper":
-        raw.items["text"] = raw.items["text"].str.upper()
     # Figures of ml-100k compare with published ones; the paper's Amazon has 50,000 interactions.
     core = params.min_core or (1 if name == "ml-100k" else 5)
     size = params.max_interactions or (50_000 if name.startswith("amazon") else 0)

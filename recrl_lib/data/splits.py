@@ -101,21 +101,13 @@ def split_users(
     return tuple(np.sort(part) for part in np.split(shuffled, [n_ppo, n_ppo + n_validation]))
 
 
-def check_enough(
-    split: Split, n_items: int, n_validation: int, n_heldout: int, params: Params
-) -> None:
+def check_enough(split: Split, n_items: int, n_heldout: int, params: Params) -> None:
     """Raise ``ValueError`` naming the remedy if later stages would lack users or new items."""
-    has_frontier = params.frontier_points != "none" and params.text != "none"
-    of_frontier = ["frontier_users"] if has_frontier else []
-    for there, group, remedy, names in (
-        (n_heldout, "held out", "lower ppo_users", ["eval_users", "explain_users"]),
-        (n_validation, "kept for validation", "raise validation_users", of_frontier),
-    ):
-        if short := [name for name in names if getattr(params, name) > there]:
-            lack = f"{short[0]} is {getattr(params, short[0])}, but only {there} users are {group}"
-            if there > 1:
-                remedy = f"make all SET='{' '.join(f'{n}={there}' for n in short)}', or {remedy}"
-            raise ValueError(f"{lack}: {remedy}")
+    names = ("eval_users", "explain_users")
+    if short := [name for name in names if getattr(params, name) > n_heldout]:
+        lack = f"{short[0]} is {getattr(params, short[0])}, but only {n_heldout} users are held out"
+        fewer = " ".join(f"{name}={n_heldout}" for name in short)
+        raise ValueError(f"{lack}: make all SET='{fewer}', or lower ppo_users")
     unseen = n_items - np.array([len(items) for items in split.with_valid])
     if (few := unseen < TOP_K).any():
         first = f"first: user {few.argmax()}, {unseen[few.argmax()]} left"

@@ -60,14 +60,14 @@ def measure(train: Callable[[], object]) -> str:
 
 
 def own_ppo() -> str:
-    """``measure`` of ours, the products of a step, and the share of a random shield in it."""
+    """``measure`` of ours, the products of a step, and the share of a shield in it."""
     dataset, records = work()
     rewarder = Reward.of(PARAMS, study.catalogue_of(dataset.items))
     explainer = model.load_for(PARAMS, 0)
     width = explainer.lm.config.hidden_size  # of the inputs of all adapted layers
     eye = torch.eye(width, dtype=torch.float64)
     grams = {key: eye for _, key, _ in explainer.adapted_modules()}
-    shield = Shield(explainer, protect(grams, "random", rank=2 * width // 3))
+    shield = Shield(explainer, protect(grams, rank=2 * width // 3))
     trainer = ppo.PPO(explainer, rewarder, records, PARAMS, 0, shield)
     found = json.loads(measure(lambda: trainer.train(STEPS)))
     shielded = sum(row["shield_seconds"] for row in trainer.rows)

@@ -2,7 +2,7 @@
 
 ``make sync-reference RUN=laptop`` copies parameters, manifest, metrics, curves and notebooks to
 ``runs/reference/laptop/`` and the figures to ``figures/reference/laptop/``, and writes the README's
-table of results. ``make sync-frontier RUN=front`` copies the rows of a full frontier.
+table of results.
 """
 
 import argparse
@@ -105,7 +105,9 @@ def sync(run: str) -> Path:
     again = f"make all RUN={run}, with the run's profile and seed"
     stale = [s.name for s in PIPELINE if params is None or not runs.up_to_date(s.name, params)]
     _require(not stale, f"runs/{run}: {', '.join(stale)} missing or out of date", again)
-    _require_source(manifest, again)
+    sourced = all(s["git_commit"] and not s["git_dirty"] for s in manifest["stages"].values())
+    problem = f"runs/{run} ran on uncommitted changes: its numbers have no source"
+    _require(sourced, problem, f"commit, then {again} and FORCE=1")
     clean = runs.git_state()[1] is False
     _require(clean, "the git tree has uncommitted changes, or is none", "commit or remove them")
     books = {p.name: _without_paths(p) for p in sorted((source / "notebooks").glob("*.ipynb"))}
@@ -127,34 +129,9 @@ def sync(run: str) -> Path:
     return target
 
 
-def sync_frontier(run: str) -> Path:
-    """Copy the rows of the full frontier that notebook 04 of ``run`` measured, with their source.
-
-    Raises ``RuntimeError`` if they are not what the stage wrote, or ran on uncommitted changes.
-    """
-    params, folder, manifest = runs.read_params(run), runs.run_folder(run), runs.read_manifest(run)
-    setting = "frontier_points=full frontier_seeds=3 frontier_users=64"
-    again = f'make all RUN={run} TO=shield SET="{setting}"'
-    rows, stage = folder / "curves" / "frontier.csv", manifest["stages"].get("shield")
-    full = params and params.frontier_points == "full" and stage and rows.is_file()
-    same = full and runs.sha256_file(rows) == stage["outputs"]["curves/frontier.csv"]
-    _require(same, f"runs/{run} holds no full frontier that notebook 04 wrote", f"{again} FORCE=1")
-    _require_source(manifest, again)
-    target = paths.REFERENCE / "frontier"
-    for file in (rows, *(folder / name for name in RECORDS)):
-        write_atomic(target / file.name, file.read_bytes())
-    return target
-
-
 def _require(holds: object, problem: str, remedy: str) -> None:
     if not holds:
         raise RuntimeError(f"{problem}: {remedy}")
-
-
-def _require_source(manifest: dict[str, Any], again: str) -> None:
-    clean = all(s["git_commit"] and not s["git_dirty"] for s in manifest["stages"].values())
-    problem = f"runs/{manifest['run']} ran on uncommitted changes: its numbers have no source"
-    _require(clean, problem, f"commit, then {again} and FORCE=1")
 
 
 def _without_paths(path: Path) -> str:
@@ -184,9 +161,7 @@ def _readme_with_results(run: str, manifest: dict[str, Any]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True)
-    parser.add_argument("--frontier", action="store_true", help="publish the run's frontier alone")
-    args = parser.parse_args()
     try:
-        print("copied to", runs.display((sync_frontier if args.frontier else sync)(args.run)))
+        print("copied to", runs.display(sync(parser.parse_args().run)))
     except RuntimeError as error:
         raise SystemExit(f"FAILED {error}") from None

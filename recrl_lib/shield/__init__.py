@@ -26,7 +26,6 @@ May import: explainer, and what it imports; nothing of them while it is being im
 
 from recrl_lib.shield.projection import MODES, Shield, leak
 from recrl_lib.shield.replay import Replay
-from recrl_lib.shield.subspaces import BASES, GramMatrices, Subspace, collect_grams, protect
+from recrl_lib.shield.subspaces import Subspace, collect_grams, protect
 
-__all__ = ["BASES", "MODES", "GramMatrices", "Replay", "Shield", "Subspace"]
-__all__ += ["collect_grams", "leak", "protect"]
+__all__ = ["MODES", "Replay", "Shield", "Subspace", "collect_grams", "leak", "protect"]

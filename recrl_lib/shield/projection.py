@@ -22,7 +22,6 @@ gradient the gradient of A is projected, and nothing else: the published descrip
 update   the default, above
 frozen_a A stays fixed in the null space and only B learns, after InfLoRA (Liang & Li 2024, CVPR)
 penalty  no projection: a replay gradient pulls the item vectors back at every step (``Replay``)
-restart  trains freely and projects A once, when the shield is detached
 ======== ===========================================================================================
 """
 
@@ -38,7 +37,7 @@ from recrl_lib.shield.replay import Replay
 from recrl_lib.shield.subspaces import Subspace, adapted_layers
 
 Spaces = Mapping[str, Subspace]  # by the key of the layer input
-MODES = ("gradient", "update", "frozen_a", "penalty", "restart")
+MODES = ("gradient", "update", "frozen_a", "penalty")
 PROJECTING = ("gradient", "update", "frozen_a")  # keep A in the null space from the first step on
 REPLAY_LR = 7e-4  # Adam's first rate in ``run_replay``: a quarter of the warm start's
 
@@ -99,9 +98,7 @@ class Shield:
         return self
 
     def detach(self) -> None:
-        """Take the hooks off; mode ``restart`` projects now."""
-        if self._handles and self.mode == "restart":
-            self.project_parameters()
+        """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

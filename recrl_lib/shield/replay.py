@@ -26,13 +26,12 @@ class Replay:
         vectors: Tensor,
         readout: Tensor,
         weight: float,
-        seed: int = 0,
         only: set[int] | None = None,
     ):
         if weight <= 0:
             raise ValueError(f"shield_penalty={weight}: a replay penalty needs a positive weight")
         self.weight, self.norm = weight, 0.0  # the norm of the last gradient added
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(0)
         self._explainer, self._readout = explainer, readout.to(explainer.device)
         spread = (vectors[1:] - vectors[1:].mean(0)).to(explainer.device) @ self._readout.T
         self._scale = float(spread.square().sum(-1).mean())

@@ -84,39 +84,6 @@ def items_of(
             yield numbers[keep], states[keep]
 
 
-def sensitivity_grams(
-    explainer: Explainer, items: ItemTexts, readout: Tensor, probes: Mapping[int, Tensor]
-) -> dict[str, Tensor]:
-    """Gram matrices of the ``probes``' item texts, every token weighted by |d score / d y|^2.
-
-    y are the outputs of the layers that read the input. The score is ``u . R t`` with R =
-    ``readout`` (d_rank, d) and u = ``probes[item number]`` (d_rank,), the state of one user. So the
-    trace outside a subspace is, but for products of two tokens, proportional to the squared score
-    change of an isotropic update of the free directions.
-    """
-    grams: dict[str, Tensor] = {}
-    inputs, outputs = {}, {}  # by key, by (key, name)
-
-    def keep(key: str, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        inputs[key], outputs[key, name] = args[0], output
-
-    with explainer.reference(), ExitStack() as hooks:
-        for name, key, module in explainer.adapted_modules():
-            hooks.enter_context(module.register_forward_hook(partial(keep, key, name)))
-        for numbers, states in items_of(items, probes, "sensitivities"):
-            states = states.to(explainer.device).requires_grad_(True)
-            vectors = explainer.top(states, torch.ones_like(states[..., 0]).long()).mean(1)
-            users = torch.stack([probes[n] for n in numbers.tolist()]).to(vectors)
-            scores = users * (vectors @ readout.to(vectors).T)
-            slopes = torch.autograd.grad(scores.sum(), list(outputs.values()))
-            for key, x in inputs.items():
-                squares = [s.square().sum(-1) for s, (k, _) in zip(slopes, outputs) if k == key]
-                w = torch.stack(squares).sum(0).flatten().double()
-                x = x.detach().flatten(0, 1).double()
-                grams[key] = grams.get(key, 0.0) + (x * w[:, None]).T @ x
-    return grams
-
-
 @dataclass
 class Subspace:
     """A protected input subspace of one layer: the first columns of an orthonormal frame."""
@@ -150,63 +117,35 @@ class Subspace:
         return float((self.basis * (gram @ self.basis)).sum() / gram.trace())
 
 
-@dataclass
-class GramMatrices:
-    """What the bases are made of; all need ``items``."""
-
-    items: Grams  # of the texts to protect
-    prompts: Grams | None = None  # of prompts with explanations: contrastive
-    sensitivity: Grams | None = None  # ``sensitivity_grams``: sensitivity
-    readout: Grams | None = None  # (d_rank, d) ``readout_rows``: readout
-    seed: int = 0  # random
-
-
 def protect(
-    grams: GramMatrices | Grams, basis: str = "activation", energy: float = 0.99, rank: int = 0
+    grams: Grams, energy: float = 0.99, rank: int = 0, prompts: Grams | None = None
 ) -> dict[str, Subspace]:
     """The subspace of every layer input: the fewest directions that hold ``energy``, or ``rank``.
 
-    The energy is that of the protected texts. With basis ``sensitivity`` every layer input leaves
-    (1 - energy) of the mean weighted trace outside instead. ``ValueError``: an unknown basis,
-    missing or infinite Gram matrices, or nothing left to learn (k = d).
+    ``grams`` are of the texts to protect, whose top eigenvectors come first (shield_basis
+    "activation"); with those of ``prompts`` and their explanations, the columns of
+    ``contrastive_frame``. ``ValueError``: infinite Gram matrices, or nothing left to learn (k = d).
     """
-    if not isinstance(grams, GramMatrices):
-        grams = GramMatrices(grams)
-    if basis not in BASES:
-        raise ValueError(f"shield_basis={basis!r}: choose one of {', '.join(BASES)}")
-    made_of, frame_of = BASES[basis]
-    if (source := getattr(grams, made_of)) is None:
-        raise ValueError(f"shield_basis={basis!r} needs GramMatrices.{made_of}")
-    measured = source if basis in WEIGHTED else grams.items
-    allowed = (1 - energy) * sum(float(g.trace()) for g in measured.values()) / len(measured)
     found = {}
-    for number, (name, gram) in enumerate(grams.items.items()):
+    for name, gram in grams.items():
         if not torch.isfinite(gram).all():
             raise ValueError(f"Gram matrix of {name} is not finite: a text gives inf or nan")
         gram = gram.cpu()  # float64 eigh differs between GPU libraries
-        frame = frame_of(source[name].cpu(), gram, grams.seed * 1000 + number)
-        along = _energy_along(frame, measured[name].cpu())
-        needed = 1 - allowed / float(along.sum()) if basis in WEIGHTED else energy
-        k = rank or (int((along.cumsum(0) / along.sum() < needed).sum()) + 1 if needed > 0 else 0)
+        if prompts is None:
+            frame = torch.linalg.eigh(gram)[1].flip(1)
+        else:
+            frame = contrastive_frame(prompts[name].cpu(), gram)
+        along = (frame * (gram @ frame)).sum(0).clamp(min=0)
+        needed = int((along.cumsum(0) / along.sum() < energy).sum()) + 1 if energy > 0 else 0
+        k = rank or needed
         if k >= len(gram):
             left = f"layer input {name}: protecting {k} of {len(gram)} leaves nothing to learn"
             raise ValueError(f"{left}; lower shield_energy or shield_rank")
-        found[name] = Subspace(frame[:, :k].contiguous(), _energy_along(frame, gram))
+        found[name] = Subspace(frame[:, :k].contiguous(), along)
     return found
 
 
-def _energy_along(frame: Tensor, gram: Tensor) -> Tensor:
-    return (frame * (gram @ frame)).sum(0).clamp(min=0)
-
-
-# --- bases: orthonormal frames (d, d) of one layer input, column 0 to be protected first
-
-
-def eigenvectors(source: Tensor, *_) -> Tensor:
-    return torch.linalg.eigh(source)[1].flip(1)
-
-
-def contrastive_frame(prompts: Tensor, items: Tensor, *_, ridge: float = 1e-3) -> Tensor:
+def contrastive_frame(prompts: Tensor, items: Tensor, ridge: float = 1e-3) -> Tensor:
     """A frame whose last m columns have the most explanation energy per item-text energy.
 
     They span the solutions of ``P v = l (G + ridge tr(G)/d I) v`` with the largest l, for P =
@@ -218,40 +157,9 @@ def contrastive_frame(prompts: Tensor, items: Tensor, *_, ridge: float = 1e-3) -
     return torch.linalg.qr(whiten @ directions.flip(1))[0].flip(1)
 
 
-def readout_frame(rows: Tensor, gram: Tensor, *_) -> Tensor:
-    return torch.linalg.qr(torch.cat([rows.double().T, torch.eye(len(gram)).double()], dim=1))[0]
-
-
-def random_frame(_, gram: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(gram.shape, generator=generator, dtype=torch.float64))[0]
-
-
-# name -> (field of ``GramMatrices`` it is made of, frame of (that, items' Gram matrix, seed))
-BASES: dict[str, tuple[str, Callable[[Tensor, Tensor, int], Tensor]]] = {
-    "activation": ("items", eigenvectors),
-    # tokens weighted by how strongly the ranking's scores react to the layer's output there
-    "sensitivity": ("sensitivity", eigenvectors),
-    # what stays free is where explanations have energy and item texts have little
-    "contrastive": ("prompts", contrastive_frame),
-    "readout": ("readout", readout_frame),  # the ranker's own basis carried to the layer inputs
-    "random": ("items", random_frame),  # a control
-}
-WEIGHTED = ("sensitivity",)  # k from equal damage in every layer input, not from its energy
-
-
 def readout_of(ranker) -> Tensor:
     """R (d_rank, d): how a ranker's item vectors react to text vectors, ``W diag(1 / scale)``."""
     return (ranker.text.weight / ranker.text_scale).detach()
-
-
-def readout_rows(explainer: Explainer, readout: Tensor) -> dict[str, Tensor]:
-    """``readout`` carried to every layer input; through the output projection if it reads that."""
-    rows = {}
-    for _, key, module in explainer.adapted_modules():
-        weight = module.base_layer.weight.detach().double()
-        rows[key] = readout.to(weight) @ weight if key.endswith(".output") else readout.double()
-    return rows
 
 
 def to_tensors(protected: Mapping[str, Subspace]) -> dict[str, Tensor]:

@@ -3,10 +3,9 @@
 import pytest
 
 from recrl_lib import data, params
-from recrl_lib.evaluation import frontier
 from recrl_lib.params import PROFILES, STAGES, Params, owned_by, parse_value, resolve
 from recrl_lib.scoring import reward
-from recrl_lib.shield import projection, subspaces
+from recrl_lib.shield import projection
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -27,7 +26,6 @@ def test_stages_share_only_the_common_parameters_and_need_only_earlier_stages():
 def test_every_choice_is_implemented():
     implemented = {
         "dataset": data.FORMATS, "reward": reward.VARIANTS, "shield_mode": projection.MODES,
-        "shield_basis": subspaces.BASES, "frontier_points": frontier.SETS,
     }  # fmt: skip
     for name, found in implemented.items():
         assert set(params.choices(name)) <= set(found), name

@@ -62,9 +62,6 @@ def test_ml_100k_by_hand(tmp_path, end):
     sizes = {"n_users": 2, "n_items": 4, "n_interactions": 6, "skipped": {}, "skipped_first": {}}
     assert sizes.items() <= data.info.items()
     assert data.info["sha256"] == sha256_file(tmp_path / "ml-100k.inter")
-    upper = load("ml-100k", tmp_path, item_case="upper").items
-    assert upper["text"].tolist() == [text.upper() for text in data.items["text"]]
-    assert upper.drop(columns="text").equals(data.items.drop(columns="text"))
 
 
 def test_times_do_not_pass_through_float32_and_ties_keep_the_order_of_the_file(tmp_path):

@@ -79,31 +79,21 @@ def test_global_time_lets_nothing_from_the_future_into_training(rows):
         assert history.tolist() == ordered.loc[ordered["user"] == user, "item"].tolist()
 
 
-WANTED = {"eval_users": 9, "explain_users": 8, "frontier_users": 4}
-
-
 @pytest.mark.parametrize(
-    "enough, changed, message",
+    "short, message",
     [
-        ((15, 4, 9), {}, None),
-        ((15, 1, 9), {"frontier_points": "none"}, None),
-        ((15, 1, 9), {"text": "none"}, None),
-        ((15, 4, 8), {}, "eval_users is 9, but only 8 users are held out: make all SET="
+        ((15, 8), "eval_users is 9, but only 8 users are held out: make all SET="
          "'eval_users=8', or lower ppo_users"),
-        ((15, 4, 7), {}, "SET='eval_users=7 explain_users=7'"),
-        ((15, 3, 9), {}, "SET='frontier_users=3', or raise validation_users"),
-        ((15, 1, 9), {}, "only 1 users are kept for validation: raise validation_users"),
-        ((14, 4, 9), {}, r"1 users have met all but fewer than 10 of 14 items \(first: user 3, 9")
+        ((15, 7), "SET='eval_users=7 explain_users=7'"),
+        ((14, 9), r"1 users have met all but fewer than 10 of 14 items \(first: user 3, 9")
     ]
 )  # fmt: skip
-def test_what_later_stages_would_lack_is_said_at_once(enough, changed, message):
+def test_what_later_stages_would_lack_is_said_at_once(short, message):
     rows = frame([(u, i, i) for u in range(4) for i in range(1, 4 + u)])
-    split, params = splits.split(rows, 4, "leave-one-out"), Params(**WANTED | changed)
-    if message is None:
-        splits.check_enough(split, *enough, params)
-    else:
-        with pytest.raises(ValueError, match=message):
-            splits.check_enough(split, *enough, params)
+    split, params = splits.split(rows, 4, "leave-one-out"), Params(eval_users=9, explain_users=8)
+    splits.check_enough(split, 15, 9, params)
+    with pytest.raises(ValueError, match=message):
+        splits.check_enough(split, *short, params)
 
 
 def test_split_users():

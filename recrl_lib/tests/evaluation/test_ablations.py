@@ -1,5 +1,7 @@
 """Ablations: which runs are compared, and pairing by user and seed."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -93,3 +95,40 @@ def test_finished_runs_are_collected_and_the_base_run_stands_in_for_main(tmp_pat
     for table in (texts, results):
         assert sorted(set(zip(table["run"], table["arm"], table["seed"]))) == expected
     assert left_out == ["r-b-stale-seed0"]
+
+
+def shielded_run(tmp_path, run, seed, kept, reward=1.0):
+    """The artifacts of a run with six users, whose shield keeps ``kept`` of gains and places."""
+    folder = tmp_path / run / "artifacts"
+    folder.mkdir(parents=True)
+    users, gain = np.arange(6), np.array([0.2, 0.4, 0.6, 0.4, 0.2, 0.6]) + 0.1 * seed
+    tables = {"explanations": [], "ranking": [], "top10": []}
+    for arm, share in (("base", 0.0), ("unshielded", 1.0), ("shielded", kept)):
+        one = pd.DataFrame({"user": users, "arm": arm, "new_item": users < 2})
+        gains = {"faithfulness": 0.1 + share * gain, "reward": reward * share * gain}
+        places = {"overlap": 1 - share, "top1_same": 1.0, "ndcg": -0.1 * share}
+        item = {"base": 2, "unshielded": 9}.get(arm, np.where(users < 4, 2, 9))
+        for table, values in zip(tables.values(), (gains, places, {"item": item})):
+            table.append(one.assign(**values))
+    for name, parts in tables.items():
+        pd.concat(parts).to_parquet(folder / f"{name}.parquet")
+    (folder / "held_out_items.json").write_text(json.dumps([2, 9]))
+
+
+def test_the_price_is_a_share_of_the_same_runs_unshielded_gain(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    chosen = [("a0", "a", 0), ("a1", "a", 1), ("b0", "b", 0)]
+    for run, arm, seed in chosen:
+        signs = np.array([1, -1] * 3)  # a gain in reward that is none
+        shielded_run(tmp_path, run, seed, {"a": 0.75, "b": 0.25}[arm], signs)
+    table = ablations.price(chosen, 500, np.random.default_rng(0))
+    for arm, share in (("a", 0.75), ("b", 0.25), ("unshielded", 1.0)):
+        for group, users in (("all", 6), ("new_items", 2)):
+            kept = rows_of(table, "faithfulness_kept", arm, "unshielded", group).iloc[0]
+            assert kept[["value", "low", "high"]].tolist() == pytest.approx([share] * 3)
+            assert kept["n"] == users * kept["seeds"] == users * (1 if arm == "b" else 2)
+        assert ends(table, "top10_overlap", arm, "base")[0] == pytest.approx(1 - share)
+        assert ends(table, "ndcg@10", arm, "base")[0] == pytest.approx(-0.1 * share)
+        held = rows_of(table, "top10_overlap", arm, "base", "held_out_items")["value"].item()
+        assert held == pytest.approx(0 if arm == "unshielded" else 4 / 6)
+    assert rows_of(table, "reward_kept", "a", "unshielded").empty  # a share of nothing

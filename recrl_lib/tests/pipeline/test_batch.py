@@ -87,11 +87,9 @@ def test_a_base_that_lacks_what_every_job_needs_is_refused(base, tmp_path, capsy
 
 
 def test_the_grids_of_the_study_are_valid_and_repeat_no_early_stage(base):
-    """Arms of later parameters leave the shield shared; the others do not run its frontier anew."""
     names = sorted(path.stem for path in batch.GRIDS.glob("*.yaml"))
     assert names == ["ablations", "frontier", "smoke"]
     for job in [job for name in names for job in batch.load(name, "base", [4])]:
-        assert "shield" in job.shared() or job.params.frontier_points == "none"
         assert "ranker" in job.shared()
     with pytest.raises(ValueError, match="GRID=ablation: .* one of ablations, frontier, smoke"):
         batch.load("ablation")

@@ -10,7 +10,7 @@ from bs4 import BeautifulSoup
 from recrl_lib import paths, runs
 from recrl_lib.params import Params
 from recrl_lib.pipeline import publish
-from recrl_lib.runs import sha256_file, write_atomic
+from recrl_lib.runs import write_atomic
 from recrl_lib.tests.conftest import code, markdown, notebook
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUg=="  # any base64 text
@@ -90,10 +90,10 @@ def finished(place, monkeypatch):
     """A run folder in which every stage is finished, and a README with the markers."""
     monkeypatch.setattr(runs, "up_to_date", lambda stage, params: True)
     monkeypatch.setattr(runs, "git_state", lambda: ("c" * 40, False))
-    runs.write_params(Params(run="r", frontier_points="full"))
+    runs.write_params(Params(run="r"))
     folder = place / "runs" / "r"
     write_atomic(folder / "metrics" / "evaluation.csv", results().to_csv(index=False))
-    write_atomic(folder / "curves" / "frontier.csv", "seed\n0\n")
+    write_atomic(folder / "curves" / "ranker.csv", "step\n1\n")
     write_atomic(folder / "curves" / "old.csv", "left over from another setting")
     write_atomic(place / "figures" / "r" / "a.svg", "<svg/>")
     cells = [markdown("# Report"), code("1", count=1)]
@@ -102,9 +102,8 @@ def finished(place, monkeypatch):
     executed["metadata"]["papermill"] = {"output_path": "/home/somebody/runs/r"}
     write_atomic(folder / "notebooks" / "09_report.ipynb", json.dumps(executed))
     stage = {"status": "finished", "seconds": 60.0, "git_commit": "c" * 40, "git_dirty": False}
-    frontier = sha256_file(folder / "curves" / "frontier.csv")
     stages = {
-        "shield": stage | {"outputs": {"curves/frontier.csv": frontier, "artifacts/big": ""}},
+        "ranker": stage | {"outputs": {"curves/ranker.csv": "", "artifacts/big": ""}},
         "evaluation": stage | {"outputs": {"metrics/evaluation.csv": ""}},
     }
     manifest = {"run": "r", "seed": 0, "device": "cpu", "git_commit": "c" * 40, "stages": stages}
@@ -114,21 +113,11 @@ def finished(place, monkeypatch):
     return folder
 
 
-def change(folder, stage: str, **fields) -> None:
-    manifest = runs.read_manifest(folder.name)
-    manifest["stages"][stage] |= fields
-    write_atomic(folder / "manifest.json", json.dumps(manifest))
-
-
-def untouched() -> bool:
-    return not paths.REFERENCE.exists() and "old" in (paths.ROOT / "README.md").read_text()
-
-
 def test_small_files_are_copied_and_the_readme_is_written(finished):
     write_atomic(paths.REFERENCE / "r" / "metrics" / "evaluation.json", "from an earlier version")
     target = publish.sync("r")
     files = sorted(p.relative_to(target).as_posix() for p in target.rglob("*.*"))
-    expected = "curves/frontier.csv manifest.json metrics/evaluation.csv notebooks/09_report.ipynb"
+    expected = "curves/ranker.csv manifest.json metrics/evaluation.csv notebooks/09_report.ipynb"
     assert files == [*expected.split(), "params.yaml"]
     assert "papermill" not in (target / "notebooks" / "09_report.ipynb").read_text()
     assert (paths.FIGURES / "reference" / "r" / "a.svg").exists()
@@ -154,37 +143,15 @@ def test_small_files_are_copied_and_the_readme_is_written(finished):
 def test_what_has_no_source_or_no_place_is_refused(finished, monkeypatch, changed, message):
     monkeypatch.setattr(runs, "up_to_date", lambda stage, _: stage != changed.get("stale"))
     monkeypatch.setattr(runs, "git_state", lambda: changed.get("state", ("c" * 40, False)))
-    change(finished, "evaluation", git_dirty=changed.get("dirty", False))
+    manifest = runs.read_manifest("r")
+    manifest["stages"]["evaluation"]["git_dirty"] = changed.get("dirty", False)
+    write_atomic(finished / "manifest.json", json.dumps(manifest))
     readme = paths.ROOT / "README.md"
     write_atomic(readme, changed.get("readme", readme.read_text()))
     heavy = notebook(code("x", output="0" * changed.get("size", 1)))
     write_atomic(finished / "notebooks" / "04_shield.ipynb", json.dumps(heavy))
     with pytest.raises(RuntimeError, match=message):
         publish.sync("r")
-    assert untouched()
+    assert not paths.REFERENCE.exists() and "old" in readme.read_text()  # nothing was written
     with pytest.raises(RuntimeError, match="runs/unknown: .* missing .*: make all RUN=unknown"):
         publish.sync("unknown")
-
-
-def test_a_frontier_is_published_without_the_rest_of_its_run(finished):
-    target = publish.sync_frontier("r")
-    assert {p.name for p in target.iterdir()} == {"frontier.csv", "manifest.json", "params.yaml"}
-
-
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"git_dirty": True}, "uncommitted changes"),
-        (
-            {"outputs": {"curves/frontier.csv": "another"}},
-            "no full frontier that notebook 04 wrote: make all RUN=r TO=shield .* FORCE=1",
-        ),
-    ],
-)
-def test_a_frontier_without_a_source_is_refused(finished, wrong, message):
-    change(finished, "shield", **wrong)
-    with pytest.raises(RuntimeError, match=message):
-        publish.sync_frontier("r")
-    with pytest.raises(RuntimeError, match="full frontier"):
-        publish.sync_frontier("unknown")
-    assert untouched()

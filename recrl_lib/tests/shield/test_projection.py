@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recrl_lib.explainer.item_texts import ItemTexts
-from recrl_lib.shield import GramMatrices, Shield, Subspace, leak, protect
+from recrl_lib.shield import Shield, Subspace, leak, protect
 from recrl_lib.shield.subspaces import item_grams
 from recrl_lib.tests.shield.toy import make, moved, train, train_shielded
 from recrl_lib.tests.tiny import tiny_explainer
@@ -79,28 +79,23 @@ def test_bf16_adapters_leak_no_more_than_their_rounding(seed, energy):
 
 
 @pytest.mark.parametrize(
-    "mode, sealed", [("gradient", False), ("update", True), ("frozen_a", True), ("restart", False)]
+    "mode, sealed", [("gradient", False), ("update", True), ("frozen_a", True)]
 )
 def test_modes_leak_as_they_say_while_attached(mode, sealed):
-    plain, _, grams = make()
-    train(plain, optimizer_of(plain), 5)
-    explainer, _, _ = make()
+    explainer, _, grams = make()
     protected = protect(grams, energy=0.9)
     shield = train_shielded(explainer, protected, 5, mode)
     assert (leak(explainer, protected) <= SEALED) == sealed
-    state = explainer.adapter_state()
-    same = [torch.equal(state[k], v) for k, v in plain.adapter_state().items()]
-    assert all(same) == (mode == "restart")  # the adapters of a training without a shield
     assert all(a.requires_grad == (mode != "frozen_a") for a in parameters(explainer, "lora_A"))
     shield.detach()
     assert all(a.requires_grad for a in parameters(explainer, "lora_A"))
-    assert mode != "restart" or leak(explainer, protected) <= SEALED
 
 
 def test_a_wrong_basis_does_not_protect():
     explainer, _, grams = make()
     protected = protect(grams, energy=0.9)
-    wrong = protect(GramMatrices(grams, seed=7), "random", rank=protected["2.output"].rank)
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(7)).double()
+    wrong = protect(dict.fromkeys(grams, x.T @ x), rank=protected["2.output"].rank)
     train_shielded(explainer, wrong, 5)
     assert leak(explainer, wrong) <= SEALED < 0.1 < leak(explainer, protected)
 
