@@ -201,6 +201,10 @@ def test_the_command_names_what_changed_and_fails(run, monkeypatch, capsys):
     monkeypatch.setattr(verify.assets, "minilm_folder", lambda: None)
     assert verify.main(["--run", "r"]) == 0
     assert "0 differ, 0 files changed" in capsys.readouterr().out.splitlines()[-1]
+    path = run / "metrics" / "evaluation.csv"
+    write_atomic(path, path.read_text() + "\n")  # another file that says the same
+    assert verify.main(["--run", "r"]) == 1
+    assert "0 differ, 1 files changed" in capsys.readouterr().out.splitlines()[-1]
     edit(run, "evaluation", "hr@10", 0.01)
     assert verify.main(["--run", "r"]) == 1
     out = capsys.readouterr().out
