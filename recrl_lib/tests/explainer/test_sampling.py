@@ -124,13 +124,11 @@ def test_kl_and_reference_of_an_explanation_are_those_of_two_plain_forwards(kind
         answer = rollout.response[row][mask].tolist()
         ids = torch.tensor([chat + answer])
 
-        def distribution(ids=ids, n=len(answer)):
-            logits = explainer.lm(input_ids=ids).logits[0, -n - 1 : -1] / 0.7
-            return torch.distributions.Categorical(logits=logits)
-
-        policy = distribution()
+        before = slice(-len(answer) - 1, -1)  # what each token of the answer was drawn from
+        logits = explainer.lm(input_ids=ids).logits[0, before] / 0.7
         with explainer.reference():
-            base = distribution()
+            base = explainer.lm(input_ids=ids).logits[0, before] / 0.7
+        policy, base = (torch.distributions.Categorical(logits=x) for x in (logits, base))
         exact = torch.distributions.kl_divergence(policy, base).sum().item()
         assert said.kl[row] == pytest.approx(exact, rel=1e-4) and exact > 0.01
         wanted = base.log_prob(ids[0, -len(answer) :]).detach()
