@@ -11,6 +11,7 @@ import numpy as np
 
 from recrl_lib.explainer.prompts import Record
 from recrl_lib.ranker.ranking import ranks_of, score_chunks
+from recrl_lib.scoring.judge import own_titles
 from recrl_lib.study import Study
 
 DRAWS = 4  # random sets of shown films that a text's cited films are compared with
@@ -22,9 +23,11 @@ def cited(record: Record, text: str) -> list[int]:
     Titles of one word must have their capital. What stands inside a longer title of the record, the
     recommended one included, is not cited.
     """
-    titles = sorted({record["title"], *record["history_titles"]}, key=len, reverse=True)
-    forms = [re.escape(t) if " " not in t else f"(?i:{re.escape(t)})" for t in titles]
-    found = re.findall("|".join(rf"(?<!\w){form}(?!\w)" for form in forms), text)
+
+    def form(title: str) -> str:
+        return f"(?i:{re.escape(title)})" if " " in title else re.escape(title)
+
+    found = re.findall(own_titles(record, form), text)
     named = {match.lower() for match in found} - {record["title"].lower()}
     return [j for j, title in enumerate(record["history_titles"]) if title.lower() in named]
 

@@ -25,22 +25,20 @@ _RAMBLE = (
     "when you come home and have the time"
 )
 
+# similar: to the recommended film, by the ranker's item vectors; oracle: what moved the ranker.
+RULES = ("random", "recent", "genre", "similar", "oracle")
+
 
 def _values(record: Record, rule: str) -> Sequence[float]:
     """What ``rule`` goes by, a number a history film."""
     genres, shown = set(real_genres(record)), range(len(record["history_titles"]))
     if rule == "random":
         return np.random.default_rng([record["user"], record["item"]]).random(len(shown)).tolist()
+    if rule == "recent":
+        return shown
     if rule == "genre":
         return [len(genres & set(own)) for own in record["history_genres"]]
-    return shown if rule == "recent" else record[RULES[rule]]
-
-
-# similar: to the recommended film, by the ranker's item vectors; oracle: what moved the ranker.
-RULES = {
-    "random": "", "recent": "", "genre": "",
-    "similar": "history_similarity", "oracle": "history_weights",
-}  # fmt: skip
+    return record["history_similarity" if rule == "similar" else "history_weights"]
 
 
 def cited_by(rule: str, record: Record) -> list[int]:

@@ -15,7 +15,7 @@ prompt is all true, picks its own record, and is fluent, since a model expects w
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,15 @@ def card_cosines(texts: Sequence[str], cards: Sequence[Sequence[str]], encoder: 
     return np.einsum("nd,nkd->nk", encoder.encode(texts), vectors)
 
 
-def mask_titles(record: Record, text: str) -> str:
-    """``text`` with the record's own titles, longest first, replaced by "this film"."""
+def own_titles(record: Record, form: Callable[[str], str] = re.escape) -> str:
+    """A pattern of the record's own titles as whole words, the longest first, each in ``form``."""
     titles = sorted({record["title"], *record["history_titles"]}, key=len, reverse=True)
-    found = "|".join(rf"(?<!\w){re.escape(t)}(?!\w)" for t in titles)
-    return re.sub(found, "this film", text, flags=re.IGNORECASE)
+    return "|".join(rf"(?<!\w){form(title)}(?!\w)" for title in titles)
+
+
+def mask_titles(record: Record, text: str) -> str:
+    """``text`` with the record's own titles, in any case, replaced by "this film"."""
+    return re.sub(own_titles(record), "this film", text, flags=re.IGNORECASE)
 
 
 def fluency(ref_logprobs: Sequence[np.ndarray]) -> np.ndarray:

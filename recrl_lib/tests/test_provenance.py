@@ -93,6 +93,13 @@ def test_an_edit_changes_the_keys_that_it_can_reach(toy, stage, file, text, expe
     assert changed(stage, lambda: write_atomic(toy / file, text)) is expected
 
 
+def test_another_version_of_a_package_changes_every_key(toy, monkeypatch):
+    def upgrade():
+        monkeypatch.setattr(provenance, "package_version", lambda name: "99")
+
+    assert changed("environment", upgrade)
+
+
 def test_only_owned_parameters_matter_and_the_name_of_the_run_does_not(toy):
     base = stage_key("ranker", Params())
     assert stage_key("ranker", Params(run="other", ppo_steps=9)) == base

@@ -1,6 +1,7 @@
 """Filters, numbering, times and texts, each against a naive twin or by hand."""
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,10 @@ TIMES = {
 NO_TIMES = ["", "noon", "13 40, 2015", "nan", "1e400", "inf", "99999999999999999999", "2015-02-30"]
 
 
-def test_a_column_of_times_in_every_format_and_of_what_is_no_time():
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
+def test_a_column_of_times_in_every_format_and_of_what_is_no_time(monkeypatch, zone):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
     texts = [*TIMES, *NO_TIMES]
     times, good = parse_times(pd.Series(texts))
     assert dict(zip(TIMES, times[: len(TIMES)] - NEW_YEAR)) == TIMES

@@ -104,6 +104,16 @@ def test_records_hold_what_moved_the_ranker_film_by_film():
             assert near == pytest.approx(float(cosine), abs=1e-5)
 
 
+def test_a_films_rivals_are_the_nine_others_of_its_users_list():
+    made, _ = toy_study()
+    records = made.heldout_records(12, rng(1))
+    scorer = results.Scorer(made, records, None, BagOfWords(), 3)
+    for record, cards in zip(records, scorer.judge.cards["specificity_same_user"], strict=True):
+        shown = made.items.loc[made.top[record["user"]] - 1].to_dict("records")
+        lists = [judge.card(film | {"genres": film["genres"].split("|")}, False) for film in shown]
+        assert cards[0] == lists[record["position"] - 1] and sorted(cards) == sorted(lists)
+
+
 def test_given_texts_get_the_log_probabilities_of_a_plain_forward():
     made, explainer = toy_study()
     tune_randomly(explainer, 0.3)  # the base model is asked, whatever the adapters are

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recrl_lib.explainer import model, sampling
+from recrl_lib.explainer.prompts import messages, prompt_ids
 from recrl_lib.tests.explainer.networks import LLAMAS, OTHERS, PROMPTS, tuned
 from recrl_lib.tests.explainer.test_prompts import RECORD
 from recrl_lib.tests.tiny import tune_randomly
@@ -112,11 +113,25 @@ def test_draws_are_from_the_softmax_and_never_of_probability_zero():
 
 
 @pytest.mark.parametrize("kind", ["top two", "opt"])
-def test_kl_of_an_explanation_is_zero_untuned_and_positive_tuned(kind):
-    explainer = tuned(kind)
-    with explainer.reference():
-        first = sampling.explain(explainer, [RECORD] * 3, 6, 0.7, seed=0)
-    assert len(first.texts) == 3
-    assert (first.kl == 0).all() and all((r <= 0).all() for r in first.reference)
+def test_kl_and_reference_of_an_explanation_are_those_of_two_plain_forwards(kind):
+    explainer, records = tuned(kind), [RECORD, RECORD | {"title": "a blue film"}]
     tune_randomly(explainer, 0.3)
-    assert (sampling.explain(explainer, [RECORD] * 3, 6, 0.7, seed=0).kl > 0).all()
+    said = sampling.explain(explainer, records, 6, 0.7, seed=0)
+    chats = [prompt_ids(explainer, messages(record)) for record in records]
+    rollout = sample(explainer, chats, 1, 6)
+    assert said.texts == rollout.texts and said.ended.tolist() == rollout.ended.tolist()
+    for row, (chat, mask) in enumerate(zip(chats, rollout.mask, strict=True)):
+        answer = rollout.response[row][mask].tolist()
+        ids = torch.tensor([chat + answer])
+
+        before = slice(-len(answer) - 1, -1)  # what each token of the answer was drawn from
+        logits = explainer.lm(input_ids=ids).logits[0, before] / 0.7
+        with explainer.reference():
+            base = explainer.lm(input_ids=ids).logits[0, before] / 0.7
+        policy, base = (torch.distributions.Categorical(logits=x) for x in (logits, base))
+        exact = torch.distributions.kl_divergence(policy, base).sum().item()
+        assert said.kl[row] == pytest.approx(exact, rel=1e-4) and exact > 0.01
+        wanted = base.log_prob(ids[0, -len(answer) :]).detach()
+        torch.testing.assert_close(torch.from_numpy(said.reference[row]), wanted, **close)
+    with explainer.reference():
+        assert (sampling.explain(explainer, records, 6, 0.7, seed=0).kl == 0).all()

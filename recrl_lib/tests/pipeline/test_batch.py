@@ -196,6 +196,12 @@ def test_a_failure_stops_no_other_job_and_is_told(toys, capsys):
     assert all(row[0] == row[4] for row in trace)
 
 
+def test_jobs_side_by_side_have_one_thread_each_and_a_job_alone_has_all(toys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [row[2] for row in toys(1, "a")[1]] == ["-"]
+    assert [row[2] for row in toys(2, "b")[1]] == ["-", "1"]
+
+
 def test_a_lost_kernel_or_process_is_tried_once_more_and_only_once(toys):
     failed, trace = toys(3, "lost", "killed", "hopeless")
     assert list(failed) == ["b-hopeless"]

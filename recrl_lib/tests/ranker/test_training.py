@@ -49,6 +49,14 @@ def test_training_learns_and_keeps_the_best_epoch(monkeypatch, text, sampled):
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
+def test_many_negatives_give_nearly_the_full_loss(monkeypatch):
+    still = {"lr": 0.0, "epochs": 1, "dropout": 0.0}
+    full = fit(cycles(), some_text(), **still)[1][0]["loss"]
+    monkeypatch.setattr(training, "FULL_SOFTMAX_ITEMS", N_ITEMS - 1)
+    monkeypatch.setattr(training, "NEGATIVES", 20_000)
+    assert fit(cycles(), some_text(), **still)[1][0]["loss"] == pytest.approx(full, rel=0.01)
+
+
 def test_users_who_are_not_evaluated_teach_too():
     """The evaluated users' single training items hold no transition: all comes from the others."""
     walks = cycles()

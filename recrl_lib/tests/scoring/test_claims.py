@@ -110,7 +110,7 @@ def test_verdict_by_hand():
 
 
 def test_marks_by_hand():
-    text = "Like the comedy Fargo & Heat, Con Air (1996) is an action romance by John Woo."
+    text = "Like the _ comedy Fargo & Heat, Con Air (1996) is an action romance by John Woo."
     marked = [(text[a:b], true) for a, b, true in CATALOGUE.marks(RECORD, text)]
     true, false = ["comedy", "Fargo", "Heat", "Con Air", "action"], ["1996", "romance", "John Woo"]
     assert [word for word, right in marked if right] == true

@@ -99,6 +99,15 @@ def test_ties_and_empty_texts_count_against_a_text(text):
     assert not found[[m for m in judge.PAIRED if m.startswith("specificity")]].any(axis=None)
 
 
+def test_a_text_without_titles_meets_the_same_rivals_masked_and_plain():
+    texts = [f"{' and '.join(r['genres'])} films" for r in RECORDS]
+    assert len(set(texts)) == 5  # so that some rivals have an equal card and others have not
+    for made in map(judge_of, range(10)):
+        found = made.paired(texts)
+        for name in ("specificity", "specificity_same_user"):
+            assert found[name].equals(found[f"{name}_masked"])
+
+
 def test_titles_and_history_give_away_no_more_than_they_should():
     titled = [f"I say {r['title']} after {' and '.join(r['history_titles'])}." for r in RECORDS]
     by_titles = judge_of().paired(titled)

@@ -91,6 +91,17 @@ def test_modes_leak_as_they_say_while_attached(mode, sealed):
     assert all(a.requires_grad for a in parameters(explainer, "lora_A"))
 
 
+def test_a_projected_gradient_seals_where_the_step_is_the_gradient():
+    explainer, _, grams = make()
+    protected = protect(grams, energy=0.9)
+    optimizer = torch.optim.SGD(explainer.adapter_parameters(), lr=0.05)
+    Shield(explainer, protected, "gradient").attach(optimizer)
+    before = explainer.adapter_state()
+    train(explainer, optimizer, 5)
+    moved_a = [k for k, v in explainer.adapter_state().items() if not torch.equal(v, before[k])]
+    assert len(moved_a) == len(before) and leak(explainer, protected) <= SEALED
+
+
 def test_a_wrong_basis_does_not_protect():
     explainer, _, grams = make()
     protected = protect(grams, energy=0.9)

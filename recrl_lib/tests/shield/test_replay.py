@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from recrl_lib.params import resolve
 from recrl_lib.shield import Replay, leak, protect
+from recrl_lib.shield.projection import REPLAY_LR
 from recrl_lib.shield.replay import replay_for
 from recrl_lib.tests.evaluation.toy import toy_study
 from recrl_lib.tests.shield.toy import make, moved, replay_of, train_shielded
@@ -60,7 +62,11 @@ def test_replay_keeps_items_near_while_training_and_nearer_after_it(mode):
     with pytest.raises(RuntimeError, match="attached already"):
         shield.run_replay(1)
     shield.detach()
+    rates = []
+    hook = register_optimizer_step_post_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
     shield.run_replay(30)
+    hook.remove()
+    assert rates == pytest.approx([REPLAY_LR * n / 30 for n in range(30, 0, -1)])
     after = measured()
     assert all(p.grad is None for p in explainer.adapter_parameters())
     assert after[0] < 0.9 * during[0] < 0.7 * free[0]
