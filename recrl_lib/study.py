@@ -62,10 +62,12 @@ class Study:
 
     def training_records(self) -> list[dict]:
         """Every top-10 item of every PPO user, held-out items excepted."""
-        places, unseen = np.arange(1, TOP_K + 1), set(self.heldout_items.tolist())
-        users = np.tile(self.ppo_users, TOP_K)
-        records = self.records(users, places.repeat(len(self.ppo_users)))
-        return [record for record in records if record["item"] not in unseen]
+        unseen = set(self.heldout_items.tolist())
+        return [r for r in self.whole_lists(self.ppo_users) if r["item"] not in unseen]
+
+    def whole_lists(self, users: Sequence[int] | np.ndarray) -> list[dict]:
+        """Records of the first item of each user's top 10, then of the second, and so on."""
+        return self.records(np.tile(users, TOP_K), np.arange(1, TOP_K + 1).repeat(len(users)))
 
     def heldout_records(self, n: int, rng: np.random.Generator) -> list[dict]:
         """Records of ``n`` random held-out users, each about a random place of the top 10."""
