@@ -102,16 +102,18 @@ class Study:
 
         The questions' intents are drawn by ``intents``, the same ones for every seed.
         """
-        places, unseen = np.arange(1, TOP_K + 1), set(self.heldout_items.tolist())
-        users = np.tile(self.ppo_users, TOP_K)
-        records = self.records(users, places.repeat(len(self.ppo_users)))
-        records = [record for record in records if record["item"] not in unseen]
+        unseen = set(self.heldout_items.tolist())
+        records = [r for r in self.whole_lists(self.ppo_users) if r["item"] not in unseen]
         rng = np.random.default_rng(len(records))
         drawn = rng.choice([*self.intents], len(records), p=[*self.intents.values()])
         return [
             r if intent == "why" else self.follow_up(r, composed_line(r), str(intent), rng, False)
             for r, intent in zip(records, drawn)
         ]
+
+    def whole_lists(self, users: Sequence[int] | np.ndarray) -> list[dict]:
+        """Records of the first item of each user's top 10, then of the second, and so on."""
+        return self.records(np.tile(users, TOP_K), np.arange(1, TOP_K + 1).repeat(len(users)))
 
     def heldout_records(self, n: int, rng: np.random.Generator) -> list[dict]:
         """Records of ``n`` random held-out users, each about a random place of the top 10."""

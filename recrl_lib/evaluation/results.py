@@ -23,7 +23,7 @@ from recrl_lib.evaluation.clicks import ClickModel, standardised_score
 from recrl_lib.explainer.model import Explainer, left_pad
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
 from recrl_lib.explainer.sampling import explain
-from recrl_lib.params import PROFILES, TOP_K, Params, resolve
+from recrl_lib.params import PROFILES, Params, resolve
 from recrl_lib.progress import track
 from recrl_lib.ranker.ranking import mask_seen, score_chunks
 from recrl_lib.scoring import attribution, composed, judge
@@ -53,11 +53,10 @@ class Scorer:
     def __init__(
         self, study: Study, records: Sequence[Record], reward: Callable, encoder, seed: int
     ):
-        users = [r["user"] for r in records]
-        lists = zip(*(study.records(users, [p] * len(users)) for p in range(1, TOP_K + 1)))
+        lists, n = study.whole_lists([r["user"] for r in records]), len(records)
         same_user = [
-            [record, *(other for other in top if other["position"] != record["position"])]
-            for record, top in zip(records, lists)
+            [record, *(other for other in lists[row::n] if other["item"] != record["item"])]
+            for row, record in enumerate(records)
         ]
         self.study, self.records, self.reward, self.seed = study, records, reward, seed
         self.judge = judge.Judge(records, same_user, study.catalogue, encoder, seed)
@@ -74,8 +73,10 @@ class Scorer:
         ``faithfulness`` by its vectors there."""
         records = self.records[: len(texts)]
         total, parts = self.reward(records, texts)
-        faithful = self.faithfulness(texts, self.study.text)
-        cites = np.array([bool(self.study.catalogue.cited(r, t)) for r, t in zip(records, texts)])
+        cited = [self.study.catalogue.cited(r, t) for r, t in zip(records, texts)]
+        pairs = zip((r["history_weights"] for r in records), cited, strict=True)
+        faithful = np.array([attribution.faithfulness(*pair) for pair in pairs])
+        cites = np.array([len(places) > 0 for places in cited])
         only = np.where(cites, faithful, np.nan)
         drop = rank_drop.rank_drop(self.study, records, texts, self.seed % 2**32)
         measured = dict(zip(FAITHFUL, (faithful, faithful, only, cites, drop), strict=True))
