@@ -11,10 +11,8 @@ import numpy as np
 import pandas as pd
 
 from recrl_lib.evaluation import stats
-from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import Record
-from recrl_lib.explainer.sampling import Explained, explain
-from recrl_lib.params import Params
+from recrl_lib.explainer.sampling import Explained
 from recrl_lib.scoring import answers, intents
 from recrl_lib.scoring.composed import composed_line
 from recrl_lib.scoring.reward import Reward
@@ -28,42 +26,14 @@ MEASURES = [
 def converse(
     study: Study,
     records: Sequence[Record],
-    first: Sequence[str],
-    explainer: Explainer,
-    params: Params,
-    arm: str,
-    seed: int,
-) -> pd.DataFrame:
-    """What the explainer, tuned as it is, says to both follow-ups after its ``first`` answers.
-
-    One row an answer, with ``MEASURES``.
-    """
-
-    def say(asked: list[dict]) -> Explained:
-        limits = params.max_new_tokens, params.temperature, seed
-        return explain(explainer, asked, *limits, desc=f"follow-ups, {arm}")
-
-    return _talk(study, records, first, say, arm, seed)
-
-
-def composed(study: Study, records: Sequence[Record], arm: str, seed: int) -> pd.DataFrame:
-    """The same of the composed answers."""
-
-    def say(asked: list[dict]) -> Explained:
-        n = len(asked)
-        return Explained([composed_line(r) for r in asked], [], np.zeros(n), np.ones(n, bool))
-
-    return _talk(study, records, [composed_line(r, "oracle") for r in records], say, arm, seed)
-
-
-def _talk(
-    study: Study,
-    records: Sequence[Record],
     texts: Sequence[str],
-    say: Callable,
-    arm: str,
+    say: Callable[[list[dict]], Explained],
     seed: int,
 ) -> pd.DataFrame:
+    """One row an answer to both follow-ups after the first answers ``texts``, with ``MEASURES``.
+
+    ``say`` answers records, as ``sampling.explain`` does.
+    """
     parts, form = [], Reward("faithful", study.catalogue)
     for turn in (2, 3):
         rng = np.random.default_rng([seed, turn])
@@ -76,8 +46,14 @@ def _talk(
         rows = [(a.truly, well, *a[1:]) for a, well in zip(held, form(records, texts)[1]["form"])]
         asked = pd.DataFrame(records)[["user", "item", "intent", "question"]]
         asked[MEASURES[:-1]] = np.array(rows, np.float64)
-        parts.append(asked.assign(arm=arm, turn=turn, text=texts, kl=said.kl))
+        parts.append(asked.assign(turn=turn, text=texts, kl=said.kl))
     return pd.concat(parts, ignore_index=True)
+
+
+def composed(records: list[dict]) -> Explained:
+    """The composed answers, as ``sampling.explain`` gives those of a policy."""
+    n = len(records)
+    return Explained(list(map(composed_line, records)), [], np.zeros(n), np.ones(n, bool))
 
 
 def rows(table: pd.DataFrame, resamples: int, rng: np.random.Generator) -> pd.DataFrame:

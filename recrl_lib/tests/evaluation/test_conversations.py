@@ -3,11 +3,9 @@ import pandas as pd
 import pytest
 
 from recrl_lib.evaluation import conversations
-from recrl_lib.params import Params
+from recrl_lib.explainer.sampling import explain
 from recrl_lib.scoring import intents
 from recrl_lib.tests.evaluation.toy import rng, toy_study
-
-PARAMS = Params(max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -15,10 +13,15 @@ def talks():
     study, explainer = toy_study()
     records = study.heldout_records(6, rng())
     first = ["red", "blue", "good", "bad", "long", "short"]
-    said = [conversations.composed(study, records, "rule_oracle", 3)]
-    for arm in ("base", "shielded"):
-        given = study, records, first, explainer, PARAMS, arm, 3
-        said.append(conversations.converse(*given))
+
+    def say(asked):
+        return explain(explainer, asked, 6, 1.0, 3)
+
+    arms = {"rule_oracle": conversations.composed, "base": say, "shielded": say}
+    said = [
+        conversations.converse(study, records, first, speaker, 3).assign(arm=arm)
+        for arm, speaker in arms.items()
+    ]
     return study, pd.concat(said, ignore_index=True)
 
 

@@ -210,4 +210,8 @@ def test_weights_are_rescaled_to_sum_to_one():
     assert Reward("grounded", CATALOGUE).weights == (0.5, 0.3, 0.2)  # sum to 1: equal to the bit
     of = Reward.of(params.Params(weight_form=0.6, weight_faithfulness=1.8), CATALOGUE)
     assert of.names == ["form", "faithfulness"] and of.weights == pytest.approx((0.25, 0.75))
-    assert Reward.of(params.Params(reward="paper", intents="why=1"), CATALOGUE).weights == (0.5, 0.3, 0.2)
+    assert Reward.of(params.Params(reward="paper", intents="why=1"), CATALOGUE).weights == (
+        0.5,
+        0.3,
+        0.2,
+    )
