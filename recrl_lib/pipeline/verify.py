@@ -25,8 +25,9 @@ import yaml
 from torch import Tensor
 
 from recrl_lib import assets, measures, paths, runs, study
-from recrl_lib.evaluation import audit, clicks, ranking_change, results
+from recrl_lib.evaluation import audit, clicks, conversations, ranking_change, results
 from recrl_lib.explainer.model import INPUT_OF_PROJECTION
+from recrl_lib.explainer.sampling import Explained
 from recrl_lib.params import Params, stage_named
 from recrl_lib.ranker import metrics
 from recrl_lib.ranker.ranking import target_ranks
@@ -136,8 +137,20 @@ def evaluation(run: Finished) -> list[pd.DataFrame]:
     ranking, n = pd.concat(tables), params.bootstrap
     held = np.isin(made.split.test, run.stage.load_json("held_out_items"))
     groups = {"subspace_items": ~held, "held_out_items": held}
+    talks = []
+    for arm, part in load("conversations").groupby("arm", sort=False):
+        stored = (turn for _, turn in part.groupby("turn"))
+
+        def say(_, stored=stored) -> Explained:
+            turn = next(stored)
+            return Explained(turn["text"].tolist(), [], turn["kl"].to_numpy(), np.ones(len(turn)))
+
+        first = [""] * (len(part) // 2)
+        again = conversations.converse(made, records[: len(first)], first, say, params.seed)
+        talks.append(again.assign(arm=arm))
     return [
         *leaks(run),
+        results.with_separate(conversations.rows(pd.concat(talks), n, rng("chats"))),
         results.ranking_rows(ranking, groups, n, rng("ranking")),
         results.text_rows(scored, n, rng("texts")),
         results.judge_rows(scorer, scored, n, rng("judge")),
