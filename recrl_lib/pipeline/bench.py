@@ -61,6 +61,7 @@ def measure(train: Callable[[], object]) -> str:
 
 def own_ppo() -> str:
     """``measure`` of ours, the products of a step, and the share of a shield in it."""
+    runs.choose_products()
     dataset, records = work()
     rewarder = Reward.of(PARAMS, study.catalogue_of(dataset.items))
     explainer = model.load_for(PARAMS, 0)
