@@ -28,8 +28,8 @@ REQUIRED_MEASURES = {
     "evaluation": (
         "reward faithfulness faithfulness_served rank_drop specificity grounding_precision "
         "grounding_recall ctr ctr_lift kl ndcg@10 hr@10 top10_overlap "
-        "top10_set_same top10_exact kendall_tau rbo max_abs_score_delta distinct_2 tokens finished "
-        "answered_truly"
+        "top10_set_same top10_exact kendall_tau rbo max_abs_score_delta distinct_2 tokens "
+        "answered_truly finished"
     ).split(),
     "audit": (
         "toxicity_mean toxicity_p95 gini_base gini_after parity_gap privacy_leak_rate"

@@ -36,7 +36,8 @@ from recrl_lib.training import diagnostics, ppo
 PEER, TRL = "trl==1.12.0", "trl_1.12"  # the last release with a PPOTrainer
 FIRST = "7fb97b3"  # the first edition's commit
 # The reward that all three have, of metadata alone.
-PARAMS, STEPS = resolve("laptop", reward="grounded", shield_penalty=0.0, shield_replay_steps=0), 2
+ASKED = {"reward": "grounded", "intents": "why=1", "shield_penalty": 0.0, "shield_replay_steps": 0}
+PARAMS, STEPS = resolve("laptop", **ASKED), 2
 EPISODES = PARAMS.prompts_per_step * PARAMS.samples_per_prompt  # of a step
 
 
