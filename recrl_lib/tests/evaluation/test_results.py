@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from recrl_lib import runs, study
+from recrl_lib import study
 from recrl_lib.evaluation import clicks, ranking_change, results
 from recrl_lib.evaluation.results import Comparison
 from recrl_lib.explainer.item_texts import ItemTexts
@@ -49,22 +49,6 @@ def test_score_changes_are_those_of_the_full_matrix():
         assert found["overlap"] == pytest.approx(np.mean(places))
         wanted = (text[items] - made.text[items]).norm() / made.text[items].norm()
         assert found["item_change"] == pytest.approx(float(wanted))
-
-
-def test_ranking_rows_by_hand():
-    """Five users, the films of two of them held out; what one group gained is not the other's."""
-    base = pd.DataFrame({"user": range(5)} | dict.fromkeys(results.RANKING, 1.0))
-    base["ndcg"] = [0.5, 0.5, 0.0, 1.0, 0.2]
-    after = base.assign(ndcg=[0.6, 0.5, 0.2, 0.7, 0.2])
-    ranking = pd.concat([base.assign(arm="base"), after.assign(arm="shielded")])
-    held = np.array([True, False, True, False, False])
-    table = results.ranking_rows(ranking, {"held": held, "nobody": held & ~held}, 400, rng())
-    change = table[(table["measure"] == "ndcg@10") & (table["against"] == "base")]
-    found = change[change["arm"] == "shielded"].set_index("group")
-    held_row = found.loc["held", ["value", "low", "high", "n"]]
-    assert held_row.tolist() == pytest.approx([0.15, 0.1, 0.2, 2])
-    assert found.loc["all", "value"] == pytest.approx(0) and "nobody" not in found.index
-    assert runs.value(table, "top10_overlap", "shielded") == 1
 
 
 def test_records_are_of_their_group_and_bounded():
@@ -177,18 +161,6 @@ def test_the_share_of_the_gain_that_was_kept():
     assert found["low"] < found["value"] < found["high"]
     assert (found["arm"], found["against"], found["n"]) == ("shielded", "unshielded", 40)
     assert share(-gain, gain).empty and share(rng(1).normal(0.01, 1, 40), gain).empty
-
-
-def test_questions_and_detectable_effects():
-    values = rng().random(60)
-    scored = arms_table(base=values, unshielded=values, shielded=values + rng(1).random(60))
-    ranking = scored.rename(columns={"reward": "ndcg"})
-    found = results.tests(scored, ranking, 500, rng()).set_index(["arm", "measure"])["value"]
-    assert len(found) == 24 and found["unshielded", "reward_p"] == 1
-    assert found["shielded", "reward_p"] < 0.01 < found["shielded", "reward_p_holm"] < 0.05
-    smallest = results.detectable(scored).set_index(["group", "measure"])
-    few, many = (smallest.loc[f"profile:{p}"].loc["reward_detectable"] for p in ("smoke", "laptop"))
-    assert few["value"] / many["value"] == pytest.approx(np.sqrt(many["n"] / few["n"]))
 
 
 def test_a_pivot_is_ordered_as_asked_and_empty_where_nothing_is():

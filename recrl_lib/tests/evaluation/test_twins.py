@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import kendalltau
 
 from recrl_lib import runs, study
 from recrl_lib.evaluation import results
@@ -14,57 +13,32 @@ from recrl_lib.params import stage_named
 from recrl_lib.ranker.ranking import score_chunks
 from recrl_lib.tests.evaluation.built import PARAMS
 from recrl_lib.tests.evaluation.toy import ITEMS, rng
+from recrl_lib.tests.ranker.test_metrics import rbo_twin, tau_twin
 
 
 def plain_ranking(made: study.Study, ranks: np.ndarray, top: np.ndarray) -> pd.DataFrame:
     """One arm's measures of the ranking, user by user, in plain loops."""
     rows = []
     for rank, base, new in zip(ranks, made.top.tolist(), top.tolist(), strict=True):
-        shared = [len({*base[:d]} & {*new[:d]}) / d for d in range(1, 11)]
-        places = [[x.index(i) if i in x else 10 for i in {*base, *new}] for x in (base, new)]
         rows.append({
             "ndcg@10": 1 / math.log2(1 + rank) if rank <= 10 else 0, "hr@10": rank <= 10,
-            "top10_overlap": shared[-1], "top10_set_same": {*base} == {*new},
+            "top10_overlap": len({*base} & {*new}) / 10, "top10_set_same": {*base} == {*new},
             "top10_exact": base == new, "top1_same": base[0] == new[0],
-            "kendall_tau": kendalltau(*places).statistic,
-            "rbo": shared[-1] * 0.9**10 + 0.1 * sum(s * 0.9**d for d, s in enumerate(shared)),
+            "kendall_tau": tau_twin(base, new), "rbo": rbo_twin(base, new, 0.9),
         })  # fmt: skip
     return pd.DataFrame(rows).astype(float)
 
 
-def check_columns(made: study.Study, said: pd.DataFrame, stage: runs.StageRun) -> None:
-    """Clicks, rewards and faithfulness of stored texts, each from its formula."""
-    noise, p = stage.rng("clicks").normal(size=12), PARAMS
-    places, counted = said.groupby("arm", sort=False).cumcount(), 0
-    for place, row in zip(places, said.itertuples(), strict=True):
-        (record,) = made.records([row.user], [row.position])
-        history = made.split.with_valid[row.user]
-        ((_, scores),) = score_chunks(made.ranker, [history], made.text)
-        unseen = [float(scores[0, i]) for i in range(1, ITEMS + 1) if i not in history]
-        z = (float(scores[0, row.item]) - np.mean(unseen)) / np.std(unseen)
-        logit = p.sim_bias + p.sim_alpha * z + p.sim_beta * row.quality
-        logit += p.sim_user_std * noise[place] + p.sim_position / math.log2(1 + row.position)
-        assert row.ctr == pytest.approx(1 / (1 + math.exp(-logit)), rel=1e-4)
-        parts = p.weight_form * row.reward_form + p.weight_faithfulness * row.reward_faithfulness
-        total = parts / (p.weight_form + p.weight_faithfulness)
-        assert row.reward == pytest.approx(total, abs=1e-6)
-        if row.arm.startswith(results.RULE):
-            weights = record["history_weights"]
-            cited = [w for w, t in zip(weights, record["history_titles"]) if t in row.text]
-            best = sorted((max(w, 0) for w in weights), reverse=True)[: len(cited)]
-            wanted = min(max(sum(cited) / sum(best), 0), 1) if sum(best) else 0
-            assert row.faithfulness == pytest.approx(wanted, abs=1e-6)
-            counted += wanted > 0
-    assert counted > 20
+@pytest.fixture
+def stage(run) -> runs.StageRun:
+    return runs.StageRun(stage_named("report"), PARAMS, torch.device("cpu"), key="")
 
 
 @pytest.fixture
-def stored(run):
+def stored(stage):
     """(results, texts by arm, users' ranking by arm, the groups' users) of the evaluation."""
-    stage = runs.StageRun(stage_named("report"), PARAMS, torch.device("cpu"), key="")
     made, load = study.load(stage), stage.load_table
     said = pd.concat([load("explanations"), load("other_texts")], ignore_index=True)
-    check_columns(made, said, stage)
     lists = load("top10")
     ranking = {
         arm: plain_ranking(made, part["rank"].to_numpy(), study.top_array(lists, arm))
@@ -86,6 +60,33 @@ def values(stored, arm: str, measure: str, group: str = "all") -> np.ndarray:
             arm, measure = "unshielded", measure.replace("faithfulness_served", "faithfulness")
     found = ranking[arm][measure.replace("ctr_lift", "ctr")].to_numpy(float)
     return found if groups[group] is None else found[groups[group][: len(found)]]
+
+
+def test_clicks_rewards_and_faithfulness_of_stored_texts_are_those_of_their_formulas(stage):
+    made, noise, p = study.load(stage), stage.rng("clicks").normal(size=12), PARAMS
+    tables = map(stage.load_table, ("explanations", "other_texts"))
+    said = pd.concat(tables, ignore_index=True)
+    places, counted = said.groupby("arm", sort=False).cumcount(), 0
+    for place, row in zip(places, said.itertuples(), strict=True):
+        (record,) = made.records([row.user], [row.position])
+        history = made.split.with_valid[row.user]
+        ((_, scores),) = score_chunks(made.ranker, [history], made.text)
+        unseen = [float(scores[0, i]) for i in range(1, ITEMS + 1) if i not in history]
+        z = (float(scores[0, row.item]) - np.mean(unseen)) / np.std(unseen)
+        logit = p.sim_bias + p.sim_alpha * z + p.sim_beta * row.quality
+        logit += p.sim_user_std * noise[place] + p.sim_position / math.log2(1 + row.position)
+        assert row.ctr == pytest.approx(1 / (1 + math.exp(-logit)), rel=1e-4)
+        parts = p.weight_form * row.reward_form + p.weight_faithfulness * row.reward_faithfulness
+        total = parts / (p.weight_form + p.weight_faithfulness)
+        assert row.reward == pytest.approx(total, abs=1e-6)
+        if row.arm.startswith(results.RULE):
+            weights = record["history_weights"]
+            cited = [w for w, t in zip(weights, record["history_titles"]) if t in row.text]
+            best = sorted((max(w, 0) for w in weights), reverse=True)[: len(cited)]
+            wanted = min(max(sum(cited) / sum(best), 0), 1) if sum(best) else 0
+            assert row.faithfulness == pytest.approx(wanted, abs=1e-6)
+            counted += wanted > 0
+    assert counted > 20
 
 
 def test_means_and_differences_have_twins_in_plain_numpy(stored):
