@@ -18,7 +18,7 @@ BATCH := --grid $(GRID) $(if $(BASE),--base $(BASE)) $(if $(SEEDS),--seeds $(SEE
 	$(if $(ENGINE),--engine $(ENGINE)) $(if $(ADDRESS),--address $(ADDRESS)) $(if $(GPUS),--gpus $(GPUS)) \
 	$(if $(CPUS),--cpus $(CPUS)) $(if $(filter 1,$(LIST)),--list)
 
-.PHONY: help env all test lint lab bench notebooks batch verify sync-reference pod-setup pod-run clean distclean
+.PHONY: help env all test lint mutants lab bench notebooks batch verify sync-reference pod-setup pod-run clean distclean
 
 ## this list
 help:
@@ -65,6 +65,11 @@ lint: $(STAMP)
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	$(PY) -m basedpyright --level error
 	$(PY) -m recrl_lib.pipeline.sizes
+
+## plant small faults in a copy of the library: which share do the tests notice? (half an hour)
+mutants: $(STAMP)
+	$(PY) -m pip install -q $(PIP_ARGS) "$$(grep -om1 'cosmic-ray==[0-9.]*' environment.yml)"
+	OMP_NUM_THREADS=1 RECRL_PROGRESS=off $(PY) -m recrl_lib.pipeline.mutants
 
 ## open the notebooks in JupyterLab
 lab: $(STAMP)

@@ -126,3 +126,28 @@ def finished(tmp_path_factory):
 def base(house, finished):
     shutil.copytree(finished.root, house.root, dirs_exist_ok=True)
     return BASE
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A folder with the finished run ``r`` of the toy study."""
+    import torch
+
+    from recrl_lib.tests.evaluation.built import build
+
+    root = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "RUNS", root)
+        patch.setenv("RECRL_HOME", str(root / "home"))
+        build()
+    torch.use_deterministic_algorithms(False)
+    return root
+
+
+@pytest.fixture
+def run(built, tmp_path, monkeypatch):
+    """A copy of it to change."""
+    shutil.copytree(built / "r", tmp_path / "r")
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    return tmp_path / "r"

@@ -2,6 +2,7 @@
 
 import shutil
 
+import psutil
 import pytest
 import torch
 
@@ -56,9 +57,9 @@ def test_the_matrix_product_can_fail(monkeypatch):
     assert row.status == FAIL and "no CUDA device" in row.found
 
 
-def test_peak_memory_only_grows():
-    before, held = environment.peak_rss(), bytearray(2**20)
-    assert 2**24 < before <= environment.peak_rss() and len(held) == 2**20
+def test_peak_memory_is_in_bytes_and_no_less_than_what_is_held():
+    held = psutil.Process().memory_info().rss
+    assert held <= environment.peak_rss() < 100 * held
 
 
 def test_progress_goes_where_it_is_sent(tmp_path, monkeypatch, capsys):

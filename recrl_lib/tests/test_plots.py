@@ -41,7 +41,3 @@ def test_saved_figures_are_repeatable_and_carry_words():
     assert b"A line that rises" in first and b"<dc:date>" not in first
     assert image._repr_mimebundle_()[1]["image/png"]["alt"] == "A line that rises"
     assert not plt.get_fignums()  # or a notebook would show it twice
-
-
-def test_arms_differ_without_colour():
-    assert all(len(set(look)) == len(plots.LOOKS) for look in zip(*plots.LOOKS.values()))

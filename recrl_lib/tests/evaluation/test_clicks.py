@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,18 +15,6 @@ def test_probability_by_hand_and_a_model_of_parameters():
     params = resolve("smoke", sim_beta=3.0, sim_position=0.1)
     model = ClickModel.of(params)
     assert (model.beta, model.position_weight, model.alpha) == (3.0, 0.1, params.sim_alpha)
-
-
-def test_better_quality_is_clicked_more_by_every_user():
-    rng, model = np.random.default_rng(1), ClickModel.of(resolve("smoke"))
-    score, position, noise = rng.normal(size=300), rng.integers(1, 11, 300), rng.normal(size=300)
-
-    def clicked(model, quality, score):
-        return model.probabilities(score, np.full(300, quality), position, noise)
-
-    assert (clicked(model, 0.6, score) > clicked(model, 0.3, score)).all()
-    deaf = replace(model, alpha=0.0, beta=0.0)  # to score and text
-    assert np.array_equal(clicked(deaf, 0.1, score), clicked(deaf, 0.9, -score))
 
 
 def test_standardised_score_against_a_plain_loop():

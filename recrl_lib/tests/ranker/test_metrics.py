@@ -55,15 +55,3 @@ def test_churn_equals_its_naive_twins(lists):
         assert out["top1_same"][u] == (a[0] == b[0])
         assert out["rbo"][u] == pytest.approx(rbo_twin(a, b, 0.9), abs=1e-12)
         assert out["kendall_tau"][u] == pytest.approx(tau_twin(a, b), abs=1e-12)
-
-
-def test_churn_limits():
-    base = np.array([np.arange(1, 11), np.arange(10, 0, -1)])
-    for name, values in metrics.churn(base, base).items():
-        np.testing.assert_allclose(values, 1, atol=1e-12, err_msg=name)
-    disjoint = metrics.churn(base, base + 10)
-    np.testing.assert_allclose(disjoint.pop("kendall_tau"), -20 / 29)
-    assert all((values == 0).all() for values in disjoint.values())
-    np.testing.assert_allclose(metrics.churn(base, base[:, ::-1])["kendall_tau"], -1)
-    one_item = metrics.kendall_tau_top_k(np.array([[1], [1]]), np.array([[1], [2]]))
-    np.testing.assert_allclose(one_item, [1, -1])

@@ -17,8 +17,8 @@ from recrl_lib.scoring.claims import Catalogue
 from recrl_lib.scoring.reward import Reward
 from recrl_lib.shield import replay, subspaces
 from recrl_lib.tests.conftest import required
+from recrl_lib.tests.evaluation.built import prepare
 from recrl_lib.tests.evaluation.toy import toy_study
-from recrl_lib.tests.pipeline.test_verify import prepare
 from recrl_lib.tests.tiny import tiny_explainer
 from recrl_lib.tests.training.small import PROTECTED_TEXTS, RECORDS, protect, red, timeless
 from recrl_lib.training import arms, diagnostics, trl, warm_start
