@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from recrl_lib import measures, runs, study
-from recrl_lib.evaluation import ranking_change, results
+from recrl_lib.evaluation import conversations, ranking_change, results
 from recrl_lib.evaluation.clicks import ClickModel
 from recrl_lib.explainer.item_texts import ItemTexts
+from recrl_lib.explainer.sampling import explain
 from recrl_lib.params import Params
 from recrl_lib.pipeline import verify
 from recrl_lib.ranker import sasrec
@@ -111,7 +112,18 @@ def evaluate(explainer, reader: ItemTexts, adapters: dict[str, dict]) -> None:
         made, pd.concat(said, ignore_index=True), ClickModel.of(PARAMS), stage.rng("clicks")
     )[0]
     spoken = texts["arm"].isin(results.TEXT_ARMS)
+    talks = []
+    for arm in results.TEXT_ARMS:
+        explainer.load_adapter(adapters.get(arm, explainer.adapter_state()))
+        first = texts.loc[texts["arm"] == arm, "text"].tolist()[:3]
+
+        def say(asked):
+            return explain(explainer, asked, 6, 1.0, 0)
+
+        talk = conversations.converse(made, records[:3], first, say, PARAMS.seed)
+        talks.append(talk.assign(arm=arm))
     artifacts = {"explanations": texts[spoken], "other_texts": texts[~spoken]}
+    artifacts["conversations"] = pd.concat(talks)
     for name, table in (artifacts | {"ranking": ranking, "top10": tops}).items():
         stage.save_table(name, table.reset_index(drop=True))
     finish(stage, made)
