@@ -87,8 +87,11 @@ def results(run: str) -> str:
     times = [path.stat().st_mtime if path.is_file() else 0.0 for path in (page, executed)]
     if times[0] < times[1]:
         publish.render_report(run)
-    report = f"\n\nreport: {runs.display(page)}" if page.is_file() else ""
-    return publish.main_table(run).to_string() + report
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    known = f"report: {runs.display(page)}" if page.is_file() else "report: none"
+    more = f"make lab opens the notebooks; run = {run!r} in notebook 10 talks to this run"
+    table = publish.main_table(run).to_string()
+    return f"{table}\n\n{known}\n{runs.display(folder)}: {size / 1e6:.0f} MB\nnext: {more}"
 
 
 class MakeParser(argparse.ArgumentParser):
