@@ -20,9 +20,9 @@ from torch import Tensor
 
 from recrl_lib.evaluation import rank_drop, stats
 from recrl_lib.evaluation.clicks import ClickModel, standardised_score
-from recrl_lib.explainer.model import Explainer, left_pad
+from recrl_lib.explainer.model import Explainer
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
-from recrl_lib.explainer.sampling import explain
+from recrl_lib.explainer.sampling import explain, given, token_logprobs
 from recrl_lib.params import PROFILES, Params, resolve
 from recrl_lib.progress import track
 from recrl_lib.ranker.ranking import mask_seen, score_chunks
@@ -106,35 +106,26 @@ class Scorer:
             f"{RULE}{rule}": [composed.composed_line(r, rule) for r in self.records]
             for rule in composed.RULES
         }
-        scored = []
-        for arm, said in texts.items():
-            logprobs = base_logprobs(explainer, self.records[: len(said)], said, temperature)
-            scored.append(self.score(arm, said, logprobs))
+        logprobs = {arm: [] for arm in texts}
+        for row, record in enumerate(track(self.records, "reading composed texts")):
+            own = {arm: said[row] for arm, said in texts.items() if row < len(said)}
+            found = base_logprobs(explainer, record, [*own.values()], temperature)
+            for arm, by_token in zip(own, found, strict=True):
+                logprobs[arm].append(by_token)
+        scored = [self.score(arm, said, logprobs[arm]) for arm, said in texts.items()]
         return pd.concat(scored, ignore_index=True)
 
 
 @torch.no_grad()
 def base_logprobs(
-    explainer: Explainer, records: Sequence[Record], texts: Sequence[str], temperature: float
+    explainer: Explainer, record: Record, texts: list[str], temperature: float
 ) -> list[np.ndarray]:
-    """Per-token log-probabilities by the base model of texts after their records' prompts, EOS
+    """Per-token log-probabilities by the base model of each text after the record's prompt, EOS
     included; an empty text has none."""
-    pairs, out = list(zip(records, texts, strict=True)), []
     with explainer.reference():
-        for start in track(range(0, len(pairs), 32), "reading composed texts"):
-            rows, sizes = [], []
-            for record, text in pairs[start : start + 32]:
-                answer = explainer.tokenizer(text, add_special_tokens=False)["input_ids"]
-                answer = [*answer, explainer.eos_id] if text else []
-                rows.append(prompt_ids(explainer, messages(record)) + answer)
-                sizes.append(len(answer))
-            ids, mask = left_pad(rows, explainer.pad_id, explainer.device)
-            hidden = explainer.top(explainer.trunk(ids[:, :-1], mask[:, :-1]), mask[:, :-1])
-            for row, states, n in zip(ids, hidden, sizes):
-                logp = explainer.log_softmax(states[len(states) - n :], temperature)
-                said = row[len(row) - n :, None]
-                out.append(logp.gather(-1, said)[:, 0].cpu().numpy())
-    return out
+        read = given(explainer, [prompt_ids(explainer, messages(record))], texts)
+        logprobs = token_logprobs(explainer, read, temperature)
+    return [row[real].cpu().numpy() for row, real in zip(logprobs, read.mask)]
 
 
 def click_table(

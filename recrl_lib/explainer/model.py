@@ -207,6 +207,7 @@ class Explainer:
         allowed, positions = mask if isinstance(mask, Layout) else causal_layout(mask, h.shape[1])
         rotary = self.lm.model.rotary_emb(h, positions)
         shared = {"attention_mask": allowed, "position_ids": positions, "past_key_values": cache}
+        shared |= {"cached": cache}  # the layers hand what they do not know to their attention
         for layer in self.lm.model.layers[layers]:
             h = layer(h, position_embeddings=rotary, **shared)
         return h

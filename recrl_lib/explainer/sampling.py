@@ -4,7 +4,8 @@ The random numbers of a call are drawn on the CPU, for all rows and positions, b
 two policies given equal generators meet the same ones. Shapes as in ``recrl_lib.explainer.model``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -205,14 +207,14 @@ def _decode(
 ) -> tuple[Tensor, ...]:
     """A rollout's first seven fields by a Llama-type model's layers, one token at a time."""
     device, tokens = explainer.device, settings.max_new_tokens
-    room = tokens + max(map(len, prompts))
-    h, prompt_mask, prompt_states, cached, cache = _read(explainer, prompts, settings.samples, room)
+    read = _read(explainer, prompts, settings.samples, tokens)
+    h, prompt_mask, prompt_states, cached, cache = read
     rows, width = h.shape
     states = h.new_zeros(rows, tokens - 1, width)
     response = torch.full((rows, tokens), explainer.pad_id, device=device)
     mask = torch.zeros(rows, tokens, dtype=torch.bool, device=device)
     logprobs, values = (torch.zeros(rows, tokens, device=device) for _ in range(2))
-    alive = torch.arange(rows, device=device)  # rows of the batch still being computed
+    alive = cache.rows  # of the batch, still being computed
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for t in range(tokens):
         logp = explainer.log_softmax(h, settings.temperature)
@@ -225,17 +227,18 @@ def _decode(
             heard(decode(explainer, response[0, : t + 1]))
         if t == tokens - 1 or ended.all():
             break
-        stay = cache.drop(ended[alive])
-        alive, token = alive[stay], token[stay]
+        token = token[cache.drop(ended[alive])]
+        alive = cache.rows
         seen = torch.cat([cached, mask[:, : t + 1]], dim=1)[alive]
-        state = explainer.trunk(token[:, None], seen, cache)
-        h, states[alive, t] = explainer.top(state, seen, cache)[:, -1], state[:, 0]
+        with cache.attention():
+            state = explainer.trunk(token[:, None], seen, cache)
+            h, states[alive, t] = explainer.top(state, seen, cache)[:, -1], state[:, 0]
     found = (x[:, : t + 1] for x in (response, mask, logprobs, values))
     return prompt_mask, prompt_states, *found, states[:, :t]
 
 
 def _read(
-    explainer: Explainer, prompts: list[list[int]], samples: int, room: int
+    explainer: Explainer, prompts: list[list[int]], samples: int, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, "Cache"]:
     """Run the prompts through the network, once each, and their common beginning once for all.
 
@@ -247,7 +250,7 @@ def _read(
     common = commonprefix(prompts)[: min(map(len, prompts)) - 1] if len(prompts) > 1 else []
     ids, mask = left_pad([p[len(common) :] for p in prompts], explainer.pad_id, device)
     mask = F.pad(mask, (len(common), 0), value=True)
-    cache = Cache(explainer, 1 if common else len(prompts), room)
+    cache = Cache(explainer, 1 if common else len(prompts), mask.shape[1])
     states = []
     if common:
         beginning, ones = torch.tensor([common], device=device), mask[:1, : len(common)]
@@ -261,12 +264,13 @@ def _read(
     states = torch.cat([*states, rest], 1)
     states = states.gather(1, order[..., None].expand_as(states))
     repeat = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-    cache.take(repeat)
+    cache.share(samples, tokens)
     return h[repeat], mask.gather(1, order), states, mask[repeat], cache
 
 
 class Cache:
-    """Keys and values (layers, 2, B, heads, room, width) of the tokens seen so far.
+    """Keys and values (layers, 2, B, heads, room, width) of the tokens seen so far: of the prompts,
+    and after ``share`` of their answers, which then have the rows.
 
     transformers' ``DynamicCache`` copies all at each token; its ``StaticCache`` cannot lose rows.
     """
@@ -278,6 +282,7 @@ class Cache:
         shape = (layers, 2, rows, config.num_key_value_heads, room, width)
         self.data = torch.empty(shape, device=explainer.device, dtype=explainer.lm.dtype)
         self.lengths = [0] * layers
+        self.config = config
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Append (B, heads, T, width) to ``layer``; all of its keys and values."""
@@ -293,6 +298,16 @@ class Cache:
         self.data = old.new_empty(*old.shape[:2], len(rows), *old.shape[3:])
         self.data[..., :length, :] = old[:, :, rows, :, :length]
 
+    def share(self, samples: int, room: int) -> None:
+        """Give each row ``samples`` answers of ``room`` tokens, with rows of their own: what has
+        been read so far stays as it is, once for all answers to one prompt."""
+        layers, two, groups, heads, _, width = self.data.shape
+        self.prompts = self.data[..., : self.lengths[0], :]
+        self.data = self.data.new_empty(layers, two, groups * samples, heads, room, width)
+        self.lengths = [0] * layers
+        self.texts = groups * samples
+        self.rows = torch.arange(self.texts, device=self.data.device)  # the text of each row
+
     def drop(self, gone: Tensor) -> Tensor:
         """Without the rows ``gone`` (B,), whose places the last ones take: the rows left, in their
         new order."""
@@ -300,8 +315,50 @@ class Cache:
         free, moved = gone[:left].nonzero()[:, 0], left + (~gone[left:]).nonzero()[:, 0]
         length, order[free] = max(self.lengths), moved
         self.data[:, :, free, :, :length] = self.data[:, :, moved, :, :length]
-        self.data = self.data[:, :, :left]
+        self.data, self.rows = self.data[:, :, :left], self.rows[order[:left]]
         return order[:left]
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Within, the layers of the model attend to shared prompts, too."""
+        before, self.config._attn_implementation = self.config._attn_implementation, _SHARED
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+
+    def with_prompts(self, rows: Tensor, prompts: Tensor) -> Tensor:
+        """Products (B, heads, n, y) of rows (B, heads, n, x) with their prompts' (G, heads, x, y).
+
+        Rows of one prompt go together, as one matrix; those of ended rows are 0.
+        """
+        every = rows.new_zeros(self.texts, *rows.shape[1:])
+        every[self.rows] = rows
+        folded = every.unflatten(0, (len(prompts), -1)).transpose(1, 2)  # (G, heads, s, n, x)
+        found = (folded.flatten(2, 3) @ prompts).view(*folded.shape[:-1], -1)
+        return found.transpose(1, 2).flatten(0, 1)[self.rows]
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float,
+    cached: Cache, **_: Any
+) -> tuple[Tensor, None]:  # fmt: skip
+    """One new token a row, ``query`` (B, H, 1, w), attends to its prompt and its own answer so far,
+    ``key`` and ``value`` (B, heads, T, w): (B, 1, H, w).
+
+    For transformers' attention layers, which hand over what ``Explainer`` hands to them.
+    """
+    keys, values = cached.prompts[module.layer_idx]  # (G, heads, P, w)
+    rows = (query * scaling).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # those of one key head
+    scores = torch.cat([cached.with_prompts(rows, keys.mT), rows @ key.mT], -1)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    of_prompt, of_answer = weights.split([keys.shape[2], key.shape[2]], -1)
+    heard = cached.with_prompts(of_prompt, values) + of_answer @ value
+    return heard.flatten(1, 2)[:, None], None
+
+
+_SHARED = "shared_prompts"
+transformers.AttentionInterface.register(_SHARED, _attend)
 
 
 def _generate(

@@ -98,14 +98,17 @@ def test_a_films_rivals_are_the_nine_others_of_its_users_list():
         assert cards[0] == lists[record["position"] - 1] and sorted(cards) == sorted(lists)
 
 
-def test_given_texts_get_the_log_probabilities_of_a_plain_forward():
+@pytest.mark.parametrize("split", [True, False])
+def test_given_texts_get_the_log_probabilities_of_a_plain_forward(split):
     made, explainer = toy_study()
     tune_randomly(explainer, 0.3)  # the base model is asked, whatever the adapters are
-    records = made.heldout_records(5, rng())
+    if not split:
+        explainer.split, explainer.cut = False, 0
+    record = made.heldout_records(1, rng())[0]
     texts = ["a good red film", "", "short", "you watched a long film and a blue film", "good"]
-    got = results.base_logprobs(explainer, records, texts, 0.7)
-    assert got[1].size == 0
-    for record, text, found in zip(records, texts, got, strict=True):
+    got = results.base_logprobs(explainer, record, texts, 0.7)
+    assert got[1].size == 0 and results.base_logprobs(explainer, record, [""], 0.7)[0].size == 0
+    for text, found in zip(texts, got, strict=True):
         if text:
             prompt = prompt_ids(explainer, messages(record))
             said = explainer.tokenizer(text, add_special_tokens=False)["input_ids"]
