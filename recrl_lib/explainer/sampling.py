@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from recrl_lib.explainer.model import Explainer, left_pad, shared_layout
 from recrl_lib.explainer.prompts import Record, messages, prompt_ids
@@ -105,9 +104,12 @@ def given(explainer: Explainer, prompts: list[list[int]], texts: list[str]) -> R
         prompts, samples = [p for p in prompts for _ in range(samples)], 1
     ids, prompt_mask = left_pad(prompts, explainer.pad_id, device)
     said = explainer.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    rows = [torch.tensor([*row, explainer.eos_id] if row else [], dtype=torch.long) for row in said]
-    response = pad_sequence(rows, True, explainer.pad_id).to(device)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0).bool().to(device)
+    rows = [[*row, explainer.eos_id] if row else [] for row in said]
+    sizes = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(max(1, int(sizes.max()))) < sizes[:, None]
+    response = torch.full(mask.shape, explainer.pad_id)
+    response[mask] = torch.tensor(sum(rows, []), dtype=torch.long)
+    mask, response = mask.to(device), response.to(device)
     groups, answers = len(prompts), mask[:, :-1].unflatten(0, (len(prompts), samples))
     seen: Any = torch.cat([prompt_mask, answers[:, 0]], 1)
     if samples > 1:
