@@ -165,6 +165,7 @@ def test_the_report_is_rendered_when_it_is_older_than_its_notebook(house, monkey
     monkeypatch.setattr(publish, "main_table", lambda run: pd.DataFrame({"reward": ["0.5"]}))
     write_atomic(house.runs / "r" / "notebooks" / "09_report.ipynb", "{}")
     for _ in range(2):
-        first, *_, last = tasks.results("r").splitlines()
-        assert "reward" in first and last.startswith("report: ")
+        first, *_, report, size, last = tasks.results("r").splitlines()
+        assert "reward" in first and report.startswith("report: ") and size.endswith(": 0 MB")
+        assert last.startswith("next: make lab") and "'r'" in last
     assert rendered == ["r"]
