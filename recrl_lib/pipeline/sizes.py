@@ -6,8 +6,8 @@ from pathlib import Path
 
 from recrl_lib import paths
 
-# Lines; tests are a share of the library, whose limit only ever falls: it is to reach 8,500.
-LIBRARY, TESTS, MODULE, FUNCTION = 9_228, 0.8, 400, 60
+# Lines; tests are a share of the library, whose limit is to reach 8,500.
+LIBRARY, TESTS, MODULE, FUNCTION = 0_000, 0.8, 400, 60
 
 
 def faults(library: Path = paths.LIBRARY) -> list[str]:
