@@ -18,7 +18,7 @@ BATCH := --grid $(GRID) $(if $(BASE),--base $(BASE)) $(if $(SEEDS),--seeds $(SEE
 	$(if $(ENGINE),--engine $(ENGINE)) $(if $(ADDRESS),--address $(ADDRESS)) $(if $(GPUS),--gpus $(GPUS)) \
 	$(if $(CPUS),--cpus $(CPUS)) $(if $(filter 1,$(LIST)),--list)
 
-.PHONY: help env all test lint mutants lab bench notebooks batch verify sync-reference pod-setup pod-run clean distclean
+.PHONY: help env all test lint mutants lab bench notebooks batch try verify sync-reference pod-setup pod-run clean distclean
 
 ## this list
 help:
@@ -86,6 +86,10 @@ notebooks: $(STAMP)
 ## many runs derived from a finished one: make batch GRID=ablations BASE=laptop JOBS=2
 batch: $(STAMP)
 	@$(PY) -m recrl_lib.pipeline.batch $(BATCH)
+
+## a finished run with something changed, before and after side by side: make try FROM=laptop SET="kl_coef=0.1"
+try: $(STAMP)
+	@$(PY) -m recrl_lib.pipeline.batch --base "$(FROM)" --set $(SET)
 
 ## compute a finished run's numbers again from its artifacts, and compare: make verify RUN=laptop
 verify: $(STAMP)

@@ -25,14 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from tqdm import tqdm
 
 from recrl_lib import paths, runs
-from recrl_lib.params import Params, stage_named
+from recrl_lib.params import PIPELINE, Params, stage_named
+from recrl_lib.pipeline import publish
 from recrl_lib.pipeline.execute import KERNEL_DIED, last_line, one_line
-from recrl_lib.pipeline.tasks import MakeParser, run_command, with_needs
+from recrl_lib.pipeline.tasks import MakeParser, parse_setting, run_all, run_command, with_needs
 
 GRIDS = paths.LIBRARY / "batches"
 
@@ -295,7 +297,27 @@ def run_jobs(name: str, jobs: list[Job], submit: Callable[..., Future]) -> dict[
     return failed
 
 
+def _try(given: argparse.Namespace) -> int:
+    """One run ``<base>-try`` with some parameters of the base run changed; both main tables."""
+    if (source := runs.read_params(given.base or "")) is None:
+        raise ValueError(f"FROM={given.base}: no such run; give a finished one, see runs/")
+    changes = dict(map(parse_setting, given.set))
+    params = source.replace(run=f"{given.base}-try", **changes)
+    job = Job(params.run, "try", given.base, changes, params, (PIPELINE[-1].name,))
+    if problems := _unfinished([job]):
+        raise ValueError("\n".join(problems))
+    job.prepare()
+    if code := run_all(params, with_needs(*job.targets)):
+        return code
+    tables = {run: publish.main_table(run) for run in (given.base, params.run)}
+    beside = pd.concat(tables).swaplevel().loc[list(tables[params.run].index)]
+    print(f"\n{beside.to_string()}\n\nchanged: {', '.join(given.set)}")
+    return 0
+
+
 def _batch(given: argparse.Namespace) -> int:
+    if given.set:
+        return _try(given)
     if given.jobs < 1:
         raise ValueError(f"JOBS={given.jobs}: must be at least 1")
     jobs, name = load(given.grid, given.base, given.seeds), Path(given.grid).stem
@@ -327,7 +349,9 @@ def main(argv: list[str] | None = None) -> int:
     """Command line of ``make batch``; returns the exit code."""
     parser = MakeParser(prog="recrl_lib.pipeline.batch", description=Grid.__doc__)
     parser.set_defaults(function=_batch)
-    parser.add_argument("--grid", required=True, help="name in recrl_lib/batches, or a .yaml file")
+    work = parser.add_mutually_exclusive_group(required=True)
+    work.add_argument("--grid", help="name in recrl_lib/batches, or a .yaml file")
+    work.add_argument("--set", nargs="+", metavar="NAME=VALUE", help="one run: the base, changed")
     parser.add_argument("--base", help="another base run than the grid's")
     parser.add_argument("--seeds", type=int, nargs="+", help="other seeds than the grid's")
     parser.add_argument("--jobs", type=int, default=1, help="at a time, on this machine")

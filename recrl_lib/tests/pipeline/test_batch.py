@@ -326,3 +326,29 @@ def test_two_ray_nodes_and_one_is_lost(base, house, moved, tmp_path):
     assert failed == {} and not any(job.left() for job in jobs)
     assert all(count(f"finish {job.run}\n") == 1 for job in jobs)
     assert count("start") == len(jobs) + 1  # the lost one began again
+
+
+def test_trying_one_change_runs_what_it_touches_and_shows_both_tables(base, monkeypatch, capsys):
+    for stage in tasks.with_needs("report"):
+        if not runs.up_to_date(stage.name, BASE):
+            finish(stage.name, BASE)
+    ran = []
+
+    def run_all(params, stages):
+        for stage in stages:
+            if not runs.up_to_date(stage.name, params):
+                ran.append(stage.name)
+                finish(stage.name, params, 2.0)
+        return 0
+
+    monkeypatch.setattr(batch, "run_all", run_all)
+    tables = lambda run: batch.pd.DataFrame({"reward": [run]}, index=["shielded"])  # noqa: E731
+    monkeypatch.setattr(batch.publish, "main_table", tables)
+    before = runs.read_manifest("base")
+    assert batch.main(["--base", "base", "--set", "sim_beta=1.0"]) == 0
+    assert ran == [s.name for s in tasks.with_needs("report") if "evaluation" in (s.name, *s.needs)]
+    shown = capsys.readouterr().out
+    assert shown.index("base") < shown.index("base-try") and "changed: sim_beta=1.0" in shown
+    assert runs.read_manifest("base") == before
+    assert batch.main(["--base", "nothing", "--set", "sim_beta=1.0"]) == 2
+    assert "FROM=nothing: no such run" in capsys.readouterr().err
