@@ -156,7 +156,7 @@ def test_limits_hold_for_any_run_and_bad_answers_are_repeated():
         ({"passed": 0.0}, "the audit failed on parity_gap"),
         ({"manifest": CLEAN | {"git_dirty": True}}, "the named commit"),
         ({"manifest": {}}, "the named commit"),
-        ({"users": 60}, "60 held-out users were judged, too few"),
+        ({"users": 99}, "99 held-out users were judged, too few"),
     ],
 )
 def test_each_check_finds_what_it_looks_for(given, expected):

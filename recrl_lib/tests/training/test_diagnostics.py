@@ -36,8 +36,10 @@ def test_summary_by_hand_with_and_without_what_trl_does_not_report():
     expected = {"steps": 3, "episodes": 96, "reward_first": 0.8, "reward_last": 0.9, "kl_max": 1}
     expected |= {ratio: 0, "episodes_per_second": 8, tokens: 240}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    found = diagnostics.summary(table.assign(**{ratio: [0, 3e-5, 0], tokens: 100.0}))
+    more = {ratio: [0, 3e-5, 0], tokens: 100.0, "best_reward": [1.0, 1.0, 0.9]}
+    found = diagnostics.summary(table.assign(**more))
     assert (found[ratio], found[tokens]) == (3e-5, 100)
+    assert found["headroom"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
