@@ -1,6 +1,7 @@
 """Splits of the interactions: leave-one-out and global-time."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ class Split:
     between: tuple[np.ndarray, ...] = ()
     others: tuple[np.ndarray, ...] = ()
 
-    @property
+    @cached_property
     def with_valid(self) -> list[np.ndarray]:
         """Histories known when the test item is predicted."""
         known = [np.append(items, last) for items, last in zip(self.train, self.valid)]
