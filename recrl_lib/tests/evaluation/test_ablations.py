@@ -10,6 +10,7 @@ from recrl_lib import paths, runs
 from recrl_lib.evaluation import ablations
 from recrl_lib.evaluation.findings import rows_of
 from recrl_lib.params import Params
+from recrl_lib.runs import write_atomic
 
 
 def policy(arm, seed=0, shift=0.0, overlap=0.9, items=0) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -89,12 +90,13 @@ def test_finished_runs_are_collected_and_the_base_run_stands_in_for_main(tmp_pat
             (folder / name).mkdir()
         texts.to_parquet(folder / "artifacts" / "explanations.parquet")
         table.to_csv(folder / "metrics" / "evaluation.csv", index=False)
+    write_atomic(tmp_path / "r-b-odd-seed0" / "metrics" / "evaluation.csv", "")  # of no parameters
     texts, results, left_out = ablations.collect(Params(run="r", batch="b"))
     expected = [("r", "main", 0), ("r", "no_projection", 0), ("r-b-kl0-seed0", "kl0", 0)]
     expected += [("r-b-main-seed1", arm, 1) for arm in ("main", "no_projection")]
     for table in (texts, results):
         assert sorted(set(zip(table["run"], table["arm"], table["seed"]))) == expected
-    assert left_out == ["r-b-stale-seed0"]
+    assert left_out == ["r-b-odd-seed0", "r-b-stale-seed0"]
 
 
 def shielded_run(tmp_path, run, seed, kept, reward=1.0):

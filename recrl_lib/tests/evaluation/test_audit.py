@@ -114,6 +114,7 @@ GOOD += "privacy_leak_rate: 0}"
         (GOOD.replace("parity_gap: .1,", ""), "parity_gap Field required"),
         (GOOD.replace("}", ", x: 1}"), "x Extra inputs"),
         (GOOD.replace(".02", "2"), "gini_change Input should be less than or equal to 1"),
+        (GOOD.replace(".02", "-0.1"), "gini_change Input should be greater than or equal to 0"),
         (GOOD.replace(".02", "yes"), "gini_change Input should be a valid number"),
         ("[", "policy.yaml: while parsing a flow node"),
         ("", "it must give toxicity_mean, toxicity_p95"),

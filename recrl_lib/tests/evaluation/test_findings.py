@@ -65,6 +65,8 @@ def test_a_sound_run_answers_good_and_bad_news_alike():
     evidence = {one.question: one for one in findings.findings(table(**changed))}
     beaten = evidence["Do all texts composed to fool the measures lose to the policy (shielded)?"]
     assert beaten.evidence == "of 2, not below it by a whole interval: copied prompt"
+    held = evidence["Did the shield hold the ranking?"].evidence
+    assert held.startswith("0.7 % of top-10 places replaced, 64.0 % of lists the same in order")
     own = evidence["Did PPO add reward to its own warm start (shielded)?"]
     assert own.evidence == "reward against shielded_warm: 0.003 [-0.014, 0.020], 128 users"
     assert own.source == "metrics/evaluation.csv"

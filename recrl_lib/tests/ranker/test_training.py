@@ -87,31 +87,3 @@ def test_the_average_by_hand():
         average.update_parameters(model)
         expected = decay * expected + (1 - decay) * model.items.weight
         assert torch.allclose(average.module.items.weight, expected, atol=1e-6)
-
-
-ITEMS, DIM = 11, 4
-
-
-def drawn(seed=0, dtype=torch.float64, n=7):
-    generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(n, DIM, generator=generator, dtype=dtype, requires_grad=True)
-    table = torch.randn(ITEMS + 1, DIM, generator=generator, dtype=dtype)
-    table[0] = 50.0  # padding must never be scored
-    return states, table.requires_grad_(), torch.randint(1, ITEMS + 1, (n,), generator=generator)
-
-
-def test_sampled_sum_is_unbiased_whatever_the_draw():
-    states, table, targets = drawn(n=1)
-    chance = torch.arange(ITEMS + 1).double() / sum(range(ITEMS + 1))
-    exact = (states[0] @ table[1:].T).exp().sum().item()
-    own, generator, found = states[0] @ table[targets[0]], torch.Generator().manual_seed(0), []
-    for corrected in (chance, torch.full_like(chance, 1 / ITEMS)):  # the second is wrong
-        sums = []
-        for _ in range(3000):
-            negatives = torch.multinomial(chance, 5, replacement=True, generator=generator)
-            expected = (5 * corrected[negatives]).log()
-            loss = training.sampled_softmax(states, table, targets, negatives, expected)
-            sums.append((loss + own).exp().item())
-        found.append((np.mean(sums), np.std(sums) / len(sums) ** 0.5))
-    (mean, error), (wrong, _) = found
-    assert abs(mean - exact) < 4 * error < 0.4 * exact and abs(wrong - exact) > 8 * error
