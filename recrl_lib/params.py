@@ -213,6 +213,7 @@ class Params(
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         """What must hold between parameters: the one to name, whether it holds, the remedy."""
+        asked = [part.split("=")[0] for part in self.intents.split()]
         ppo, penalty = self.algorithm == "ppo", self.shield_penalty
         prompts, samples = self.prompts_per_step, self.samples_per_prompt
         only_ppo = (self.lr_schedule, self.kl_target, self.stop_kl, self.processes)
@@ -223,6 +224,10 @@ class Params(
              f"must be a multiple of ranker_heads={self.ranker_heads}"),
             ("intents", self.reward == "faithful" or [*self.shares] == ["why"],
              f"reward {self.reward!r} is for the question why alone; use 'why=1'"),
+            ("intents", bool(self.shares) and len(asked) == len(set(asked)),
+             "name each intent once, with a number above 0"),
+            ("warm_users", self.warm_users == 0 or self.warm_users >= self.chat_users,
+             f"must be 0 or at least chat_users={self.chat_users}"),
             ("weight_form", self.weight_form + self.weight_faithfulness > 0,
              "weight_form or weight_faithfulness must be above 0"),
             ("shield_penalty", penalty > 0 or self.shield_mode != "penalty",

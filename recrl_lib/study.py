@@ -63,16 +63,20 @@ class Study:
         return [next(rows[record["user"]]).tolist() for record in records]
 
     def film(self, item: int, user: int) -> dict:
-        """What a chat with ``user`` is told of an item: title, year, genres, seen."""
+        """What a chat with ``user`` is told of an item: title, year, three genres, seen."""
         row = self.items.iloc[item - 1]
-        told = {"title": row["title"], "year": int(row["year"]), "genres": row["genres"].split("|")}
+        told = {
+            "title": row["title"],
+            "year": int(row["year"]),
+            "genres": row["genres"].split("|")[:3],
+        }
         return told | {"seen": item in self.split.with_valid[user]}
 
     def heard(self, record: Record, answer: str) -> dict:
         """``record`` after its question was answered, with all that a follow-up needs."""
         listed = [self.film(int(item), record["user"]) for item in self.top[record["user"]]]
         chat = [*(record.get("chat") or ()), {"role": "assistant", "content": answer}]
-        return {**record, "chat": chat, "listed": listed, "others": []}
+        return {**record, "chat": chat, "listed": listed, "others": record.get("others") or []}
 
     def follow_up(
         self, record: Record, answer: str, intent: str, rng: np.random.Generator, held_out: bool

@@ -27,12 +27,12 @@ def converse(
     study: Study,
     records: Sequence[Record],
     texts: Sequence[str],
-    say: Callable[[list[dict]], Explained],
+    say: Callable[[list[dict], int], Explained],
     seed: int,
 ) -> pd.DataFrame:
     """One row an answer to both follow-ups after the first answers ``texts``, with ``MEASURES``.
 
-    ``say`` answers records, as ``sampling.explain`` does.
+    ``say`` answers records of a turn, as ``sampling.explain`` does.
     """
     parts, form = [], Reward("faithful", study.catalogue)
     for turn in (2, 3):
@@ -40,7 +40,7 @@ def converse(
         kinds = [intents.FOLLOW_UPS[(i + turn) % 3] for i in range(len(records))]
         pairs = zip(records, texts, kinds, strict=True)
         records = [study.follow_up(r, text, kind, rng, True) for r, text, kind in pairs]
-        said = say(records)
+        said = say(records, turn)
         texts = said.texts
         held = [answers.judge(r, text, study.catalogue) for r, text in zip(records, texts)]
         rows = [(a.truly, well, *a[1:]) for a, well in zip(held, form(records, texts)[1]["form"])]
@@ -50,7 +50,7 @@ def converse(
     return pd.concat(parts, ignore_index=True)
 
 
-def composed(records: list[dict]) -> Explained:
+def composed(records: list[dict], turn: int) -> Explained:
     """The composed answers, as ``sampling.explain`` gives those of a policy."""
     n = len(records)
     return Explained(list(map(composed_line, records)), [], np.zeros(n), np.ones(n, bool))

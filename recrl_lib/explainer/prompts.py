@@ -64,8 +64,8 @@ def build_records(
 
 
 def shown(film: Mapping) -> str:
-    """A film as follow-ups show it: title, year and at most three genres."""
-    genres = ", ".join(map(str.lower, real_genres(film)[:3])) or "genre unknown"
+    """A film as follow-ups show it: title, year and genres."""
+    genres = ", ".join(map(str.lower, real_genres(film))) or "genre unknown"
     return f"{film['title']} ({film['year'] or 'year unknown'}, {genres})"
 
 

@@ -141,9 +141,10 @@ def evaluation(run: Finished) -> list[pd.DataFrame]:
     for arm, part in load("conversations").groupby("arm", sort=False):
         stored = (turn for _, turn in part.groupby("turn"))
 
-        def say(_, stored=stored) -> Explained:
-            turn = next(stored)
-            return Explained(turn["text"].tolist(), [], turn["kl"].to_numpy(), np.ones(len(turn)))
+        def say(_, turn: int, stored=stored) -> Explained:
+            rows_of_turn = next(stored)
+            said, kl = rows_of_turn["text"].tolist(), rows_of_turn["kl"].to_numpy()
+            return Explained(said, [], kl, np.ones(len(kl)))
 
         first = [""] * (len(part) // 2)
         again = conversations.converse(made, records[: len(first)], first, say, params.seed)

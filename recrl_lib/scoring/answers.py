@@ -1,22 +1,37 @@
 """Answers to follow-up questions: a true one composed by rule, and what is true in a text.
 
 A place, genre, year or comparison in a text is about the nearest film named before it, or else the
-first one; a negation shortly before denies it.
+first one. A negation shortly before denies it.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from recrl_lib.explainer.prompts import NOUNS, Record
 from recrl_lib.scoring.claims import Catalogue, Reading
-from recrl_lib.scoring.intents import Film, described, films, has
+from recrl_lib.scoring.intents import Film, decade_of, described, films, has
 
 NEGATIONS = frozenset("no not none nothing never isn aren t".split())
-PROPERTIES = ("genre", "not genre", "year")
+PROPERTIES = ("genre", "year", "decade")
 WORDS = {
     "above": "above", "higher": "above", "below": "below", "lower": "below",
     "already": "already", "list": "listed", "ten": "listed",
 }  # fmt: skip
+_CARDINALS = "one two three four five six seven eight nine ten".split()
+_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+NUMBERS = {w: n for words in (_CARDINALS, _ORDINALS) for n, w in enumerate(words, 1)}
+BEFORE_PLACES = {"number", "place", "position", "rank", "ranked", "ranks"}
+
+
+class Claim(NamedTuple):
+    """Something that a text says of a film."""
+
+    kind: str  # genre, year, decade, place, above, below, already or listed
+    value: Any
+    title: str
+    other: str  # above, below: the film that it is compared with
+    denied: bool
 
 
 class Answer(NamedTuple):
@@ -59,7 +74,8 @@ def composed_answer(record: Record) -> str:
     if a.seen:
         return f"You {NOUNS[noun][1]} {one} already, and {two} is number {b.place} on your list."
     if not a.place:
-        return f"{one} is not on your list, and {two} is number {b.place} on it."
+        where = f"is number {b.place} on it" if b.place else "is not on it either"
+        return f"{one} is not on your list, and {two} {where}."
     if record["intent"] == "compare":
         return f"{one} is number {a.place}, above {two} at number {b.place} on your list."
     return f"{one} is number {a.place} on your list, and {two} is number {b.place}."
@@ -73,34 +89,53 @@ def _differing(a: Film, b: Film) -> str:
     return (own or [genre.lower() for genre in a.genres] or ["genre unknown"])[0]
 
 
-def _claims(said: Reading, titles: list[tuple[int, int, str]]) -> Iterator[tuple[str, Any, str]]:
-    """(kind, value, title) of all that a text says of its films; ``titles`` are not empty."""
+def _found(said: Reading, inside: set[int]) -> Iterator[tuple[int, str, Any]]:
+    """(place of a word, kind, value) of all claims outside titles."""
+    yield from ((i, "genre", genre) for i, _, genre in said.genres)
+    yield from ((i, "year", int(said.words[i])) for i in said.years)
+    for i, word in enumerate(said.lower):
+        if i in inside:
+            continue
+        if word in WORDS:
+            yield i, WORDS[word], None
+        if year := decade_of(word):
+            yield i, "decade", year
+        ordinal = re.fullmatch(r"(\d+)(?:st|nd|rd|th)", word)
+        if ordinal:
+            yield i, "place", int(ordinal[1])
+        elif i and said.lower[i - 1] in BEFORE_PLACES and (word.isdecimal() or word in NUMBERS):
+            yield i, "place", NUMBERS.get(word) or int(word)
+
+
+def _claims(said: Reading, titles: list[tuple[int, int, str]], pair: list[str]) -> Iterator[Claim]:
+    """All that a text says of its films; ``titles`` are not empty."""
     inside = {i for start, end, _ in titles for i in range(start, end)}
-    free = [(i, word) for i, word in enumerate(said.lower) if i not in inside]
-    found = [(i, "genre", genre) for i, _, genre in said.genres]
-    found += [(i, "year", int(said.words[i])) for i in said.years]
-    found += [(i, WORDS[word], 0) for i, word in free if word in WORDS]
-    found += [
-        (i, "place", int(word))
-        for i, word in free
-        if said.lower[i - 1] == "number" and word.isdigit()
-    ]
-    for i, kind, value in sorted(found):
+    for i, kind, value in sorted(_found(said, inside), key=lambda found: found[0]):
         end, title = max(((end, t) for _, end, t in titles if end <= i), default=(0, titles[0][2]))
-        denied = not NEGATIONS.isdisjoint(said.lower[max(end, i - 6) : i])
-        if kind == "listed" and not denied:
-            continue  # "on your list" alone says nothing that its place does not
-        yield f"not {kind}" if denied and kind in ("genre", "listed") else kind, value, title
+        later = [t for start, _, t in titles if start > i and t != title]
+        other = later[0] if later else pair[title == pair[0]]
+        yield Claim(kind, value, title, other, _denied(said, max(end, i - 6), i))
 
 
-def _holds(kind: str, value: Any, film: Film, other: Film) -> bool:
-    """Whether a claim about ``film`` is true; ``other`` is what it is compared with."""
+def _denied(said: Reading, start: int, end: int) -> bool:
+    """Whether a negation from word ``start`` on denies word ``end``: in the same clause."""
+    for i in range(end - 1, max(start, 0) - 1, -1):
+        if said.lower[i] in ("and", "but", "or") or re.search(r"[,;:.()]", said.gaps[i + 1]):
+            return False
+        if said.lower[i] in NEGATIONS:
+            return True
+    return False
+
+
+def _holds(claim: Claim, film: Film, other: Film) -> bool:
+    """Whether ``film`` is what a claim says, or is not, if the claim denies it."""
     place, rival = film.place or 99, other.place or 99
-    return {
-        "genre": value in film.genres, "not genre": value not in film.genres,
-        "year": value == film.year, "place": value == film.place, "above": place < rival,
-        "below": place > rival, "already": film.seen, "not listed": not film.place,
-    }[kind]  # fmt: skip
+    return claim.denied != {
+        "genre": claim.value in film.genres, "year": claim.value == film.year,
+        "decade": claim.value == film.year // 10 * 10, "place": claim.value == film.place,
+        "above": place < rival, "below": place > rival, "already": film.seen,
+        "listed": bool(film.place),
+    }[claim.kind]  # fmt: skip
 
 
 def judge(record: Record, text: str, catalogue: Catalogue) -> Answer:
@@ -114,37 +149,51 @@ def judge(record: Record, text: str, catalogue: Catalogue) -> Answer:
     known, said, own = films(record), catalogue.reading(text), record["title"]
     titles = [(a, b, min(what & known.keys())) for a, b, what in said.titles if what & known.keys()]
     foreign = {what for _, _, what in said.titles if what.isdisjoint(known)}
-    pair, named = [*record["about"], own][:2], {title for _, _, title in titles}
-    claims = list(_claims(said, titles)) if titles else []
-    rival = {title: pair[title == pair[0]] if len(pair) > 1 else title for title in named}
-    true = [c for c in claims if _holds(*c[:2], known[c[2]], known[rival[c[2]]])]
-    false = [kind for kind, *_ in claims]
-    for kind, *_ in true:
-        false.remove(kind)
-    properties, places = (
-        sum(k in PROPERTIES for k in false),
-        sum(k not in PROPERTIES for k in false),
-    )
+    pair = [*record["about"], own, own][:2]
+    claims = list(_claims(said, titles, pair)) if titles else []
+    claims = [c for c in claims if known[c.title].year or c.kind not in ("year", "decade")]
+    true = [c for c in claims if _holds(c, known[c.title], known[c.other])]
+    false = [c.kind in PROPERTIES for c in claims if c not in true]
+    properties = sum(false)
     if record["intent"] == "instead":
+        ends = [0, *(end for _, end, _ in titles)]
+        named = {t for (a, _, t), end in zip(titles, ends) if not _denied(said, max(end, a - 6), a)}
         fit, suggested = {*fitting(record)}, named & {f["title"] for f in record["listed"]} - {own}
-        needed = [bool(suggested), bool(suggested & fit)]
-        if not fit:
-            needed = [not suggested and not NEGATIONS.isdisjoint(said.lower)]
+        needed = [bool(suggested), bool(suggested & fit)] if fit else [
+            not suggested and _none_is(said, record["asked"])
+        ]  # fmt: skip
         properties += len(suggested - fit)
     else:
-        needed = _pair_needs(record["intent"], pair, known, true, named)
+        needed = _pair_needs(record["intent"], pair, known, true, {t for _, _, t in titles})
+    places = len(false) - sum(false)
     return Answer(sum(needed) / len(needed), len(foreign) + len(said.names), places, properties)
 
 
-def _pair_needs(intent: str, pair: list, known: dict, true: list, named: set) -> list[bool]:
+def _none_is(said: Reading, asked: str) -> bool:
+    """Whether a text says that nothing on the list is what was asked for."""
+    kind, value = asked.split(" ", 1)
+    named = {
+        "genre": value in {genre for _, _, genre in said.genres},
+        "decade": int(value) in map(decade_of, said.lower) if kind == "decade" else False,
+        "after": "newer" in said.lower, "before": "older" in said.lower,
+    }[kind]  # fmt: skip
+    lists = [i for i, word in enumerate(said.lower) if word in ("list", "ten")]
+    return named and ("none" in said.lower or any(_denied(said, i - 6, i) for i in lists))
+
+
+def _pair_needs(intent: str, pair: list, known: dict, true: list[Claim], named: set) -> list[bool]:
     """What an answer about two films must hold, and whether its ``true`` claims do."""
     a, b = (known[title] for title in pair)
-    said = {(kind, title) for kind, _, title in true}
-    properties = [(k, v, title) for k, v, title in true if k in PROPERTIES and title in pair]
+    said = {(c.kind, c.title) for c in true if c.denied == (c.kind == "listed")}
+    properties = [c for c in true if c.kind in PROPERTIES and c.title in pair]
     if intent == "compare":
-        each = [any(title == one for *_, title in properties) for one in pair]
-        return [*each, bool({kind for kind, _ in said} & {"above", "below"})]
-    place = "place" if a.place else "already" if a.seen else "not listed"
-    apart = any(not _holds(k, v, b if title == pair[0] else a, a) for k, v, title in properties)
+        unlisted = [t for t, film in zip(pair, (a, b)) if not film.place]
+        order = {(kind, t) for kind in ("above", "below") for t in pair} | {
+            (kind, t) for kind in ("listed", "already") for t in unlisted
+        }
+        each = [any(c.title == t and not c.denied for c in properties) for t in pair]
+        return [*each, bool(said & order)]
+    place = "place" if a.place else "already" if a.seen else "listed"
+    apart = any(not _holds(c, b if c.title == pair[0] else a, a) for c in properties)
     alike = set(a.genres) == set(b.genres) and a.year == b.year
     return [pair[0] in named, pair[1] in named, (place, pair[0]) in said, apart or alike]

@@ -6,7 +6,7 @@ After the opening question ``why`` a viewer may ask ``why_not`` another film, fo
 intent, question  one of ``FOLLOW_UPS``; the viewer's words
 chat, listed      as in ``recrl_lib/__init__.py``; this question is the last message
 about             why_not, compare: the titles asked about
-others            films asked about that are not listed: title, year, genres, seen
+others            films asked about so far that are not listed: title, year, genres, seen
 asked             instead: "genre Comedy", "decade 1980", "after 1990" or "before 1990"
 """
 
@@ -67,6 +67,13 @@ def films(record: Record) -> dict[str, Film]:
     return known
 
 
+def decade_of(word: str) -> int:
+    """The first year of a decade that a lower-case word names ("eighties", "80s"); else 0."""
+    if found := re.fullmatch(r"(\d\d)?(\d0)s", word):
+        return int(f"{found[1] or 19}{found[2]}")
+    return DECADES.get(word, 0)
+
+
 def has(film: Film, asked: str) -> bool:
     """Whether a film is what the viewer ``asked`` for."""
     kind, value = asked.split(" ", 1)
@@ -109,7 +116,7 @@ def ask(
     facts = [f"On your list: {'; '.join(told)}."] if intent != "why" else []
     facts += [f"{'I ' + did if f['seen'] else 'Not on it'}: {shown(f)}." for f in others]
     chat = [*record["chat"], {"role": "user", "content": "\n".join([*facts, question])}]
-    more = {"about": list(about), "others": list(others), "asked": asked}
+    more = {"about": list(about), "others": [*record["others"], *others], "asked": asked}
     return {**record, "intent": intent, "question": question, "chat": chat, **more}
 
 
@@ -136,8 +143,11 @@ def draw(
     if intent == "why_not":
         return ask(record, intent, wording.format(film["title"]), [film["title"]], others)
     kinds = [f"genre {genre}" for genre in real_genres(film)]
-    if film["year"] and held_out:
-        kinds = [f"decade {film['year'] // 10 * 10}"]
+    if held_out:  # a decade that few listed films are of, so that no constant answer is often true
+        of_list = [f["year"] // 10 * 10 for f in rest]
+        every = {*of_list, *(f["year"] // 10 * 10 for f in outside)} - {0}
+        few = [decade for decade in sorted(every) if of_list.count(decade) <= 3]
+        kinds = [f"decade {decade}" for decade in few] or kinds
     elif film["year"] and record["year"]:
         later = film["year"] > record["year"]
         kinds.append(f"{'after' if later else 'before'} {record['year']}")
@@ -153,24 +163,27 @@ def understand(text: str, record: Record, catalogue: Catalogue) -> tuple[str, li
     "older" is "instead", "why" is "why"; the intent is "" if nothing of this fits.
     """
     lower, said, known = text.lower(), catalogue.reading(text), films(record)
-    places = {
-        t: m.start() for t in known if (m := re.search(rf"\b{re.escape(t.lower())}\b", lower))
-    }
+    longest = sorted((title.lower() for title in known), key=len, reverse=True)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)")
+    found, by_lower = list(pattern.finditer(lower)), {title.lower(): title for title in known}
+    places = {by_lower[m[0]]: m.start() for m in found}
     for start, _, what in said.titles:
-        if what.isdisjoint(places):
-            places[min(what)] = said.spans[start][0]
-    titles, words = sorted(places, key=places.__getitem__), set(re.findall(r"\w+", lower))
+        at = said.spans[start][0]
+        if not any(m.start() <= at < m.end() for m in found):
+            places.setdefault(min(what), at)
+    rest = pattern.sub(" ", lower)
+    titles, words = sorted(places, key=places.__getitem__), set(re.findall(r"\w+", rest))
     others = [title for title in titles if title != record["title"]]
     if len(titles) > 1 or others and words & {"compare", "versus", "than"}:
         pair = titles if len(titles) > 1 else [*others, record["title"]]
         return "compare", pair[:2], ""
-    if others and "like" not in words:
+    like = re.search(r"\b(?:more|something|anything) like\b", rest)
+    if others and not like:
         return "why_not", others, ""
     genres = [genre for _, _, genre in said.genres] + [MOODS[w] for w in MOODS if w in words]
     genres += [known[t].genres[0] for t in others if t in known and known[t].genres]
-    if decade := re.search(rf"\b(\d\d)?(\d0)s\b|\b({'|'.join(DECADES)})\b", lower):
-        year = f"{decade[1] or 19}{decade[2]}" if decade[2] else DECADES[decade[3]]
-        return "instead", [], f"decade {year}"
+    if decade := max(map(decade_of, words), default=0):
+        return "instead", [], f"decade {decade}"
     if genres:
         return "instead", [], f"genre {genres[0]}"
     for word, kind in (("newer", "after"), ("older", "before")):

@@ -3,7 +3,9 @@
 ``faithful``  the default: does the text name what moved the ranker? A gate lets through a finished
               sentence of 8 to 45 words that names the recommended film once and claims nothing
               false; of these, ``form`` is 1 and ``faithfulness`` that of the history films that the
-              text cites (``attribution.faithfulness``).
+              text cites (``attribution.faithfulness``). Of an answer to a follow-up the part
+              ``faithfulness`` is the share of what it has to say (``answers.judge``), less one
+              half for each false claim; invented titles and names fail the gate.
 ``grounded``  length in a band, claims held against the metadata (true ones earn, false ones cost),
               and form. What a composed template says is already its best.
 ``paper``     what the published account rewards (Shielded RecRL, arXiv 2601.03608): words up to 40,
@@ -134,12 +136,14 @@ def _grounded(record: Record, text: str, catalogue: Catalogue) -> Parts:
 
 def _faithful(record: Record, text: str, catalogue: Catalogue) -> Parts:
     """(1 if the text passes the gate, its faithfulness then); both 0 if it does not."""
-    said = words(text.lower())
-    if not SHORTEST <= len(said) <= LONGEST or _is_residue(text) or not all(_form(text, said)):
+    said, follow_up = words(text.lower()), (record.get("intent") or "why") != "why"
+    if not SHORTEST <= len(said) <= LONGEST or _is_residue(text):
+        return 0.0, 0.0
+    if not all(_form(text, said, digits=follow_up)):  # years and places are an answer's substance
         return 0.0, 0.0
     if catalogue.claims(text).prose < PROSE or distinct_share(said, 3) < DISTINCT:
         return 0.0, 0.0
-    if (record.get("intent") or "why") != "why":
+    if follow_up:
         answer = answers.judge(record, text, catalogue)
         return float(not answer.invented), max(answer.met - sum(answer[1:]) / 2, 0.0)
     if catalogue.mentions(record, text) != 1 or catalogue.verdict(record, text).unsupported:
@@ -147,11 +151,11 @@ def _faithful(record: Record, text: str, catalogue: Catalogue) -> Parts:
     return 1.0, faithfulness(record["history_weights"], catalogue.cited(record, text))
 
 
-def _form(text: str, said: list[str]) -> tuple[bool, bool, bool]:
+def _form(text: str, said: list[str], digits: bool = False) -> tuple[bool, bool, bool]:
     """Whether a text opens like a sentence, ends like one (not cut off), and is made of words."""
     opens = bool(_OPENING.match(text.lstrip()))
     ends = text.rstrip().rstrip("\"”')").endswith((".", "!", "?"))
-    return opens, ends, _is_latin(text, said)
+    return opens, ends, _is_latin(text, said, digits)
 
 
 def _mentions(said: Verdict) -> tuple[float, float]:
@@ -175,11 +179,11 @@ def _is_residue(text: str) -> bool:
     return bool(_RESIDUE.search(text.lower())) or any(map(_LIST_MARKER.match, text.split("\n")))
 
 
-def _is_latin(text: str, said: list[str]) -> bool:
-    """Mostly Latin letters, in words of ordinary length."""
+def _is_latin(text: str, said: list[str], digits: bool) -> bool:
+    """Mostly Latin letters (or ``digits``), in words of ordinary length."""
     lengths, shown = list(map(len, said)), "".join(text.split())
     return (
-        sum(map(str.isalpha, shown)) >= 0.8 * len(shown)
+        sum(map(str.isalnum if digits else str.isalpha, shown)) >= 0.8 * len(shown)
         and len(shown.encode("ascii", "ignore")) / len(shown) >= 0.9
         and 2.5 <= sum(lengths) / len(lengths) <= 8
         and max(lengths) <= 24

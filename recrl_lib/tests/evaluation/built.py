@@ -117,7 +117,7 @@ def evaluate(explainer, reader: ItemTexts, adapters: dict[str, dict]) -> None:
         explainer.load_adapter(adapters.get(arm, explainer.adapter_state()))
         first = texts.loc[texts["arm"] == arm, "text"].tolist()[:3]
 
-        def say(asked):
+        def say(asked, turn):
             return explain(explainer, asked, 6, 1.0, 0)
 
         talk = conversations.converse(made, records[:3], first, say, PARAMS.seed)

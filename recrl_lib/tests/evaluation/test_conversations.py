@@ -15,7 +15,7 @@ def talks():
     records = study.heldout_records(6, rng())
     first = ["red", "blue", "good", "bad", "long", "short"]
 
-    def say(asked):
+    def say(asked, turn):
         return explain(explainer, asked, 6, 1.0, 3)
 
     arms = {"rule_oracle": conversations.composed, "base": say, "shielded": say}
