@@ -76,6 +76,7 @@ class ItemTexts:
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         parts = [kind, self.explainer.cut, device.type, processor, torch.get_num_threads()]
         parts += [torch.__version__, transformers.__version__]
+        parts += [torch.backends.mkldnn.matmul.fp32_precision]  # see runs.choose_products
         content = hashlib.sha256(weights_sha256(self.explainer).encode())
         content.update("".join(f"{part}\n" for part in parts).encode())
         for numbers, ids in self.batches:

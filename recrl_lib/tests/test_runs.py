@@ -198,3 +198,10 @@ def test_up_to_date_needs_the_key_and_every_file(notebooks):
 def test_deciding_what_to_run_does_not_load_torch():
     code = "import sys; from recrl_lib.pipeline import execute; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT).returncode == 0
+
+
+def test_the_chosen_products_are_of_float32_numbers():
+    runs.choose_products()
+    a, b = torch.randn(2, 300, 300, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    assert (a @ b - exact).norm() < 2e-6 * exact.norm()
