@@ -40,7 +40,7 @@ def reply(
     ``ValueError``: the question alone is more than the model can read.
     """
     room = explainer.lm.config.max_position_embeddings - params.max_new_tokens
-    record = {**record, "chat": list(record.get("chat") or ())}
+    record = {**record, "chat": list(record.get("chat", ()))}
     while len(ids := prompt_ids(explainer, messages(record))) > room and len(record["chat"]) > 3:
         del record["chat"][1:3]
     if len(ids) > room:
@@ -118,10 +118,9 @@ class Chat:
         """A new chat: the opening question, answered."""
         record = self.item.value
         first, second = [r["title"] for _, r in self.item.options if r != record][:2]
-        questions = f"Why not {first}?", "Something lighter?", "Something from the eighties?"
-        for button, question in zip(
-            self.suggestions, (*questions, f"Compare {first} and {second}.")
-        ):
+        kinds = "Something lighter?", "Something from the eighties?"
+        questions = f"Why not {first}?", *kinds, f"Compare {first} and {second}."
+        for button, question in zip(self.suggestions, questions):
             button.description = question
         self.record, self.turns = record, [("you", messages(record)[-1]["content"])]
         self._answer(self.record)

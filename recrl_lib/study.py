@@ -65,18 +65,14 @@ class Study:
     def film(self, item: int, user: int) -> dict:
         """What a chat with ``user`` is told of an item: title, year, three genres, seen."""
         row = self.items.iloc[item - 1]
-        told = {
-            "title": row["title"],
-            "year": int(row["year"]),
-            "genres": row["genres"].split("|")[:3],
-        }
-        return told | {"seen": item in self.split.with_valid[user]}
+        genres, seen = row["genres"].split("|")[:3], item in self.split.with_valid[user]
+        return {"title": row["title"], "year": int(row["year"]), "genres": genres, "seen": seen}
 
     def heard(self, record: Record, answer: str) -> dict:
         """``record`` after its question was answered, with all that a follow-up needs."""
         listed = [self.film(int(item), record["user"]) for item in self.top[record["user"]]]
-        chat = [*(record.get("chat") or ()), {"role": "assistant", "content": answer}]
-        return {**record, "chat": chat, "listed": listed, "others": record.get("others") or []}
+        chat = [*record.get("chat", ()), {"role": "assistant", "content": answer}]
+        return {**record, "chat": chat, "listed": listed, "others": record.get("others", [])}
 
     def follow_up(
         self, record: Record, answer: str, intent: str, rng: np.random.Generator, held_out: bool

@@ -11,7 +11,7 @@ import numpy as np
 
 from recrl_lib.explainer.prompts import Record
 from recrl_lib.ranker.ranking import ranks_of, score_chunks
-from recrl_lib.scoring.judge import own_titles
+from recrl_lib.scoring.claims import title_pattern
 from recrl_lib.study import Study
 
 DRAWS = 4  # random sets of shown films that a text's cited films are compared with
@@ -27,7 +27,8 @@ def cited(record: Record, text: str) -> list[int]:
     def form(title: str) -> str:
         return f"(?i:{re.escape(title)})" if " " in title else re.escape(title)
 
-    found = re.findall(own_titles(record, form), text)
+    titles = title_pattern({record["title"], *record["history_titles"]}, form)
+    found = re.findall(titles, text)
     named = {match.lower() for match in found} - {record["title"].lower()}
     return [j for j, title in enumerate(record["history_titles"]) if title.lower() in named]
 

@@ -91,7 +91,7 @@ def messages(record: Record) -> list[dict[str, str]]:
     return [
         {"role": "system", "content": SYSTEM.format(noun=noun, person=person, did=did)},
         {"role": "user", "content": question},
-        *(record.get("chat") or ()),
+        *record.get("chat", ()),
     ]
 
 

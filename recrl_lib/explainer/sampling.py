@@ -6,6 +6,7 @@ two policies given equal generators meet the same ones. Shapes as in ``recrl_lib
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -80,14 +81,16 @@ def sample(
         shape = (len(prompts) * settings.samples, settings.max_new_tokens)
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64).to(explainer.device)
     with torch.no_grad():
-        run = _decode if explainer.split else _generate
+        run = partial(_decode, heard=heard) if explainer.split else _generate
         prompt_mask, prompt_states, response, mask, logprobs, values, states = run(
-            explainer, prompts, settings, uniforms, value_head or torch.zeros_like, heard
+            explainer, prompts, settings, uniforms, value_head or torch.zeros_like
         )
     response = response.masked_fill(~mask, explainer.pad_id)
     logprobs, values = (x.masked_fill(~mask, 0.0) for x in (logprobs, values))
     ended = (response == explainer.eos_id).any(-1)
     texts = [decode(explainer, row[keep]) for row, keep in zip(response, mask)]
+    if heard and not explainer.split:
+        heard(texts[0])
     sampled = response, mask, logprobs, values, states, ended, texts
     return Rollout(prompt_mask, prompt_states, *sampled)
 
@@ -109,16 +112,20 @@ def given(explainer: Explainer, prompts: list[list[int]], texts: list[str]) -> R
     response = torch.full(mask.shape, explainer.pad_id)
     response[mask] = torch.tensor(sum(rows, []), dtype=torch.long)
     mask, response = mask.to(device), response.to(device)
-    groups, answers = len(prompts), mask[:, :-1].unflatten(0, (len(prompts), samples))
-    seen: Any = torch.cat([prompt_mask, answers[:, 0]], 1)
-    if samples > 1:
-        seen = shared_layout(prompt_mask, answers)
-    tokens = response[:, :-1].unflatten(0, (groups, samples)).flatten(1)
-    states = explainer.trunk(torch.cat([ids, tokens], 1), seen)
+    tokens = response[:, :-1].unflatten(0, (len(prompts), samples)).flatten(1)
+    states = explainer.trunk(torch.cat([ids, tokens], 1), _seen(prompt_mask, mask))
     width, zeros = ids.shape[1], torch.zeros(mask.shape, device=device)
     after = states[:, width:].unflatten(1, (samples, -1)).flatten(0, 1)
     read = response, mask, zeros, zeros.clone(), after, mask.any(-1), texts
     return Rollout(prompt_mask, states[:, :width], *read)
+
+
+def _seen(prompt_mask: Tensor, mask: Tensor) -> Any:
+    """What is attended to in rows of a prompt and all its responses but their last tokens."""
+    answers = mask[:, :-1].unflatten(0, (len(prompt_mask), len(mask) // len(prompt_mask)))
+    if answers.shape[1] > 1:
+        return shared_layout(prompt_mask, answers)
+    return torch.cat([prompt_mask, answers[:, 0]], 1)
 
 
 def decode(explainer: Explainer, ids: Tensor) -> str:
@@ -132,10 +139,7 @@ def response_hidden(explainer: Explainer, rollout: Rollout) -> Tensor:
     A prompt and all its responses go through the network as one row.
     """
     (groups, width), samples = rollout.prompt_mask.shape, rollout.samples
-    answers = rollout.mask[:, :-1].unflatten(0, (groups, samples))
-    seen = torch.cat([rollout.prompt_mask, answers[:, 0]], 1)
-    if samples > 1:
-        seen = shared_layout(rollout.prompt_mask, answers)
+    seen = _seen(rollout.prompt_mask, rollout.mask)
     states = rollout.states.unflatten(0, (groups, samples)).flatten(1, 2)
     hidden = explainer.top(torch.cat([rollout.prompt_states, states], 1), seen)
     first = hidden[:, None, width - 1 : width].expand(-1, samples, -1, -1)
@@ -270,12 +274,7 @@ def _read(
 
 
 def _generate(
-    explainer: Explainer,
-    prompts: list,
-    settings: Settings,
-    uniforms: Tensor | None,
-    value: Any,
-    heard: Any,
+    explainer: Explainer, prompts: list, settings: Settings, uniforms: Tensor | None, value: Any
 ) -> tuple[Tensor, ...]:
     """The same by transformers' ``generate``, for any architecture."""
 
@@ -294,8 +293,6 @@ def _generate(
         max_new_tokens=settings.max_new_tokens, logits_processor=[one_left],
     )  # fmt: skip
     response = out[:, width:]
-    if heard:
-        heard(decode(explainer, response[0]))
     ends = response == explainer.eos_id
     mask = ends.cumsum(-1) - ends.long() == 0
     full_mask = torch.cat([prompt_mask, mask[:, :-1]], 1)

@@ -48,9 +48,8 @@ class Answer(NamedTuple):
         return self.met == 1 and not sum(self[1:])
 
 
-def fitting(record: Record) -> list[str]:
-    """The listed titles that are what was asked for instead, best first."""
-    known = films(record)
+def fitting(record: Record, known: dict[str, Film]) -> list[str]:
+    """The listed titles that are what was asked for instead, best first; ``known``: ``films``."""
     listed = [film["title"] for film in record["listed"]]
     return [t for t in listed if t != record["title"] and has(known[t], record["asked"])]
 
@@ -60,7 +59,7 @@ def composed_answer(record: Record) -> str:
     known, noun, own = films(record), record.get("noun", "film"), record["title"]
     if record["intent"] == "instead":
         asked = record["asked"]
-        if not (found := fitting(record)):
+        if not (found := fitting(record, known)):
             return f"None of the ten {noun}s on your list is {described(asked, noun)}, I am sorry."
         film, what = known[found[0]], asked.split()[1].lower()
         kind = f"{what} {noun}" if asked.startswith("genre") else f"{noun} from {film.year}"
@@ -139,7 +138,7 @@ def _holds(claim: Claim, film: Film, other: Film) -> bool:
 
 
 def judge(record: Record, text: str, catalogue: Catalogue) -> Answer:
-    """Hold ``text`` against a follow-up. What must be in it, for ``Answer.met``:
+    """``text`` held against a follow-up. What it must say, of which ``Answer.met`` is the share:
 
     ``why_not``: both films; the place of the one asked about, that it was watched already or that
     it is not on the list; a genre or year that tells the two apart, if there is one.
@@ -158,10 +157,13 @@ def judge(record: Record, text: str, catalogue: Catalogue) -> Answer:
     if record["intent"] == "instead":
         ends = [0, *(end for _, end, _ in titles)]
         named = {t for (a, _, t), end in zip(titles, ends) if not _denied(said, max(end, a - 6), a)}
-        fit, suggested = {*fitting(record)}, named & {f["title"] for f in record["listed"]} - {own}
-        needed = [bool(suggested), bool(suggested & fit)] if fit else [
-            not suggested and _none_is(said, record["asked"])
-        ]  # fmt: skip
+        fit, suggested = (
+            {*fitting(record, known)},
+            named & {f["title"] for f in record["listed"]} - {own},
+        )
+        needed = [bool(suggested), bool(suggested & fit)]
+        if not fit:
+            needed = [not suggested and _none_is(said, record["asked"])]
         properties += len(suggested - fit)
     else:
         needed = _pair_needs(record["intent"], pair, known, true, {t for _, _, t in titles})
@@ -172,11 +174,12 @@ def judge(record: Record, text: str, catalogue: Catalogue) -> Answer:
 def _none_is(said: Reading, asked: str) -> bool:
     """Whether a text says that nothing on the list is what was asked for."""
     kind, value = asked.split(" ", 1)
-    named = {
-        "genre": value in {genre for _, _, genre in said.genres},
-        "decade": int(value) in map(decade_of, said.lower) if kind == "decade" else False,
-        "after": "newer" in said.lower, "before": "older" in said.lower,
-    }[kind]  # fmt: skip
+    if kind == "genre":
+        named = value in {genre for _, _, genre in said.genres}
+    elif kind == "decade":
+        named = int(value) in map(decade_of, said.lower)
+    else:
+        named = {"after": "newer", "before": "older"}[kind] in said.lower
     lists = [i for i, word in enumerate(said.lower) if word in ("list", "ten")]
     return named and ("none" in said.lower or any(_denied(said, i - 6, i) for i in lists))
 
@@ -184,6 +187,7 @@ def _none_is(said: Reading, asked: str) -> bool:
 def _pair_needs(intent: str, pair: list, known: dict, true: list[Claim], named: set) -> list[bool]:
     """What an answer about two films must hold, and whether its ``true`` claims do."""
     a, b = (known[title] for title in pair)
+    # Places and orders count when said, "listed" when denied.
     said = {(c.kind, c.title) for c in true if c.denied == (c.kind == "listed")}
     properties = [c for c in true if c.kind in PROPERTIES and c.title in pair]
     if intent == "compare":

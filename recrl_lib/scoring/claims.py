@@ -16,7 +16,7 @@ A title answers to its form without a parenthesis, the parenthesis itself, the p
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from recrl_lib.explainer.prompts import NO_GENRE, Record, real_genres
@@ -102,6 +102,12 @@ def distinct_share(tokens: list[str], n: int) -> float:
     """Share of the n-grams of ``tokens`` that are distinct; 1 where there are none."""
     grams = n_grams(tokens, n)
     return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def title_pattern(titles: Iterable[str], form: Callable[[str], str] = re.escape) -> str:
+    """A pattern of ``titles`` as whole words, the longest first, each in ``form``."""
+    longest = sorted(titles, key=len, reverse=True)
+    return "|".join(rf"(?<!\w){form(title)}(?!\w)" for title in longest)
 
 
 class Catalogue:

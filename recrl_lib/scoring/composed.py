@@ -53,7 +53,7 @@ def cited_by(rule: str, record: Record) -> list[int]:
 def composed_line(record: Record, rule: str = "random") -> str:
     """An explanation that names the item, its year and genres, and what ``rule`` cites; a true
     answer to a follow-up."""
-    if (record.get("intent") or "why") != "why":
+    if record.get("intent", "why") != "why":
         return answers.composed_answer(record)
     genres, noun = real_genres(record), record.get("noun", "film")
     titles = (record["history_titles"][j] for j in cited_by(rule, record))

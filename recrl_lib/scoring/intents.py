@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recrl_lib.explainer.prompts import NOUNS, Record, real_genres, shown
-from recrl_lib.scoring.claims import Catalogue
+from recrl_lib.scoring.claims import Catalogue, title_pattern
 
 FOLLOW_UPS = ("why_not", "instead", "compare")
 HELD_OUT = 2  # the last wordings of each intent, which training never sees
@@ -163,9 +163,9 @@ def understand(text: str, record: Record, catalogue: Catalogue) -> tuple[str, li
     "older" is "instead", "why" is "why"; the intent is "" if nothing of this fits.
     """
     lower, said, known = text.lower(), catalogue.reading(text), films(record)
-    longest = sorted((title.lower() for title in known), key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)")
-    found, by_lower = list(pattern.finditer(lower)), {title.lower(): title for title in known}
+    by_lower = {title.lower(): title for title in known}
+    pattern = re.compile(title_pattern(by_lower))
+    found = list(pattern.finditer(lower))
     places = {by_lower[m[0]]: m.start() for m in found}
     for start, _, what in said.titles:
         at = said.spans[start][0]

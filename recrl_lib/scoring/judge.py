@@ -15,7 +15,7 @@ prompt is all true, picks its own record, and is fluent, since a model expects w
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from scipy.special import softmax
 
 from recrl_lib.explainer.prompts import Record, messages, real_genres
 from recrl_lib.params import TOP_K
-from recrl_lib.scoring.claims import Catalogue, distinct_share, n_grams, words
+from recrl_lib.scoring.claims import Catalogue, distinct_share, n_grams, title_pattern, words
 
 # Of the softmax over cosines: MiniLM's cosines of unrelated texts lie within about .1.
 TEMPERATURE = 0.05
@@ -125,15 +125,10 @@ def card_cosines(texts: Sequence[str], cards: Sequence[Sequence[str]], encoder: 
     return np.einsum("nd,nkd->nk", encoder.encode(texts), vectors)
 
 
-def own_titles(record: Record, form: Callable[[str], str] = re.escape) -> str:
-    """A pattern of the record's own titles as whole words, the longest first, each in ``form``."""
-    titles = sorted({record["title"], *record["history_titles"]}, key=len, reverse=True)
-    return "|".join(rf"(?<!\w){form(title)}(?!\w)" for title in titles)
-
-
 def mask_titles(record: Record, text: str) -> str:
     """``text`` with the record's own titles, in any case, replaced by "this film"."""
-    return re.sub(own_titles(record), "this film", text, flags=re.IGNORECASE)
+    titles = title_pattern({record["title"], *record["history_titles"]})
+    return re.sub(titles, "this film", text, flags=re.IGNORECASE)
 
 
 def fluency(ref_logprobs: Sequence[np.ndarray]) -> np.ndarray:

@@ -96,7 +96,9 @@ class Reward:
                 n = len(completions)
                 # TRL adds entries of its own that are no columns
                 usable = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == n}
-                records = [{k: v[i] for k, v in usable.items()} for i in range(n)]
+                # columns of follow-ups are None in the rows of first questions
+                pairs = [[(k, v[i]) for k, v in usable.items()] for i in range(n)]
+                records = [{k: v for k, v in pair if v is not None} for pair in pairs]
                 texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
                 return self(records, texts)[1][name].tolist()
 
@@ -136,7 +138,7 @@ def _grounded(record: Record, text: str, catalogue: Catalogue) -> Parts:
 
 def _faithful(record: Record, text: str, catalogue: Catalogue) -> Parts:
     """(1 if the text passes the gate, its faithfulness then); both 0 if it does not."""
-    said, follow_up = words(text.lower()), (record.get("intent") or "why") != "why"
+    said, follow_up = words(text.lower()), record.get("intent", "why") != "why"
     if not SHORTEST <= len(said) <= LONGEST or _is_residue(text):
         return 0.0, 0.0
     if not all(_form(text, said, digits=follow_up)):  # years and places are an answer's substance

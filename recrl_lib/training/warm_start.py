@@ -33,7 +33,8 @@ def fit(
     name = f"warm start, {'shielded' if shield else 'unshielded'}"
     for step in track(range(1, params.warm_steps + 1), name):
         drawn, queue = draw_prompts(queue, params.warm_batch, len(records), generator)
-        lines = [(_prompt(explainer, records[i]), composed_line(records[i])) for i in drawn]
+        chosen = [records[i] for i in drawn]
+        lines = [(prompt_ids(explainer, messages(r)), composed_line(r)) for r in chosen]
         lines.sort(key=lambda line: len(line[0]))  # rows of like length need little padding
         optimizer.zero_grad(set_to_none=True)
         parts = [lines[start : start + ROWS] for start in range(0, len(lines), ROWS)]
@@ -49,10 +50,6 @@ def fit(
     if shield:
         shield.detach()
     return rows
-
-
-def _prompt(explainer: Explainer, record: dict) -> list[int]:
-    return prompt_ids(explainer, messages(record))
 
 
 @torch.no_grad()
